@@ -1,0 +1,9 @@
+"""packed-attn: exact packing of documents for LLM fine-tuning."""
+
+from packed_attn.attention import attention
+from packed_attn.layout import DocumentLayout, Visibility
+from packed_attn.varlen import flash_attn_varlen_func
+
+__version__ = "0.1.0"
+
+__all__ = ["DocumentLayout", "Visibility", "attention", "flash_attn_varlen_func"]

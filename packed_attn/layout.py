@@ -1,0 +1,679 @@
+"""The one type that everything shares: where the documents of a packed batch begin, end and look.
+
+A *document* is one example's tokens, the unit of isolation; a *pack* is documents end to end. A
+`DocumentLayout` says how a stream of `total_tokens` tokens divides into documents. `visibility`
+turns it into the one mask rule that every kernel follows:
+
+    query i sees key j   iff   key_start[i] <= j < key_stop[i]   and   query_start[j] <= i < query_stop[j]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Visibility:
+    """Who sees whom, as four int32 vectors.
+
+    Shapes: key_start, key_stop `[total_queries]`; query_start, query_stop `[total_keys]`.
+    An empty interval (start == stop) belongs to a token that sees nothing or that nobody sees.
+
+    `halves` says which half of the rule decides alone: `"either"` (plain documents: the halves are
+    transposes of each other), `"query"` (forests: only query_start/query_stop tell siblings
+    apart) or `"both"` (forests with a window or chunks).
+    """
+
+    key_start: Tensor
+    key_stop: Tensor
+    query_start: Tensor
+    query_stop: Tensor
+    halves: Literal["either", "query", "both"]
+
+    def dense(self) -> Tensor:
+        """The rule written out, bool `[total_queries, total_keys]`: for tests and pictures only."""
+        i = torch.arange(self.key_start.numel(), device=self.key_start.device)[:, None]
+        j = torch.arange(self.query_start.numel(), device=self.key_start.device)[None, :]
+        by_query = (self.key_start[:, None] <= j) & (j < self.key_stop[:, None])
+        by_key = (self.query_start[None, :] <= i) & (i < self.query_stop[None, :])
+        return by_query & by_key
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class DocumentLayout:
+    """How `total_tokens` packed tokens divide into documents.
+
+    Build one with `from_lengths`, `from_cu_seqlens`, `from_position_ids`, `from_document_ids` or
+    `from_attention_mask`; the constructor itself checks nothing. A batch `[B, T]` of packed rows
+    is one stream of `B * T` tokens in which documents end at row ends.
+
+    Attributes:
+        cu_seqlens: int32 `[num_documents + 1]`, starts at 0, never decreases (equal neighbours are
+            an empty document), ends at `total_tokens`.
+        total_tokens: tokens in the stream.
+        parents: int32 `[num_documents]` or None. -1 is a root; `parents[d] = p` means that
+            document d continues p's tokens (a shared prompt packed once, its answers after it).
+            Documents stand in depth-first order. None is a forest of roots.
+        padding: bool `[num_documents]` or None. Padding sees nothing and is seen by nobody.
+
+    The picture for lengths (2, 3), causal, rows are queries:
+
+        A A . . .      A1 sees A1
+        A A . . .      A2 sees A1 A2
+        . . B . .      B1 sees B1
+        . . B B .
+        . . B B B
+    """
+
+    cu_seqlens: Tensor
+    total_tokens: int
+    parents: Tensor | None = None
+    padding: Tensor | None = None
+    # Derived tensors, each made once: a frozen layout's only mutable part.
+    _derived: dict[Any, Any] = field(default_factory=dict)
+
+    # ---- construction ----
+
+    @staticmethod
+    def from_lengths(
+        lengths: Sequence[int] | Tensor,
+        *,
+        parents: Sequence[int] | Tensor | None = None,
+        padding: Sequence[bool] | Tensor | None = None,
+        device: torch.device | str | None = None,
+    ) -> DocumentLayout:
+        """Documents of the given lengths, end to end.
+
+        Args:
+            lengths: tokens of each document; 0 is an empty document.
+            parents: for a forest, the document that each one continues, -1 for a root.
+            padding: which documents are padding.
+            device: where the tensors live; the CPU by default, or the device of `lengths`.
+
+        Raises:
+            ValueError: a negative or non-integer length, more than 2^31 - 1 tokens, or parents
+                that are not a depth-first forest.
+        """
+        if isinstance(lengths, Tensor):
+            device = lengths.device if device is None else device
+            if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
+                raise ValueError(f"lengths must be integers, got {lengths.dtype}")
+        host = tuple(_whole_number(n, "lengths") for n in _to_list(lengths, "lengths"))
+        for d, n in enumerate(host):
+            if n < 0:
+                raise ValueError(f"lengths must not be negative, but lengths[{d}] is {n}")
+        total = sum(host)
+        if total > INT32_MAX:
+            raise ValueError(f"a layout holds at most {INT32_MAX} tokens, but lengths add to {total}")
+        cu_seqlens = torch.zeros(len(host) + 1, dtype=torch.int32)
+        cu_seqlens[1:] = torch.tensor(host, dtype=torch.int64).cumsum(0)
+        layout = DocumentLayout(
+            cu_seqlens,
+            total,
+            _parents_tensor(parents, len(host)),
+            _padding_tensor(padding, len(host)),
+        )
+        layout._derived["lengths"] = host
+        if layout.parents is not None:
+            layout._derived["forest"] = _Forest.build(host, layout.parents.tolist())
+        return layout.to(device) if device is not None else layout
+
+    @staticmethod
+    def from_cu_seqlens(
+        cu_seqlens: Tensor | Sequence[int],
+        *,
+        total_tokens: int | None = None,
+        parents: Sequence[int] | Tensor | None = None,
+        padding: Sequence[bool] | Tensor | None = None,
+    ) -> DocumentLayout:
+        """Documents between consecutive entries of `cu_seqlens`, as flash-attn's varlen calls have it.
+
+        Args:
+            cu_seqlens: int32 or int64 `[num_documents + 1]`.
+            total_tokens: checked against the last entry when given.
+            parents, padding: as in `from_lengths`.
+
+        Raises:
+            ValueError: not 1-D, not integers, not starting at 0, decreasing, or not ending at
+                `total_tokens`.
+        """
+        cu = torch.as_tensor(cu_seqlens)
+        if cu.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"cu_seqlens must be int32 or int64, got {cu.dtype}")
+        if cu.ndim != 1 or cu.numel() == 0:
+            raise ValueError(
+                f"cu_seqlens must have shape [num_documents + 1], got {list(cu.shape)}"
+            )
+        host = cu.tolist()
+        if host[0] != 0:
+            raise ValueError(f"cu_seqlens must start at 0, got {host[0]}")
+        for d in range(len(host) - 1):
+            if host[d + 1] < host[d]:
+                raise ValueError(
+                    "cu_seqlens must not decrease, "
+                    f"but cu_seqlens[{d}] is {host[d]} and cu_seqlens[{d + 1}] is {host[d + 1]}"
+                )
+        if total_tokens is not None and host[-1] != total_tokens:
+            raise ValueError(
+                f"cu_seqlens must end at the number of tokens {total_tokens}, but it ends at {host[-1]}"
+            )
+        lengths = [stop - start for start, stop in zip(host, host[1:])]
+        return DocumentLayout.from_lengths(
+            lengths, parents=parents, padding=padding, device=cu.device
+        )
+
+    @staticmethod
+    def from_position_ids(position_ids: Tensor) -> DocumentLayout:
+        """Documents begin where positions restart at 0, and at every row's start.
+
+        Args:
+            position_ids: integer `[T]` or `[B, T]`; every document counts 0, 1, 2, ...
+
+        Raises:
+            ValueError: a negative position, or a document that does not count up from 0: a jump
+                could be a boundary or not, and a guess could leak.
+        """
+        rows = _rows(position_ids, "position_ids")
+        if (rows < 0).any():
+            raise ValueError(f"position_ids must not be negative, got {int(rows.min())}")
+        starts = torch.ones_like(rows, dtype=torch.bool)
+        starts[:, 1:] = rows[:, 1:] != rows[:, :-1] + 1
+        wrong = (starts & (rows != 0)).nonzero()
+        if wrong.numel():
+            row, column = wrong[0].tolist()
+            raise ValueError(
+                "position_ids must count up from 0 inside each document, "
+                f"but row {row} has position {int(rows[row, column])} at token {column} "
+                "where a document begins or the count jumps"
+            )
+        return _from_starts(starts.flatten(), None)
+
+    @staticmethod
+    def from_document_ids(document_ids: Tensor) -> DocumentLayout:
+        """Documents are runs of equal ids (mamba's `seq_idx`); negative ids are padding.
+
+        Args:
+            document_ids: integer `[T]` or `[B, T]`.
+
+        Raises:
+            ValueError: an id that comes back in a row after another one: its tokens would be one
+                document in two places.
+        """
+        rows = _rows(document_ids, "document_ids")
+        starts = _run_starts(rows)
+        for r, row in enumerate(rows):
+            heads = row[starts[r]]
+            heads = heads[heads >= 0]
+            if heads.unique().numel() != heads.numel():
+                values, counts = heads.unique(return_counts=True)
+                twice = int(values[counts > 1][0])
+                raise ValueError(
+                    f"document_ids must name contiguous tokens, but row {r} has id {twice} in "
+                    "several places"
+                )
+        return _from_starts(starts.flatten(), (rows < 0).flatten())
+
+    @staticmethod
+    def from_attention_mask(attention_mask: Tensor) -> DocumentLayout:
+        """Documents are runs of equal non-zero values; zeros are padding.
+
+        Serves the 0/1 mask of a padded batch (one document a row) and integer segment masks
+        (1, 1, 2, 2, 2, 0) alike.
+
+        Args:
+            attention_mask: bool or integer `[T]` or `[B, T]`.
+
+        Raises:
+            ValueError: a negative value, or a value that comes back after another one.
+        """
+        mask = attention_mask
+        rows = _rows(mask.to(torch.int64) if mask.dtype == torch.bool else mask, "attention_mask")
+        if (rows < 0).any():
+            raise ValueError(f"attention_mask must not be negative, got {int(rows.min())}")
+        ids = torch.where(rows == 0, -1, rows)
+        return DocumentLayout.from_document_ids(ids)
+
+    # ---- plain facts ----
+
+    @property
+    def num_documents(self) -> int:
+        """Documents in the layout, empty ones and padding counted."""
+        return self.cu_seqlens.numel() - 1
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors live."""
+        return self.cu_seqlens.device
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document, on the host. Free from the collator, else read once."""
+        if "lengths" not in self._derived:
+            cu = self.cu_seqlens.tolist()
+            self._derived["lengths"] = tuple(b - a for a, b in zip(cu, cu[1:]))
+        return self._derived["lengths"]
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """First token of each document, on the host."""
+        if "starts" not in self._derived:
+            starts, at = [], 0
+            for n in self.lengths:
+                starts.append(at)
+                at += n
+            self._derived["starts"] = tuple(starts)
+        return self._derived["starts"]
+
+    @property
+    def max_seqlen(self) -> int:
+        """Tokens of the longest document."""
+        return max(self.lengths, default=0)
+
+    @property
+    def is_forest(self) -> bool:
+        """Whether some document continues another."""
+        return self.parents is not None
+
+    @property
+    def document_ids(self) -> Tensor:
+        """int32 `[total_tokens]`: the document of each token (mamba's `seq_idx`)."""
+        return self._once("document_ids", self._document_ids)
+
+    @property
+    def position_ids(self) -> Tensor:
+        """int64 `[total_tokens]`: the place of each token in its document, from 0.
+
+        In a forest a child counts on from its parent's last token.
+        """
+        return self._once("position_ids", self._position_ids)
+
+    @property
+    def padding_tokens(self) -> Tensor | None:
+        """bool `[total_tokens]`, or None where nothing is padding."""
+        if self.padding is None:
+            return None
+        return self._once("padding_tokens", lambda: self._per_token(self.padding))
+
+    def path(self, document: int) -> tuple[int, ...]:
+        """The documents on the way from the root to `document`, which is the last."""
+        forest: _Forest | None = self._derived.get("forest")
+        return (document,) if forest is None else forest.path(document)
+
+    # ---- the mask rule ----
+
+    def visibility(
+        self,
+        causal: bool = True,
+        window_size: tuple[int, int] = (-1, -1),
+        *,
+        chunk_size: int | None = None,
+        prefix_lengths: Sequence[int] | Tensor | None = None,
+        key_layout: DocumentLayout | None = None,
+    ) -> Visibility:
+        """The mask as intervals, made once per kind and shared by all layers.
+
+        Args:
+            causal: a query sees no later position.
+            window_size: (left, right) positions a query sees besides its own, inclusive; -1 is
+                unlimited (flash-attn's meaning).
+            chunk_size: a query sees only its own chunk of its document (llama4).
+            prefix_lengths: `[num_documents]`; the first tokens of each document that every token
+                of that document sees (prefix-LM).
+            key_layout: cross attention: document d's queries see document d's keys, bottom-right
+                aligned. None means self attention.
+
+        Raises:
+            ValueError: a window below -1, a chunk below 1, or layouts that do not match.
+            NotImplementedError: prefixes or cross attention of a forest.
+        """
+        left, right = _check_window(window_size)
+        if chunk_size is not None and chunk_size < 1:
+            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        if causal:
+            right = 0
+        make = lambda: _build_visibility(self, key_layout, left, right, chunk_size, prefix_lengths)  # noqa: E731
+        if prefix_lengths is not None:
+            return make()
+        # The key keeps key_layout itself alive, so an id is never reused while it is cached.
+        return self._once(("visibility", left, right, chunk_size, key_layout), make)
+
+    # ---- devices ----
+
+    def to(
+        self, device: torch.device | str | int, non_blocking: bool = False, **_: Any
+    ) -> DocumentLayout:
+        """The same layout on `device`: itself when it is there, one shared copy otherwise."""
+        device = torch.device(device)
+        if device.type == "cuda" and device.index is None:
+            device = torch.device("cuda", torch.cuda.current_device())
+        if device == self.device:
+            return self
+        return self._once(("to", device), lambda: self._moved(device, non_blocking))
+
+    def pin_memory(self) -> DocumentLayout:
+        """A copy in page-locked memory, for asynchronous transfers (DataLoader calls this)."""
+        return self._mapped(lambda t: t.pin_memory())
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Host facts travel with a pickle, derived tensors are made again where it lands.
+        host = {k: v for k, v in self._derived.items() if k in ("lengths", "starts", "forest")}
+        return {
+            "cu_seqlens": self.cu_seqlens,
+            "total_tokens": self.total_tokens,
+            "parents": self.parents,
+            "padding": self.padding,
+            "_derived": host,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, value)
+
+    def __repr__(self) -> str:
+        kinds = [
+            f"{self.num_documents} documents",
+            f"{self.total_tokens} tokens",
+            *(["forest"] if self.is_forest else []),
+            *(["padding"] if self.padding is not None else []),
+            str(self.device),
+        ]
+        return f"DocumentLayout({', '.join(kinds)})"
+
+    # ---- helpers ----
+
+    def _once(self, key: Any, make: Any) -> Any:
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
+
+    def _document_ids(self) -> Tensor:
+        token = torch.arange(self.total_tokens, dtype=torch.int32, device=self.device)
+        # The number of documents that have ended by this token; empty documents drop out.
+        return torch.searchsorted(self.cu_seqlens[1:], token, right=True, out_int32=True)
+
+    def _position_ids(self) -> Tensor:
+        token = torch.arange(self.total_tokens, device=self.device)
+        place = token - self._per_token(self.cu_seqlens[:-1])
+        if self.is_forest:
+            place = place + self._per_token(self.forest_tensors().path_offset)
+        return place
+
+    def _per_token(self, per_document: Tensor | None) -> Tensor:
+        assert per_document is not None
+        if self.num_documents == 0:
+            return per_document.new_zeros(self.total_tokens)
+        return per_document[self.document_ids.long()]
+
+    def forest_tensors(self) -> _ForestTensors:
+        """Per-document vectors of a forest, on the layout's device."""
+        forest: _Forest = self._derived["forest"]
+        return self._once(
+            "forest_tensors",
+            lambda: _ForestTensors(
+                torch.tensor(forest.path_offset, dtype=torch.int64, device=self.device),
+                torch.tensor(forest.subtree_stop, dtype=torch.int64, device=self.device),
+                forest.depth,
+            ),
+        )
+
+    def _mapped(self, function: Any) -> DocumentLayout:
+        copy = DocumentLayout(
+            function(self.cu_seqlens),
+            self.total_tokens,
+            None if self.parents is None else function(self.parents),
+            None if self.padding is None else function(self.padding),
+        )
+        for key in ("lengths", "starts", "forest"):
+            if key in self._derived:
+                copy._derived[key] = self._derived[key]
+        return copy
+
+    def _moved(self, device: torch.device, non_blocking: bool) -> DocumentLayout:
+        copy = self._mapped(lambda t: t.to(device, non_blocking=non_blocking))
+        copy._derived[("to", self.device)] = self
+        return copy
+
+
+@dataclass(frozen=True)
+class _Forest:
+    """Host facts of a forest, per document."""
+
+    parents: tuple[int, ...]
+    path_offset: tuple[int, ...]  # tokens before the document on its path from the root
+    subtree_stop: tuple[int, ...]  # one past the last token of the document's subtree
+    depth: int  # most ancestors that a document has
+
+    def path(self, document: int) -> tuple[int, ...]:
+        path = [document]
+        while self.parents[path[-1]] >= 0:
+            path.append(self.parents[path[-1]])
+        return tuple(reversed(path))
+
+    @staticmethod
+    def build(lengths: Sequence[int], parents: Sequence[int]) -> _Forest:
+        """Checks that parents come before their children, depth-first, and derives the rest."""
+        offset, stop, at, depth = [0] * len(lengths), [0] * len(lengths), 0, 0
+        branch: list[int] = []  # the path of the document before this one
+        for d, (n, p) in enumerate(zip(lengths, parents)):
+            if not -1 <= p < d:
+                raise ValueError(
+                    f"parents must point to an earlier document or be -1, but parents[{d}] is {p}"
+                )
+            while branch and branch[-1] != p:
+                branch.pop()
+            if p >= 0 and not branch:
+                raise ValueError(
+                    "documents of a forest must stand in depth-first order, "
+                    f"but document {d} continues {p} after another branch has begun"
+                )
+            branch.append(d)
+            offset[d] = 0 if p < 0 else offset[p] + lengths[p]
+            at += n
+            for ancestor in branch:
+                stop[ancestor] = at
+            depth = max(depth, len(branch) - 1)
+        return _Forest(tuple(parents), tuple(offset), tuple(stop), depth)
+
+
+@dataclass(frozen=True, eq=False)
+class _ForestTensors:
+    path_offset: Tensor
+    subtree_stop: Tensor
+    depth: int
+
+
+def _build_visibility(
+    queries: DocumentLayout,
+    key_layout: DocumentLayout | None,
+    left: int,
+    right: int,
+    chunk_size: int | None,
+    prefix_lengths: Sequence[int] | Tensor | None,
+) -> Visibility:
+    """The intervals, all in one place; `right == 0` is causal, -1 is unlimited."""
+    keys = queries if key_layout is None else key_layout
+    forest = queries.is_forest or keys.is_forest
+    if key_layout is not None and key_layout.num_documents != queries.num_documents:
+        raise ValueError(
+            f"layout has {queries.num_documents} documents, "
+            f"but key_layout has {key_layout.num_documents}"
+        )
+    if forest and (prefix_lengths is not None or key_layout is not None):
+        raise NotImplementedError(
+            "a forest has neither prefix_lengths nor a key_layout: "
+            "give the shared prefix as a document of its own"
+        )
+    q, k = _Side.of(queries), _Side.of(keys)
+    # Bottom-right alignment: the last query of a document stands over its last key.
+    shift_q = q.per_token(k.length - q.length)
+    shift_k = k.per_token(k.length - q.length)
+    over = k.begin_for(q) + q.place + shift_q  # the key that stands under each query
+    under = q.begin_for(k) + k.place - shift_k
+    key_begin, key_end = k.begin_for(q), k.end_for(q)
+    query_begin, query_end = q.begin_for(k), q.end_for(k)
+
+    key_start, key_stop = key_begin, key_end
+    query_start, query_stop = query_begin, query_end
+    if left >= 0:
+        key_start = torch.maximum(key_start, over - left)
+        query_stop = torch.minimum(query_stop, under + left + 1)
+    if chunk_size is not None:
+        place = q.place + shift_q
+        key_start = torch.maximum(key_start, over - place % chunk_size)
+        query_stop = torch.minimum(query_stop, under - k.place % chunk_size + chunk_size)
+    if right >= 0:
+        key_stop = torch.minimum(key_stop, over + right + 1)
+        query_start = torch.maximum(query_start, under - right)
+    if prefix_lengths is not None:
+        prefix = _prefix_tensor(prefix_lengths, queries)
+        prefix_stop = torch.minimum(key_begin + q.per_token(prefix), key_end)
+        key_stop = torch.maximum(key_stop, prefix_stop)
+        query_start = torch.where(k.place < k.per_token(prefix), query_begin, query_start)
+    if forest:
+        key_start, query_stop = _forest_hull(queries, left, chunk_size)
+    halves = "either" if not forest else "both" if left >= 0 or chunk_size is not None else "query"
+    key_start, key_stop = _emptied(key_start, key_stop, queries)
+    query_start, query_stop = _emptied(query_start, query_stop, keys)
+    to32 = lambda t: t.to(torch.int32).contiguous()  # noqa: E731
+    return Visibility(
+        to32(key_start), to32(key_stop), to32(query_start), to32(query_stop), halves
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Side:
+    """Per-document begins, ends and lengths of one side, and how to spread them over tokens."""
+
+    layout: DocumentLayout
+    begin: Tensor
+    end: Tensor
+    length: Tensor
+    place: Tensor  # of each token in its own document, forests not counted on
+
+    @staticmethod
+    def of(layout: DocumentLayout) -> _Side:
+        begin, end = layout.cu_seqlens[:-1].long(), layout.cu_seqlens[1:].long()
+        token = torch.arange(layout.total_tokens, device=layout.device)
+        return _Side(layout, begin, end, end - begin, token - layout._per_token(begin))
+
+    def per_token(self, per_document: Tensor) -> Tensor:
+        return self.layout._per_token(per_document)
+
+    def begin_for(self, tokens: _Side) -> Tensor:
+        """Where this side's document begins, for each token of the other side."""
+        return tokens.per_token(self.begin)
+
+    def end_for(self, tokens: _Side) -> Tensor:
+        return tokens.per_token(self.end)
+
+
+def _forest_hull(
+    layout: DocumentLayout, left: int, chunk_size: int | None
+) -> tuple[Tensor, Tensor]:
+    """key_start: the first token on each query's path that the window lets it see. query_stop: the
+    end of each key's subtree."""
+    forest = layout.forest_tensors()
+    position = layout.position_ids
+    first = torch.zeros_like(position)
+    if left >= 0:
+        first = torch.maximum(first, position - left)
+    if chunk_size is not None:
+        first = torch.maximum(first, position - position % chunk_size)
+    assert layout.parents is not None
+    document = layout.document_ids.long()
+    for _ in range(forest.depth):
+        above = forest.path_offset[document] > first
+        document = torch.where(above, layout.parents[document].long(), document)
+    begin = layout.cu_seqlens[:-1].long()
+    key_start = begin[document] + first - forest.path_offset[document]
+    return key_start, layout._per_token(forest.subtree_stop)
+
+
+def _emptied(start: Tensor, stop: Tensor, layout: DocumentLayout) -> tuple[Tensor, Tensor]:
+    """Crossed intervals and padding's become empty."""
+    stop = torch.maximum(start, stop)
+    if layout.padding_tokens is not None:
+        stop = torch.where(layout.padding_tokens, start, stop)
+    return start, stop
+
+
+def _from_starts(starts: Tensor, padding: Tensor | None) -> DocumentLayout:
+    """Documents begin where `starts` (bool, flat) is true; `padding` (bool, flat) marks tokens."""
+    first = starts.nonzero().flatten()
+    cu = torch.cat([first, first.new_tensor([starts.numel()])])
+    pad = None
+    if padding is not None and bool(padding.any()):
+        pad = padding[first]
+    return DocumentLayout.from_lengths(cu.diff(), padding=pad, device=starts.device)
+
+
+def _run_starts(rows: Tensor) -> Tensor:
+    starts = torch.ones_like(rows, dtype=torch.bool)
+    starts[:, 1:] = rows[:, 1:] != rows[:, :-1]
+    return starts
+
+
+def _rows(ids: Tensor, name: str) -> Tensor:
+    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
+        raise ValueError(f"{name} must be integers, got {ids.dtype}")
+    if ids.ndim not in (1, 2):
+        raise ValueError(f"{name} must have shape [T] or [B, T], got {list(ids.shape)}")
+    return ids.reshape(-1, ids.shape[-1])
+
+
+def _check_window(window_size: tuple[int, int]) -> tuple[int, int]:
+    left, right = window_size
+    for side in (left, right):
+        if not isinstance(side, int) or side < -1:
+            raise ValueError(
+                f"window_size must hold two integers of at least -1 (unlimited), got {window_size}"
+            )
+    return left, right
+
+
+def _to_list(values: Sequence[Any] | Tensor, name: str) -> list[Any]:
+    if isinstance(values, Tensor):
+        if values.ndim != 1:
+            raise ValueError(f"{name} must be one-dimensional, got shape {list(values.shape)}")
+        return values.tolist()
+    return list(values)
+
+
+def _whole_number(value: Any, name: str) -> int:
+    if isinstance(value, bool) or int(value) != value:
+        raise ValueError(f"{name} must be integers, got {value!r}")
+    return int(value)
+
+
+def _parents_tensor(parents: Sequence[int] | Tensor | None, documents: int) -> Tensor | None:
+    if parents is None:
+        return None
+    host = [_whole_number(p, "parents") for p in _to_list(parents, "parents")]
+    if len(host) != documents:
+        raise ValueError(f"parents has {len(host)} entries for {documents} documents")
+    return torch.tensor(host, dtype=torch.int32)
+
+
+def _padding_tensor(padding: Sequence[bool] | Tensor | None, documents: int) -> Tensor | None:
+    if padding is None:
+        return None
+    host = [bool(p) for p in _to_list(padding, "padding")]
+    if len(host) != documents:
+        raise ValueError(f"padding has {len(host)} entries for {documents} documents")
+    return torch.tensor(host, dtype=torch.bool) if any(host) else None
+
+
+def _prefix_tensor(prefix_lengths: Sequence[int] | Tensor, layout: DocumentLayout) -> Tensor:
+    prefix = torch.as_tensor(prefix_lengths, device=layout.device).long()
+    if list(prefix.shape) != [layout.num_documents]:
+        raise ValueError(
+            f"prefix_lengths must have shape [{layout.num_documents}], got {list(prefix.shape)}"
+        )
+    return prefix

@@ -1,0 +1,116 @@
+"""The specification of packed attention: one document at a time, in plain torch, float64-able.
+
+Nothing here knows of intervals. Each document gathers the keys it may see and its mask is written
+from the positions, so the interval rule and every kernel are tested against something independent.
+Autograd gives the gradients.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from packed_attn.request import AttentionRequest
+
+
+def reference_attention(request: AttentionRequest) -> tuple[Tensor, Tensor]:
+    """Attention, document by document.
+
+    Returns:
+        out `[total_queries, num_heads, value_head_dim]` in q's dtype, and lse
+        `[num_heads, total_queries]`, the natural log of the sum of exponentials (a sink counted),
+        float32 or float64. Rows that see nothing have out 0 and lse -inf.
+    """
+    queries, keys = request.layout, request.keys
+    num_heads, dv = request.num_heads, request.v.shape[-1]
+    lse_dtype = torch.promote_types(request.q.dtype, torch.float32)
+    group = num_heads // request.num_kv_heads
+    # No rows, but all three inputs: where every document is padding, gradients are 0 and not None.
+    anchor = request.v[:0].repeat_interleave(group, dim=1) + request.q[:0].sum() + request.k[:0].sum()
+    outs = [anchor]
+    lses = [request.q.new_zeros(num_heads, 0, dtype=lse_dtype)]
+    for document, (start, length) in enumerate(zip(queries.starts, queries.lengths)):
+        if length == 0:
+            continue
+        key_tokens = _key_tokens(request, document)
+        if _is_padding(queries, document) or key_tokens.numel() == 0:
+            outs.append(request.q.new_zeros(length, num_heads, dv))
+            lses.append(
+                torch.full((num_heads, length), -torch.inf, dtype=lse_dtype, device=request.q.device)
+            )
+            continue
+        q = request.q[start : start + length]
+        visible = _visible(request, document, length, key_tokens.numel())
+        out, lse = _attend(request, q, request.k[key_tokens], request.v[key_tokens], visible)
+        outs.append(out)
+        lses.append(lse.to(lse_dtype))
+    return torch.cat(outs), torch.cat(lses, dim=1)
+
+
+def _is_padding(layout, document: int) -> bool:
+    return layout.padding is not None and bool(layout.padding[document])
+
+
+def _key_tokens(request: AttentionRequest, document: int) -> Tensor:
+    """Stream indices of the keys on the document's path, padding left out."""
+    keys = request.keys
+    spans = [
+        torch.arange(keys.starts[d], keys.starts[d] + keys.lengths[d], device=keys.device)
+        for d in keys.path(document)
+        if not _is_padding(keys, d)
+    ]
+    return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long, device=keys.device)
+
+
+def _visible(request: AttentionRequest, document: int, queries: int, keys: int) -> Tensor:
+    """The mask of one document from positions, bool `[queries, keys]`; the last query of the
+    document stands over its last key."""
+    device = request.q.device
+    i = torch.arange(queries, device=device)[:, None] + (keys - queries)
+    j = torch.arange(keys, device=device)[None, :]
+    left, right = request.window_size
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    if request.causal:
+        visible &= j <= i
+    elif right >= 0:
+        visible &= j - i <= right
+    if request.prefix_lengths is not None:
+        visible |= j < int(request.prefix_lengths[document])
+    if left >= 0:
+        visible &= i - j <= left
+    if request.chunk_size is not None:
+        visible &= torch.div(i, request.chunk_size, rounding_mode="floor") == torch.div(
+            j, request.chunk_size, rounding_mode="floor"
+        )
+    return visible
+
+
+def _attend(
+    request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, visible: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of one document: out `[n, heads, dv]` and lse `[heads, n]`."""
+    group = request.num_heads // request.num_kv_heads
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    # Half precision accumulates in float32, as every kernel does.
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = torch.einsum("ihd,jhd->hij", q.to(wide), k.to(wide)) * request.softmax_scale
+    if request.softcap is not None:
+        scores = request.softcap * torch.tanh(scores / request.softcap)
+    if request.alibi_slopes is not None:
+        i = torch.arange(q.shape[0], device=q.device)[:, None] + (k.shape[0] - q.shape[0])
+        distance = (i - torch.arange(k.shape[0], device=q.device)[None, :]).abs()
+        scores = scores - request.alibi_slopes.to(wide)[:, None, None] * distance
+    scores = scores.masked_fill(~visible, -torch.inf)
+    if request.sinks is not None:
+        sink = request.sinks.to(wide)[:, None, None].expand(-1, q.shape[0], 1)
+        lse = torch.logsumexp(torch.cat([scores, sink], dim=-1), dim=-1)
+    else:
+        lse = torch.logsumexp(scores, dim=-1)
+    # A row that sees nothing has lse -inf; its weights are zeros, not -inf - -inf.
+    finite = torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
+    weights = torch.exp(scores - finite[..., None])
+    if request.dropout_p > 0.0:
+        weights = torch.dropout(weights, request.dropout_p, True)
+    # The product is rounded once: a kernel that keeps the weights wide cannot be held to less.
+    out = torch.einsum("hij,jhd->ihd", weights, v.to(wide)).to(q.dtype)
+    return out, lse

@@ -1,0 +1,168 @@
+"""One call of attention as a value: its tensors, its mask and its score modifiers, checked once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from packed_attn.layout import DocumentLayout, Visibility
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionRequest:
+    """What `attention` was asked for, after its checks. Backends read it and nothing else.
+
+    Shapes: q `[total_queries, num_heads, head_dim]`, k `[total_keys, num_kv_heads, head_dim]`,
+    v `[total_keys, num_kv_heads, value_head_dim]`; sinks and alibi_slopes `[num_heads]`.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: DocumentLayout
+    key_layout: DocumentLayout | None
+    causal: bool
+    window_size: tuple[int, int]
+    chunk_size: int | None
+    prefix_lengths: Sequence[int] | Tensor | None
+    softmax_scale: float
+    softcap: float | None
+    sinks: Tensor | None
+    alibi_slopes: Tensor | None
+    dropout_p: float
+    deterministic: bool
+    return_lse: bool
+    confine_nonfinite: bool
+
+    @property
+    def num_heads(self) -> int:
+        return self.q.shape[1]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k.shape[1]
+
+    @property
+    def keys(self) -> DocumentLayout:
+        """The layout of the key side."""
+        return self.layout if self.key_layout is None else self.key_layout
+
+    def visibility(self) -> Visibility:
+        """The mask as intervals, cached in the layout."""
+        return self.layout.visibility(
+            self.causal,
+            self.window_size,
+            chunk_size=self.chunk_size,
+            prefix_lengths=self.prefix_lengths,
+            key_layout=self.key_layout,
+        )
+
+
+def checked_request(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: DocumentLayout,
+    *,
+    key_layout: DocumentLayout | None,
+    causal: bool,
+    window_size: tuple[int, int],
+    chunk_size: int | None,
+    prefix_lengths: Sequence[int] | Tensor | None,
+    softmax_scale: float | None,
+    softcap: float | None,
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    dropout_p: float,
+    deterministic: bool,
+    return_lse: bool,
+    confine_nonfinite: bool,
+) -> AttentionRequest:
+    """A request whose arguments agree with each other.
+
+    Raises:
+        ValueError: names the argument, the rule and the value.
+    """
+    _check_tensors(q, k, v)
+    _check_layout("layout", layout, "q", q)
+    _check_layout("layout" if key_layout is None else "key_layout", key_layout or layout, "k", k)
+    for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
+        if per_head is not None:
+            if list(per_head.shape) != [q.shape[1]]:
+                raise ValueError(
+                    f"{name} must have shape [num_heads] = [{q.shape[1]}], "
+                    f"got {list(per_head.shape)}"
+                )
+            if per_head.device != q.device:
+                raise ValueError(f"{name} is on {per_head.device}, but q is on {q.device}")
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    if not math.isfinite(softmax_scale) or softmax_scale <= 0:
+        raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
+    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
+        raise ValueError(f"softcap must be positive and finite, or None for off, got {softcap}")
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    request = AttentionRequest(
+        q,
+        k,
+        v,
+        layout,
+        key_layout,
+        causal,
+        tuple(window_size),
+        chunk_size,
+        prefix_lengths,
+        float(softmax_scale),
+        softcap,
+        sinks,
+        alibi_slopes,
+        dropout_p,
+        deterministic,
+        return_lse,
+        confine_nonfinite,
+    )
+    request.visibility()  # checks window, chunk and prefix, and is needed by most backends anyway
+    return request
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 3:
+            raise ValueError(
+                f"{name} must have shape [total_tokens, heads, head_dim], got {list(x.shape)}"
+            )
+        if x.dtype != q.dtype:
+            raise ValueError(f"q, k and v must share a dtype, but {name} is {x.dtype} and q {q.dtype}")
+        if x.device != q.device:
+            raise ValueError(f"q, k and v must share a device, but {name} is on {x.device}")
+    if not q.dtype.is_floating_point:
+        raise ValueError(f"q must be floating point, got {q.dtype}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k has head_dim {k.shape[-1]}, but q has {q.shape[-1]}")
+    if v.shape[:2] != k.shape[:2]:
+        raise ValueError(
+            f"k and v must agree in tokens and heads, but k is {list(k.shape)} and v {list(v.shape)}"
+        )
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"num_heads must be a multiple of num_kv_heads, got {q.shape[1]} and {k.shape[1]}"
+        )
+
+
+def _check_layout(name: str, layout: DocumentLayout, tensor_name: str, x: Tensor) -> None:
+    if not isinstance(layout, DocumentLayout):
+        raise ValueError(f"{name} must be a DocumentLayout, got {type(layout).__name__}")
+    if layout.total_tokens != x.shape[0]:
+        raise ValueError(
+            f"{name} covers {layout.total_tokens} tokens, but {tensor_name} has {x.shape[0]}"
+        )
+    if layout.device != x.device:
+        raise ValueError(
+            f"{name} is on {layout.device}, but {tensor_name} is on {x.device}: "
+            "use layout.to(device)"
+        )
+

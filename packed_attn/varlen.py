@@ -1,0 +1,85 @@
+"""flash-attn's varlen call, answered by packed-attn: switch by changing an import."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from packed_attn.attention import attention
+from packed_attn.layout import DocumentLayout
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor, None]:
+    """`flash_attn.flash_attn_varlen_func` with its signature and meaning.
+
+    Args:
+        q: `[total_q, num_heads, head_dim]`.
+        k, v: `[total_k, num_kv_heads, head_dim]`.
+        cu_seqlens_q, cu_seqlens_k: int32 `[num_documents + 1]`. Tokens past the last entry belong
+            to no document: their output and gradients are 0.
+        max_seqlen_q, max_seqlen_k: accepted for compatibility; not needed.
+        softcap: 0.0 is off, as in flash-attn.
+        window_size, causal, alibi_slopes, deterministic, dropout_p, softmax_scale: see `attention`.
+        return_attn_probs: also return lse `[num_heads, total_q]` and None.
+
+    Returns:
+        out `[total_q, num_heads, head_dim]`, or `(out, lse, None)`.
+
+    Raises:
+        ValueError: arguments that disagree.
+        NotImplementedError: a `block_table` (paged keys and values are for inference).
+    """
+    if block_table is not None:
+        raise NotImplementedError("block_table: paged keys and values are not supported")
+    for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if cu.dtype != torch.int32:
+            raise ValueError(f"{name} must be int32, got {cu.dtype}")
+    layout = _layout("cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    same = cu_seqlens_k is cu_seqlens_q or torch.equal(cu_seqlens_q, cu_seqlens_k)
+    key_layout = None if same else _layout("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    out, lse = attention(
+        q,
+        k,
+        v,
+        layout,
+        key_layout=key_layout,
+        causal=causal,
+        window_size=window_size,
+        softmax_scale=softmax_scale,
+        softcap=softcap or None,
+        alibi_slopes=alibi_slopes,
+        dropout_p=dropout_p,
+        deterministic=deterministic,
+        return_lse=True,
+    )
+    return (out, lse, None) if return_attn_probs else out
+
+
+def _layout(name: str, cu_seqlens: Tensor, total_tokens: int) -> DocumentLayout:
+    """Documents of `cu_seqlens`; one document of padding for the tokens past its end."""
+    layout = DocumentLayout.from_cu_seqlens(cu_seqlens)
+    beyond = total_tokens - layout.total_tokens
+    if beyond < 0:
+        raise ValueError(
+            f"{name} ends at {layout.total_tokens}, but there are only {total_tokens} tokens"
+        )
+    lengths = [*layout.lengths, beyond]
+    padding = [False] * layout.num_documents + [beyond > 0]
+    return DocumentLayout.from_lengths(lengths, padding=padding, device=cu_seqlens.device)
