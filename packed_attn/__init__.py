@@ -1,9 +1,22 @@
 """packed-attn: exact packing of documents for LLM fine-tuning."""
 
 from packed_attn.attention import attention
+from packed_attn.audit import IsolationReport, audit
+from packed_attn.collator import PackedCollator
 from packed_attn.layout import DocumentLayout, Visibility
+from packed_attn.patching import patch_model, unpatch_model
 from packed_attn.varlen import flash_attn_varlen_func
 
 __version__ = "0.1.0"
 
-__all__ = ["DocumentLayout", "Visibility", "attention", "flash_attn_varlen_func"]
+__all__ = [
+    "DocumentLayout",
+    "IsolationReport",
+    "PackedCollator",
+    "Visibility",
+    "attention",
+    "audit",
+    "flash_attn_varlen_func",
+    "patch_model",
+    "unpatch_model",
+]

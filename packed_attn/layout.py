@@ -4,46 +4,24 @@ A *document* is one example's tokens, the unit of isolation; a *pack* is documen
 `DocumentLayout` says how a stream of `total_tokens` tokens divides into documents. `visibility`
 turns it into the one mask rule that every kernel follows:
 
-    query i sees key j   iff   key_start[i] <= j < key_stop[i]   and   query_start[j] <= i < query_stop[j]
+    query i sees key j   iff   key_start[i] <= j < key_stop[i]
+                         and   query_start[j] <= i < query_stop[j]
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from packed_attn.visibility import Visibility, build_visibility, check_window, is_whole
+
 INT32_MAX = 2**31 - 1
-
-
-@dataclass(frozen=True, eq=False)
-class Visibility:
-    """Who sees whom, as four int32 vectors.
-
-    Shapes: key_start, key_stop `[total_queries]`; query_start, query_stop `[total_keys]`.
-    An empty interval (start == stop) belongs to a token that sees nothing or that nobody sees.
-
-    `halves` says which half of the rule decides alone: `"either"` (plain documents: the halves are
-    transposes of each other), `"query"` (forests: only query_start/query_stop tell siblings
-    apart) or `"both"` (forests with a window or chunks).
-    """
-
-    key_start: Tensor
-    key_stop: Tensor
-    query_start: Tensor
-    query_stop: Tensor
-    halves: Literal["either", "query", "both"]
-
-    def dense(self) -> Tensor:
-        """The rule written out, bool `[total_queries, total_keys]`: for tests and pictures only."""
-        i = torch.arange(self.key_start.numel(), device=self.key_start.device)[:, None]
-        j = torch.arange(self.query_start.numel(), device=self.key_start.device)[None, :]
-        by_query = (self.key_start[:, None] <= j) & (j < self.key_stop[:, None])
-        by_key = (self.query_start[None, :] <= i) & (i < self.query_stop[None, :])
-        return by_query & by_key
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -98,31 +76,36 @@ class DocumentLayout:
             device: where the tensors live; the CPU by default, or the device of `lengths`.
 
         Raises:
-            ValueError: a negative or non-integer length, more than 2^31 - 1 tokens, or parents
-                that are not a depth-first forest.
+            ValueError: a negative or non-integer length, more than 2^31 - 1 tokens, parents that
+                are not a depth-first forest, or padding that has a parent or a child.
         """
         if isinstance(lengths, Tensor):
             device = lengths.device if device is None else device
             if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
                 raise ValueError(f"lengths must be integers, got {lengths.dtype}")
-        host = tuple(_whole_number(n, "lengths") for n in _to_list(lengths, "lengths"))
+        host = tuple(_whole_numbers(lengths, "lengths"))
         for d, n in enumerate(host):
             if n < 0:
                 raise ValueError(f"lengths must not be negative, but lengths[{d}] is {n}")
         total = sum(host)
         if total > INT32_MAX:
-            raise ValueError(f"a layout holds at most {INT32_MAX} tokens, but lengths add to {total}")
+            raise ValueError(
+                f"a layout holds at most {INT32_MAX} tokens, but lengths add to {total}"
+            )
         cu_seqlens = torch.zeros(len(host) + 1, dtype=torch.int32)
         cu_seqlens[1:] = torch.tensor(host, dtype=torch.int64).cumsum(0)
+        links = _host_parents(parents, len(host))
+        flags = _host_padding(padding, len(host))
         layout = DocumentLayout(
             cu_seqlens,
             total,
-            _parents_tensor(parents, len(host)),
-            _padding_tensor(padding, len(host)),
+            None if links is None else torch.tensor(links, dtype=torch.int32),
+            None if flags is None else torch.tensor(flags, dtype=torch.bool),
         )
         layout._derived["lengths"] = host
-        if layout.parents is not None:
-            layout._derived["forest"] = _Forest.build(host, layout.parents.tolist())
+        if links is not None:
+            layout._derived["forest"] = _Forest.build(host, links)
+            _check_padding_stands_alone(links, flags)
         return layout.to(device) if device is not None else layout
 
     @staticmethod
@@ -133,7 +116,7 @@ class DocumentLayout:
         parents: Sequence[int] | Tensor | None = None,
         padding: Sequence[bool] | Tensor | None = None,
     ) -> DocumentLayout:
-        """Documents between consecutive entries of `cu_seqlens`, as flash-attn's varlen calls have it.
+        """Documents between consecutive entries of `cu_seqlens`, as in flash-attn's varlen calls.
 
         Args:
             cu_seqlens: int32 or int64 `[num_documents + 1]`.
@@ -162,9 +145,10 @@ class DocumentLayout:
                 )
         if total_tokens is not None and host[-1] != total_tokens:
             raise ValueError(
-                f"cu_seqlens must end at the number of tokens {total_tokens}, but it ends at {host[-1]}"
+                f"cu_seqlens must end at the number of tokens {total_tokens}, "
+                f"but it ends at {host[-1]}"
             )
-        lengths = [stop - start for start, stop in zip(host, host[1:])]
+        lengths = [stop - start for start, stop in pairwise(host)]
         return DocumentLayout.from_lengths(
             lengths, parents=parents, padding=padding, device=cu.device
         )
@@ -206,19 +190,7 @@ class DocumentLayout:
             ValueError: an id that comes back in a row after another one: its tokens would be one
                 document in two places.
         """
-        rows = _rows(document_ids, "document_ids")
-        starts = _run_starts(rows)
-        for r, row in enumerate(rows):
-            heads = row[starts[r]]
-            heads = heads[heads >= 0]
-            if heads.unique().numel() != heads.numel():
-                values, counts = heads.unique(return_counts=True)
-                twice = int(values[counts > 1][0])
-                raise ValueError(
-                    f"document_ids must name contiguous tokens, but row {r} has id {twice} in "
-                    "several places"
-                )
-        return _from_starts(starts.flatten(), (rows < 0).flatten())
+        return _from_runs(_rows(document_ids, "document_ids"), "document_ids")
 
     @staticmethod
     def from_attention_mask(attention_mask: Tensor) -> DocumentLayout:
@@ -237,8 +209,7 @@ class DocumentLayout:
         rows = _rows(mask.to(torch.int64) if mask.dtype == torch.bool else mask, "attention_mask")
         if (rows < 0).any():
             raise ValueError(f"attention_mask must not be negative, got {int(rows.min())}")
-        ids = torch.where(rows == 0, -1, rows)
-        return DocumentLayout.from_document_ids(ids)
+        return _from_runs(torch.where(rows == 0, -1, rows), "attention_mask")
 
     # ---- plain facts ----
 
@@ -257,7 +228,7 @@ class DocumentLayout:
         """Tokens of each document, on the host. Free from the collator, else read once."""
         if "lengths" not in self._derived:
             cu = self.cu_seqlens.tolist()
-            self._derived["lengths"] = tuple(b - a for a, b in zip(cu, cu[1:]))
+            self._derived["lengths"] = tuple(stop - start for start, stop in pairwise(cu))
         return self._derived["lengths"]
 
     @property
@@ -295,16 +266,27 @@ class DocumentLayout:
         return self._once("position_ids", self._position_ids)
 
     @property
+    def document_starts(self) -> Tensor:
+        """bool `[total_tokens]`: whether a token is the first of its document."""
+        return self._once("document_starts", self._document_starts)
+
+    @property
     def padding_tokens(self) -> Tensor | None:
         """bool `[total_tokens]`, or None where nothing is padding."""
         if self.padding is None:
             return None
-        return self._once("padding_tokens", lambda: self._per_token(self.padding))
+        padding = self.padding
+        return self._once("padding_tokens", lambda: self.per_token(padding))
 
     def path(self, document: int) -> tuple[int, ...]:
         """The documents on the way from the root to `document`, which is the last."""
-        forest: _Forest | None = self._derived.get("forest")
-        return (document,) if forest is None else forest.path(document)
+        return self._forest().path(document) if self.is_forest else (document,)
+
+    def per_token(self, per_document: Tensor) -> Tensor:
+        """`[num_documents]` spread over the tokens: `[total_tokens]`."""
+        if self.num_documents == 0:
+            return per_document.new_zeros(self.total_tokens)
+        return per_document[self.document_ids.long()]
 
     # ---- the mask rule ----
 
@@ -333,12 +315,18 @@ class DocumentLayout:
             ValueError: a window below -1, a chunk below 1, or layouts that do not match.
             NotImplementedError: prefixes or cross attention of a forest.
         """
-        left, right = _check_window(window_size)
-        if chunk_size is not None and chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+        # No document is longer than INT32_MAX, and position + INT32_MAX cannot overflow.
+        left, right = (min(side, INT32_MAX) for side in check_window(window_size))
+        if chunk_size is not None:
+            if not is_whole(chunk_size) or chunk_size < 1:
+                raise ValueError(f"chunk_size must be an integer of at least 1, got {chunk_size!r}")
+            chunk_size = min(chunk_size, INT32_MAX)
         if causal:
             right = 0
-        make = lambda: _build_visibility(self, key_layout, left, right, chunk_size, prefix_lengths)  # noqa: E731
+
+        def make() -> Visibility:
+            return build_visibility(self, key_layout, left, right, chunk_size, prefix_lengths)
+
         if prefix_lengths is not None:
             return make()
         # The key keeps key_layout itself alive, so an id is never reused while it is cached.
@@ -351,8 +339,9 @@ class DocumentLayout:
     ) -> DocumentLayout:
         """The same layout on `device`: itself when it is there, one shared copy otherwise."""
         device = torch.device(device)
-        if device.type == "cuda" and device.index is None:
-            device = torch.device("cuda", torch.cuda.current_device())
+        if device.index is None and device.type != "cpu":
+            # "cuda" means the current one: ask where a tensor would land.
+            device = torch.empty(0, device=device).device
         if device == self.device:
             return self
         return self._once(("to", device), lambda: self._moved(device, non_blocking))
@@ -400,20 +389,26 @@ class DocumentLayout:
 
     def _position_ids(self) -> Tensor:
         token = torch.arange(self.total_tokens, device=self.device)
-        place = token - self._per_token(self.cu_seqlens[:-1])
+        place = token - self.per_token(self.cu_seqlens[:-1])
         if self.is_forest:
-            place = place + self._per_token(self.forest_tensors().path_offset)
+            place = place + self.per_token(self.forest_tensors().path_offset)
         return place
 
-    def _per_token(self, per_document: Tensor | None) -> Tensor:
-        assert per_document is not None
-        if self.num_documents == 0:
-            return per_document.new_zeros(self.total_tokens)
-        return per_document[self.document_ids.long()]
+    def _document_starts(self) -> Tensor:
+        ids = self.document_ids
+        starts = torch.ones_like(ids, dtype=torch.bool)
+        starts[1:] = ids[1:] != ids[:-1]
+        return starts
+
+    def _forest(self) -> _Forest:
+        links = [] if self.parents is None else self.parents
+        return self._once(
+            "forest", lambda: _Forest.build(self.lengths, _whole_numbers(links, "parents"))
+        )
 
     def forest_tensors(self) -> _ForestTensors:
         """Per-document vectors of a forest, on the layout's device."""
-        forest: _Forest = self._derived["forest"]
+        forest = self._forest()
         return self._once(
             "forest_tensors",
             lambda: _ForestTensors(
@@ -489,121 +484,6 @@ class _ForestTensors:
     depth: int
 
 
-def _build_visibility(
-    queries: DocumentLayout,
-    key_layout: DocumentLayout | None,
-    left: int,
-    right: int,
-    chunk_size: int | None,
-    prefix_lengths: Sequence[int] | Tensor | None,
-) -> Visibility:
-    """The intervals, all in one place; `right == 0` is causal, -1 is unlimited."""
-    keys = queries if key_layout is None else key_layout
-    forest = queries.is_forest or keys.is_forest
-    if key_layout is not None and key_layout.num_documents != queries.num_documents:
-        raise ValueError(
-            f"layout has {queries.num_documents} documents, "
-            f"but key_layout has {key_layout.num_documents}"
-        )
-    if forest and (prefix_lengths is not None or key_layout is not None):
-        raise NotImplementedError(
-            "a forest has neither prefix_lengths nor a key_layout: "
-            "give the shared prefix as a document of its own"
-        )
-    q, k = _Side.of(queries), _Side.of(keys)
-    # Bottom-right alignment: the last query of a document stands over its last key.
-    shift_q = q.per_token(k.length - q.length)
-    shift_k = k.per_token(k.length - q.length)
-    over = k.begin_for(q) + q.place + shift_q  # the key that stands under each query
-    under = q.begin_for(k) + k.place - shift_k
-    key_begin, key_end = k.begin_for(q), k.end_for(q)
-    query_begin, query_end = q.begin_for(k), q.end_for(k)
-
-    key_start, key_stop = key_begin, key_end
-    query_start, query_stop = query_begin, query_end
-    if left >= 0:
-        key_start = torch.maximum(key_start, over - left)
-        query_stop = torch.minimum(query_stop, under + left + 1)
-    if chunk_size is not None:
-        place = q.place + shift_q
-        key_start = torch.maximum(key_start, over - place % chunk_size)
-        query_stop = torch.minimum(query_stop, under - k.place % chunk_size + chunk_size)
-    if right >= 0:
-        key_stop = torch.minimum(key_stop, over + right + 1)
-        query_start = torch.maximum(query_start, under - right)
-    if prefix_lengths is not None:
-        prefix = _prefix_tensor(prefix_lengths, queries)
-        prefix_stop = torch.minimum(key_begin + q.per_token(prefix), key_end)
-        key_stop = torch.maximum(key_stop, prefix_stop)
-        query_start = torch.where(k.place < k.per_token(prefix), query_begin, query_start)
-    if forest:
-        key_start, query_stop = _forest_hull(queries, left, chunk_size)
-    halves = "either" if not forest else "both" if left >= 0 or chunk_size is not None else "query"
-    key_start, key_stop = _emptied(key_start, key_stop, queries)
-    query_start, query_stop = _emptied(query_start, query_stop, keys)
-    to32 = lambda t: t.to(torch.int32).contiguous()  # noqa: E731
-    return Visibility(
-        to32(key_start), to32(key_stop), to32(query_start), to32(query_stop), halves
-    )
-
-
-@dataclass(frozen=True, eq=False)
-class _Side:
-    """Per-document begins, ends and lengths of one side, and how to spread them over tokens."""
-
-    layout: DocumentLayout
-    begin: Tensor
-    end: Tensor
-    length: Tensor
-    place: Tensor  # of each token in its own document, forests not counted on
-
-    @staticmethod
-    def of(layout: DocumentLayout) -> _Side:
-        begin, end = layout.cu_seqlens[:-1].long(), layout.cu_seqlens[1:].long()
-        token = torch.arange(layout.total_tokens, device=layout.device)
-        return _Side(layout, begin, end, end - begin, token - layout._per_token(begin))
-
-    def per_token(self, per_document: Tensor) -> Tensor:
-        return self.layout._per_token(per_document)
-
-    def begin_for(self, tokens: _Side) -> Tensor:
-        """Where this side's document begins, for each token of the other side."""
-        return tokens.per_token(self.begin)
-
-    def end_for(self, tokens: _Side) -> Tensor:
-        return tokens.per_token(self.end)
-
-
-def _forest_hull(
-    layout: DocumentLayout, left: int, chunk_size: int | None
-) -> tuple[Tensor, Tensor]:
-    """key_start: the first token on each query's path that the window lets it see. query_stop: the
-    end of each key's subtree."""
-    forest = layout.forest_tensors()
-    position = layout.position_ids
-    first = torch.zeros_like(position)
-    if left >= 0:
-        first = torch.maximum(first, position - left)
-    if chunk_size is not None:
-        first = torch.maximum(first, position - position % chunk_size)
-    assert layout.parents is not None
-    document = layout.document_ids.long()
-    for _ in range(forest.depth):
-        above = forest.path_offset[document] > first
-        document = torch.where(above, layout.parents[document].long(), document)
-    begin = layout.cu_seqlens[:-1].long()
-    key_start = begin[document] + first - forest.path_offset[document]
-    return key_start, layout._per_token(forest.subtree_stop)
-
-
-def _emptied(start: Tensor, stop: Tensor, layout: DocumentLayout) -> tuple[Tensor, Tensor]:
-    """Crossed intervals and padding's become empty."""
-    stop = torch.maximum(start, stop)
-    if layout.padding_tokens is not None:
-        stop = torch.where(layout.padding_tokens, start, stop)
-    return start, stop
-
-
 def _from_starts(starts: Tensor, padding: Tensor | None) -> DocumentLayout:
     """Documents begin where `starts` (bool, flat) is true; `padding` (bool, flat) marks tokens."""
     first = starts.nonzero().flatten()
@@ -614,31 +494,31 @@ def _from_starts(starts: Tensor, padding: Tensor | None) -> DocumentLayout:
     return DocumentLayout.from_lengths(cu.diff(), padding=pad, device=starts.device)
 
 
-def _run_starts(rows: Tensor) -> Tensor:
+def _from_runs(rows: Tensor, name: str) -> DocumentLayout:
+    """Documents are runs of equal values of `rows` `[B, T]`; negative ones are padding."""
     starts = torch.ones_like(rows, dtype=torch.bool)
     starts[:, 1:] = rows[:, 1:] != rows[:, :-1]
-    return starts
+    for r, row in enumerate(rows):
+        heads = row[starts[r]]
+        values, counts = heads[heads >= 0].unique(return_counts=True)
+        if (counts > 1).any():
+            raise ValueError(
+                f"{name} must name contiguous tokens, "
+                f"but row {r} has {int(values[counts > 1][0])} in several places"
+            )
+    return _from_starts(starts.flatten(), (rows < 0).flatten())
 
 
 def _rows(ids: Tensor, name: str) -> Tensor:
+    """`[T]` or `[B, T]` integers as int64 `[B, T]`: narrow types would wrap around."""
     if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, got {ids.dtype}")
     if ids.ndim not in (1, 2):
         raise ValueError(f"{name} must have shape [T] or [B, T], got {list(ids.shape)}")
-    return ids.reshape(-1, ids.shape[-1])
+    return (ids if ids.ndim == 2 else ids[None]).long()
 
 
-def _check_window(window_size: tuple[int, int]) -> tuple[int, int]:
-    left, right = window_size
-    for side in (left, right):
-        if not isinstance(side, int) or side < -1:
-            raise ValueError(
-                f"window_size must hold two integers of at least -1 (unlimited), got {window_size}"
-            )
-    return left, right
-
-
-def _to_list(values: Sequence[Any] | Tensor, name: str) -> list[Any]:
+def _to_list(values: Iterable[Any] | Tensor, name: str) -> list[Any]:
     if isinstance(values, Tensor):
         if values.ndim != 1:
             raise ValueError(f"{name} must be one-dimensional, got shape {list(values.shape)}")
@@ -646,34 +526,42 @@ def _to_list(values: Sequence[Any] | Tensor, name: str) -> list[Any]:
     return list(values)
 
 
-def _whole_number(value: Any, name: str) -> int:
-    if isinstance(value, bool) or int(value) != value:
-        raise ValueError(f"{name} must be integers, got {value!r}")
-    return int(value)
+def _whole_numbers(values: Sequence[int] | Tensor, name: str) -> list[int]:
+    host = _to_list(values, name)
+    for value in host:
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ValueError(f"{name} must be integers, got {value!r}")
+    return [operator.index(value) for value in host]
 
 
-def _parents_tensor(parents: Sequence[int] | Tensor | None, documents: int) -> Tensor | None:
+def _host_parents(parents: Sequence[int] | Tensor | None, documents: int) -> list[int] | None:
     if parents is None:
         return None
-    host = [_whole_number(p, "parents") for p in _to_list(parents, "parents")]
+    host = _whole_numbers(parents, "parents")
     if len(host) != documents:
         raise ValueError(f"parents has {len(host)} entries for {documents} documents")
-    return torch.tensor(host, dtype=torch.int32)
+    return host
 
 
-def _padding_tensor(padding: Sequence[bool] | Tensor | None, documents: int) -> Tensor | None:
+def _host_padding(padding: Sequence[bool] | Tensor | None, documents: int) -> list[bool] | None:
+    """None when nothing is padding."""
     if padding is None:
         return None
-    host = [bool(p) for p in _to_list(padding, "padding")]
+    host = _to_list(padding, "padding")
+    for value in host:
+        if value not in (False, True):
+            raise ValueError(f"padding must be booleans, got {value!r}")
     if len(host) != documents:
         raise ValueError(f"padding has {len(host)} entries for {documents} documents")
-    return torch.tensor(host, dtype=torch.bool) if any(host) else None
+    return [bool(value) for value in host] if any(host) else None
 
 
-def _prefix_tensor(prefix_lengths: Sequence[int] | Tensor, layout: DocumentLayout) -> Tensor:
-    prefix = torch.as_tensor(prefix_lengths, device=layout.device).long()
-    if list(prefix.shape) != [layout.num_documents]:
-        raise ValueError(
-            f"prefix_lengths must have shape [{layout.num_documents}], got {list(prefix.shape)}"
-        )
-    return prefix
+def _check_padding_stands_alone(parents: list[int], padding: list[bool] | None) -> None:
+    """Padding inside a tree would count in the positions of its subtree, yet nobody sees it."""
+    for d, p in enumerate(parents if padding is not None else ()):
+        if p >= 0 and padding is not None and (padding[d] or padding[p]):
+            which = d if padding[d] else p
+            raise ValueError(
+                f"padding must be a root without children, but document {which} is padding "
+                f"and parents[{d}] is {p}"
+            )

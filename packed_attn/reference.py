@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from packed_attn.layout import DocumentLayout
 from packed_attn.request import AttentionRequest
 
 
@@ -21,33 +22,44 @@ def reference_attention(request: AttentionRequest) -> tuple[Tensor, Tensor]:
         `[num_heads, total_queries]`, the natural log of the sum of exponentials (a sink counted),
         float32 or float64. Rows that see nothing have out 0 and lse -inf.
     """
-    queries, keys = request.layout, request.keys
-    num_heads, dv = request.num_heads, request.v.shape[-1]
-    lse_dtype = torch.promote_types(request.q.dtype, torch.float32)
-    group = num_heads // request.num_kv_heads
-    # No rows, but all three inputs: where every document is padding, gradients are 0 and not None.
-    anchor = request.v[:0].repeat_interleave(group, dim=1) + request.q[:0].sum() + request.k[:0].sum()
-    outs = [anchor]
-    lses = [request.q.new_zeros(num_heads, 0, dtype=lse_dtype)]
-    for document, (start, length) in enumerate(zip(queries.starts, queries.lengths)):
-        if length == 0:
-            continue
-        key_tokens = _key_tokens(request, document)
-        if _is_padding(queries, document) or key_tokens.numel() == 0:
-            outs.append(request.q.new_zeros(length, num_heads, dv))
-            lses.append(
-                torch.full((num_heads, length), -torch.inf, dtype=lse_dtype, device=request.q.device)
-            )
-            continue
-        q = request.q[start : start + length]
-        visible = _visible(request, document, length, key_tokens.numel())
-        out, lse = _attend(request, q, request.k[key_tokens], request.v[key_tokens], visible)
-        outs.append(out)
-        lses.append(lse.to(lse_dtype))
+    # Autocast would turn the wide products below into half precision.
+    with torch.autocast(request.q.device.type, enabled=False):
+        parts = [_no_rows(request)]
+        for document, length in enumerate(request.layout.lengths):
+            if length > 0:
+                parts.append(_attend_document(request, document))
+    outs, lses = zip(*parts)
     return torch.cat(outs), torch.cat(lses, dim=1)
 
 
-def _is_padding(layout, document: int) -> bool:
+def _attend_document(request: AttentionRequest, document: int) -> tuple[Tensor, Tensor]:
+    """out `[n, heads, dv]` and lse `[heads, n]` of one document's queries."""
+    start, length = request.layout.starts[document], request.layout.lengths[document]
+    keys = _key_tokens(request, document)
+    if _is_padding(request.layout, document) or keys.numel() == 0:
+        out = request.q.new_zeros(length, request.num_heads, request.v.shape[-1])
+        return out, out.new_full((request.num_heads, length), -torch.inf, dtype=_wide(request))
+    q = request.q[start : start + length]
+    visible = _visible(request, document, length, keys.numel())
+    return _attend(request, q, request.k[keys], request.v[keys], visible)
+
+
+def _no_rows(request: AttentionRequest) -> tuple[Tensor, Tensor]:
+    """No rows that depend on every input: with nothing to see, gradients are 0 and not None."""
+    inputs = (request.q, request.k, request.v, request.sinks, request.alibi_slopes)
+    nothing = torch.stack([x[:0].sum().to(_wide(request)) for x in inputs if x is not None]).sum()
+    out = request.q.new_zeros(0, request.num_heads, request.v.shape[-1]) + nothing.to(
+        request.q.dtype
+    )
+    return out, nothing.expand(request.num_heads, 0)
+
+
+def _wide(request: AttentionRequest) -> torch.dtype:
+    """Half precision accumulates in float32, as every kernel does."""
+    return torch.promote_types(request.q.dtype, torch.float32)
+
+
+def _is_padding(layout: DocumentLayout, document: int) -> bool:
     return layout.padding is not None and bool(layout.padding[document])
 
 
@@ -91,8 +103,7 @@ def _attend(
     """Softmax attention of one document: out `[n, heads, dv]` and lse `[heads, n]`."""
     group = request.num_heads // request.num_kv_heads
     k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
-    # Half precision accumulates in float32, as every kernel does.
-    wide = torch.promote_types(q.dtype, torch.float32)
+    wide = _wide(request)
     scores = torch.einsum("ihd,jhd->hij", q.to(wide), k.to(wide)) * request.softmax_scale
     if request.softcap is not None:
         scores = request.softcap * torch.tanh(scores / request.softcap)
@@ -106,7 +117,8 @@ def _attend(
         lse = torch.logsumexp(torch.cat([scores, sink], dim=-1), dim=-1)
     else:
         lse = torch.logsumexp(scores, dim=-1)
-    # A row that sees nothing has lse -inf; its weights are zeros, not -inf - -inf.
+    # A row that sees nothing has lse -inf, a sink or not; its weights are 0, not exp(-inf - -inf).
+    lse = lse.masked_fill(~visible.any(dim=-1), -torch.inf)
     finite = torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
     weights = torch.exp(scores - finite[..., None])
     if request.dropout_p > 0.0:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from packed_attn.layout import DocumentLayout, Visibility
+from packed_attn.layout import DocumentLayout
+from packed_attn.visibility import Visibility, check_window
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,8 +99,7 @@ def checked_request(
                 )
             if per_head.device != q.device:
                 raise ValueError(f"{name} is on {per_head.device}, but q is on {q.device}")
-    if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
+    softmax_scale = float(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
     if not math.isfinite(softmax_scale) or softmax_scale <= 0:
         raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
     if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
@@ -113,10 +113,10 @@ def checked_request(
         layout,
         key_layout,
         causal,
-        tuple(window_size),
+        check_window(window_size),
         chunk_size,
         prefix_lengths,
-        float(softmax_scale),
+        softmax_scale,
         softcap,
         sinks,
         alibi_slopes,
@@ -136,20 +136,30 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
                 f"{name} must have shape [total_tokens, heads, head_dim], got {list(x.shape)}"
             )
         if x.dtype != q.dtype:
-            raise ValueError(f"q, k and v must share a dtype, but {name} is {x.dtype} and q {q.dtype}")
+            raise ValueError(
+                f"q, k and v must share a dtype, but {name} is {x.dtype} and q {q.dtype}"
+            )
         if x.device != q.device:
-            raise ValueError(f"q, k and v must share a device, but {name} is on {x.device}")
+            raise ValueError(
+                f"q, k and v must share a device, but {name} is on {x.device} and q on {q.device}"
+            )
     if not q.dtype.is_floating_point:
         raise ValueError(f"q must be floating point, got {q.dtype}")
+    if q.shape[-1] == 0 or v.shape[-1] == 0:
+        raise ValueError(
+            f"head_dim must be at least 1, but q has {q.shape[-1]} and v {v.shape[-1]}"
+        )
     if k.shape[-1] != q.shape[-1]:
         raise ValueError(f"k has head_dim {k.shape[-1]}, but q has {q.shape[-1]}")
     if v.shape[:2] != k.shape[:2]:
         raise ValueError(
-            f"k and v must agree in tokens and heads, but k is {list(k.shape)} and v {list(v.shape)}"
+            "k and v must agree in tokens and heads, "
+            f"but k is {list(k.shape)} and v {list(v.shape)}"
         )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if q.shape[1] == 0 or k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(
-            f"num_heads must be a multiple of num_kv_heads, got {q.shape[1]} and {k.shape[1]}"
+            "num_heads must be a positive multiple of num_kv_heads, "
+            f"got {q.shape[1]} and {k.shape[1]}"
         )
 
 
@@ -165,4 +175,3 @@ def _check_layout(name: str, layout: DocumentLayout, tensor_name: str, x: Tensor
             f"{name} is on {layout.device}, but {tensor_name} is on {x.device}: "
             "use layout.to(device)"
         )
-

@@ -51,8 +51,15 @@ def flash_attn_varlen_func(
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
         if cu.dtype != torch.int32:
             raise ValueError(f"{name} must be int32, got {cu.dtype}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            "cu_seqlens_q and cu_seqlens_k must have one shape, "
+            f"got {list(cu_seqlens_q.shape)} and {list(cu_seqlens_k.shape)}"
+        )
     layout = _layout("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    same = cu_seqlens_k is cu_seqlens_q or torch.equal(cu_seqlens_q, cu_seqlens_k)
+    same = q.shape[0] == k.shape[0] and (
+        cu_seqlens_k is cu_seqlens_q or torch.equal(cu_seqlens_q, cu_seqlens_k)
+    )
     key_layout = None if same else _layout("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     out, lse = attention(
         q,

@@ -1,0 +1,19 @@
+"""Attention kernels in Triton under the interval rule. Needs torch and triton, nothing else.
+
+    query i sees key j   iff   key_start[i] <= j < key_stop[i]   and   query_start[j] <= i < query_stop[j]
+
+    rules.py           the mask rule and what else every kernel shares
+    forward.py         the forward kernel
+    backward.py        delta, dk and dv, dq
+    configurations.py  tile sizes, one table
+    launch.py          grids, strides, workspaces
+    ops.py             the operators and `interval_attention`
+    compile_gate.py    compiles the kernels for sm_90 without a GPU and reads the machine code
+
+`TRITON_INTERPRET=1`, set before triton is imported, runs the kernels on CPU tensors.
+"""
+
+from packed_attn_kernels.ops import interval_attention
+from packed_attn_kernels.rules import INTERPRETED
+
+__all__ = ["INTERPRETED", "interval_attention"]

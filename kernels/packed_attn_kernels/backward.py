@@ -1,0 +1,436 @@
+"""The backward kernels: delta, then dk and dv by tiles of keys, then dq by tiles of queries.
+
+Dao, "FlashAttention-2" (2023), split so that nothing is added atomically: the gradients have the
+same bits every time. Grouped queries add up inside the loop of their key tile, so k, v, dk and dv
+are never expanded. As in the forward, a tile whose result holds a NaN is walked again with
+non-finite operand rows taken out of the products and every row that may see one set to NaN.
+"""
+
+import triton
+import triton.language as tl
+
+from packed_attn_kernels.rules import (
+    LOG2E,
+    any_nan,
+    block_runs,
+    dot,
+    load_tile,
+    logits,
+    nonfinite_rows,
+    sees,
+    seen_run,
+    tile_interval,
+    tile_offsets,
+)
+
+
+@triton.jit
+def delta_kernel(
+    out_ptr,
+    dout_ptr,
+    lse_ptr,
+    dlse_ptr,
+    sinks_ptr,
+    row_lse_ptr,
+    delta_ptr,
+    dsinks_ptr,
+    total_queries,
+    padded_queries,
+    out_stride_t,
+    out_stride_h,
+    dout_stride_t,
+    dout_stride_h,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """delta = rowsum(out * dout) - dlse, and lse as the other kernels want it.
+
+    Both are float32 `[heads, padded_queries]` and need no bounds check: past the end, and for rows
+    that see nothing, the base-2 lse is +inf, so every weight is 0, and delta is 0. A sink is a key
+    without a value, so its gradient is -sum(p_sink * delta): one partial sum a tile.
+    """
+    h = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    dv = tl.arange(0, BLOCK_DV)
+    row_ok, dv_ok = i < total_queries, dv < VALUE_DIM
+    lse = tl.load(lse_ptr + h * total_queries + i, mask=row_ok, other=-float("inf"))
+    out_ptrs = out_ptr + h * out_stride_h + tile_offsets(i, dv, out_stride_t)
+    dout_ptrs = dout_ptr + h * dout_stride_h + tile_offsets(i, dv, dout_stride_t)
+    out = load_tile(out_ptrs, row_ok, dv_ok, True, VALUE_DIM < BLOCK_DV)
+    dout = load_tile(dout_ptrs, row_ok, dv_ok, True, VALUE_DIM < BLOCK_DV)
+    delta = tl.sum(out.to(tl.float32) * dout.to(tl.float32), 1)
+    if dlse_ptr is not None:
+        delta -= tl.load(dlse_ptr + h * total_queries + i, mask=row_ok, other=0.0)
+    blind = lse == -float("inf")
+    delta = tl.where(blind, 0.0, delta)
+    row_lse = tl.where(blind, float("inf"), lse * LOG2E)
+    tl.store(delta_ptr + h * padded_queries + i, delta)
+    tl.store(row_lse_ptr + h * padded_queries + i, row_lse)
+    if HAS_SINKS:
+        sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
+        partial = -tl.sum(tl.exp2(sink - row_lse) * delta, 0)
+        tl.store(dsinks_ptr + tl.program_id(0) * tl.num_programs(1) + h, partial)
+
+
+@triton.jit
+def dkdv_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    row_lse_ptr,
+    delta_ptr,
+    dk_ptr,
+    dv_ptr,
+    key_start_ptr,
+    key_stop_ptr,
+    query_start_ptr,
+    query_stop_ptr,
+    softmax_scale,
+    softcap,
+    total_queries,
+    total_keys,
+    padded_queries,
+    q_stride_t,
+    q_stride_h,
+    k_stride_t,
+    k_stride_h,
+    v_stride_t,
+    v_stride_h,
+    dout_stride_t,
+    dout_stride_h,
+    dk_stride_t,
+    dk_stride_h,
+    dv_stride_t,
+    dv_stride_h,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    LOOP_STAGES: tl.constexpr,
+    KEY_HALF: tl.constexpr,
+    QUERY_HALF: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ACCURATE: tl.constexpr,
+):
+    """One tile of BLOCK_N keys of one kv head; flat loops over (head of the group, query block)."""
+    kv_head = tl.program_id(1).to(tl.int64)
+    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    query_start, query_stop, live, hull_start, hull_stop, full_start, full_stop = tile_interval(
+        query_start_ptr, query_stop_ptr, j, total_keys
+    )
+    key_ok = j < total_keys
+    k_ptrs = k_ptr + kv_head * k_stride_h + tile_offsets(j, c, k_stride_t)
+    v_ptrs = v_ptr + kv_head * v_stride_h + tile_offsets(j, cv, v_stride_t)
+    k = load_tile(k_ptrs, key_ok, c < HEAD_DIM, True, HEAD_DIM < BLOCK_D)
+    v = load_tile(v_ptrs, key_ok, cv < VALUE_DIM, True, VALUE_DIM < BLOCK_DV)
+    m_offset = tl.arange(0, BLOCK_M)
+    head = kv_head * GROUP
+    q_ptrs = q_ptr + head * q_stride_h + tile_offsets(m_offset, c, q_stride_t)
+    dout_ptrs = dout_ptr + head * dout_stride_h + tile_offsets(m_offset, cv, dout_stride_t)
+    row_lse_ptrs = row_lse_ptr + head * padded_queries + m_offset
+    delta_ptrs = delta_ptr + head * padded_queries + m_offset
+
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    # Aligned blocks load lse and delta in vectors and stay inside their padding.
+    hull_start = hull_start // BLOCK_M * BLOCK_M
+    left, full, blocks = block_runs(hull_start, hull_stop, full_start, full_stop, BLOCK_M)
+    edges = blocks - full
+    for x in tl.range(0, edges * GROUP, num_stages=LOOP_STAGES):
+        y = x % edges
+        at = tl.multiple_of(hull_start + tl.where(y < left, y, y + full) * BLOCK_M, BLOCK_M)
+        dk, dv = _dkdv_step(
+            dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, at, x // edges, j,
+            query_start, query_stop, key_start_ptr, key_stop_ptr, softmax_scale, softcap,
+            total_queries, padded_queries, q_stride_t, q_stride_h, dout_stride_t, dout_stride_h,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
+            ACCURATE, True, False,
+        )  # fmt: skip
+    for x in tl.range(0, full * GROUP, num_stages=LOOP_STAGES):
+        at = tl.multiple_of(hull_start + (left + x % full) * BLOCK_M, BLOCK_M)
+        dk, dv = _dkdv_step(
+            dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, at, x // full, j,
+            query_start, query_stop, key_start_ptr, key_stop_ptr, softmax_scale, softcap,
+            total_queries, padded_queries, q_stride_t, q_stride_h, dout_stride_t, dout_stride_h,
+            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
+            ACCURATE, KEY_HALF, False,
+        )  # fmt: skip
+    if any_nan(dk) | any_nan(dv):
+        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+        dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+        for x in tl.range(0, blocks * GROUP, num_stages=1):
+            at = tl.multiple_of(hull_start + x % blocks * BLOCK_M, BLOCK_M)
+            dk, dv = _dkdv_step(
+                dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, at, x // blocks, j,
+                query_start, query_stop, key_start_ptr, key_stop_ptr, softmax_scale, softcap,
+                total_queries, padded_queries, q_stride_t, q_stride_h, dout_stride_t,
+                dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, KEY_HALF,
+                QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, True,
+            )  # fmt: skip
+
+    dk = tl.where(live[:, None], dk * softmax_scale, 0.0)
+    dv = tl.where(live[:, None], dv, 0.0)
+    dk_ptrs = dk_ptr + kv_head * dk_stride_h + tile_offsets(j, c, dk_stride_t)
+    dv_ptrs = dv_ptr + kv_head * dv_stride_h + tile_offsets(j, cv, dv_stride_t)
+    dk_ok = key_ok[:, None] & (c < HEAD_DIM)[None, :]
+    dv_ok = key_ok[:, None] & (cv < VALUE_DIM)[None, :]
+    tl.store(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), mask=dk_ok)
+    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=dv_ok)
+
+
+@triton.jit
+def _dkdv_step(
+    dk,
+    dv,
+    k,
+    v,
+    q_ptrs,
+    dout_ptrs,
+    row_lse_ptrs,
+    delta_ptrs,
+    at,
+    g,
+    j,
+    query_start,
+    query_stop,
+    key_start_ptr,
+    key_stop_ptr,
+    softmax_scale,
+    softcap,
+    total_queries,
+    padded_queries,
+    q_stride_t,
+    q_stride_h,
+    dout_stride_t,
+    dout_stride_h,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    KEY_HALF: tl.constexpr,
+    QUERY_HALF: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ACCURATE: tl.constexpr,
+    MASKED: tl.constexpr,
+    CONFINED: tl.constexpr,
+):
+    """One block of queries, from token `at`, of head g of the group; scores are transposed."""
+    i = at + tl.arange(0, BLOCK_M)
+    row_ok = i < total_queries
+    c_ok, cv_ok = tl.arange(0, BLOCK_D) < HEAD_DIM, tl.arange(0, BLOCK_DV) < VALUE_DIM
+    at, g = tl.cast(at, tl.int64), tl.cast(g, tl.int64)
+    q_ptrs += at * q_stride_t + g * q_stride_h
+    q = load_tile(q_ptrs, row_ok, c_ok, MASKED, HEAD_DIM < BLOCK_D)
+    dout_ptrs += at * dout_stride_t + g * dout_stride_h
+    dout = load_tile(dout_ptrs, row_ok, cv_ok, MASKED, VALUE_DIM < BLOCK_DV)
+    lse = tl.load(row_lse_ptrs + g * padded_queries + at)
+    delta = tl.load(delta_ptrs + g * padded_queries + at)
+    if CONFINED:
+        broken = nonfinite_rows(q) | nonfinite_rows(dout)
+        q = tl.where(broken[:, None], 0.0, q)
+        dout = tl.where(broken[:, None], 0.0, dout)
+    s, slope = logits(dot(k, tl.trans(q), None), softmax_scale, softcap, HAS_SOFTCAP, ACCURATE)
+    p = tl.exp2(s - lse[None, :])
+    if MASKED:
+        key_start = 0
+        key_stop = 0
+        if KEY_HALF:
+            key_start = tl.load(key_start_ptr + i, mask=row_ok, other=0)[None, :]
+            key_stop = tl.load(key_stop_ptr + i, mask=row_ok, other=0)[None, :]
+        visible = sees(
+            i[None, :], j[:, None], key_start, key_stop, query_start[:, None],
+            query_stop[:, None], KEY_HALF, QUERY_HALF,
+        )  # fmt: skip
+        if CONFINED:
+            # A row that sees nothing takes no part, whatever it holds.
+            visible &= (lse != float("inf"))[None, :]
+            p = tl.where(broken[None, :], float("nan"), p)
+        p = tl.where(visible, p, 0.0)
+    dv = dot(p.to(dout.dtype), dout, dv)
+    ds = p * (dot(v, tl.trans(dout), None) - delta[None, :]) * slope
+    if CONFINED:
+        ds = tl.where(visible, ds, 0.0)
+    dk = dot(ds.to(q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit
+def dq_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    row_lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    key_start_ptr,
+    key_stop_ptr,
+    query_start_ptr,
+    query_stop_ptr,
+    softmax_scale,
+    softcap,
+    total_queries,
+    total_keys,
+    padded_queries,
+    q_stride_t,
+    q_stride_h,
+    k_stride_t,
+    k_stride_h,
+    v_stride_t,
+    v_stride_h,
+    dout_stride_t,
+    dout_stride_h,
+    dq_stride_t,
+    dq_stride_h,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPAN: tl.constexpr,
+    LOOP_STAGES: tl.constexpr,
+    KEY_HALF: tl.constexpr,
+    QUERY_HALF: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ACCURATE: tl.constexpr,
+):
+    """One tile of BLOCK_M queries of one head; walks the keys as the forward does."""
+    h = tl.program_id(1).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    key_start, key_stop, live, hull_start, hull_stop, full_start, full_stop = tile_interval(
+        key_start_ptr, key_stop_ptr, i, total_queries
+    )
+    row_ok = i < total_queries
+    q_ptrs = q_ptr + h * q_stride_h + tile_offsets(i, c, q_stride_t)
+    dout_ptrs = dout_ptr + h * dout_stride_h + tile_offsets(i, cv, dout_stride_t)
+    q = load_tile(q_ptrs, row_ok, c < HEAD_DIM, True, HEAD_DIM < BLOCK_D)
+    dout = load_tile(dout_ptrs, row_ok, cv < VALUE_DIM, True, VALUE_DIM < BLOCK_DV)
+    lse = tl.load(row_lse_ptr + h * padded_queries + i)
+    delta = tl.load(delta_ptr + h * padded_queries + i)
+    n_offset = tl.arange(0, BLOCK_N)
+    k_ptrs = k_ptr + (h // GROUP) * k_stride_h + tile_offsets(n_offset, c, k_stride_t)
+    v_ptrs = v_ptr + (h // GROUP) * v_stride_h + tile_offsets(n_offset, cv, v_stride_t)
+
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if QUERY_HALF:
+        first_row = tl.min(tl.where(live, i, total_queries), 0)
+        last_row = tl.max(tl.where(live, i, -1), 0)
+        for span in tl.range(hull_start, hull_stop, SPAN, num_stages=1):
+            run_start, run_stop = seen_run(
+                query_start_ptr, query_stop_ptr, span, hull_stop, first_row, last_row, SPAN
+            )
+            run_start = span + (run_start - span) // BLOCK_N * BLOCK_N
+            for n in tl.range(run_start, run_stop, BLOCK_N, num_stages=LOOP_STAGES):
+                dq = _dq_step(
+                    dq, q, dout, lse, delta, k_ptrs, v_ptrs, n, i, key_start, key_stop,
+                    query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
+                    k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+                    KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, False,
+                )  # fmt: skip
+    else:
+        left, full, blocks = block_runs(hull_start, hull_stop, full_start, full_stop, BLOCK_N)
+        for y in tl.range(0, blocks - full, num_stages=LOOP_STAGES):
+            n = hull_start + tl.where(y < left, y, y + full) * BLOCK_N
+            dq = _dq_step(
+                dq, q, dout, lse, delta, k_ptrs, v_ptrs, n, i, key_start, key_stop,
+                query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
+                k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, False,
+            )  # fmt: skip
+        full_from = hull_start + left * BLOCK_N
+        for n in tl.range(
+            full_from, full_from + full * BLOCK_N, BLOCK_N, num_stages=LOOP_STAGES
+        ):
+            dq = _dq_step(
+                dq, q, dout, lse, delta, k_ptrs, v_ptrs, n, i, key_start, key_stop,
+                query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
+                k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, False, False,
+            )  # fmt: skip
+    if any_nan(dq):
+        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        for n in tl.range(hull_start, hull_stop, BLOCK_N, num_stages=1):
+            dq = _dq_step(
+                dq, q, dout, lse, delta, k_ptrs, v_ptrs, n, i, key_start, key_stop,
+                query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
+                k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, True,
+            )  # fmt: skip
+
+    blind = (lse == float("inf")) | ~live
+    dq = tl.where(blind[:, None], 0.0, dq * softmax_scale)
+    dq_ptrs = dq_ptr + h * dq_stride_h + tile_offsets(i, c, dq_stride_t)
+    dq_ok = row_ok[:, None] & (c < HEAD_DIM)[None, :]
+    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=dq_ok)
+
+
+@triton.jit
+def _dq_step(
+    dq,
+    q,
+    dout,
+    lse,
+    delta,
+    k_ptrs,
+    v_ptrs,
+    n,
+    i,
+    key_start,
+    key_stop,
+    query_start_ptr,
+    query_stop_ptr,
+    softmax_scale,
+    softcap,
+    total_keys,
+    k_stride_t,
+    v_stride_t,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    KEY_HALF: tl.constexpr,
+    QUERY_HALF: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    ACCURATE: tl.constexpr,
+    MASKED: tl.constexpr,
+    CONFINED: tl.constexpr,
+):
+    """One block of keys; k_ptrs and v_ptrs point at block 0."""
+    j = n + tl.arange(0, BLOCK_N)
+    key_ok = j < total_keys
+    c_ok, cv_ok = tl.arange(0, BLOCK_D) < HEAD_DIM, tl.arange(0, BLOCK_DV) < VALUE_DIM
+    at = tl.cast(n, tl.int64)
+    k = load_tile(k_ptrs + at * k_stride_t, key_ok, c_ok, MASKED, HEAD_DIM < BLOCK_D)
+    v = load_tile(v_ptrs + at * v_stride_t, key_ok, cv_ok, MASKED, VALUE_DIM < BLOCK_DV)
+    if CONFINED:
+        broken = nonfinite_rows(k)
+        k = tl.where(broken[:, None], 0.0, k)
+    s, slope = logits(dot(q, tl.trans(k), None), softmax_scale, softcap, HAS_SOFTCAP, ACCURATE)
+    p = tl.exp2(s - lse[:, None])
+    if MASKED:
+        query_start = 0
+        query_stop = 0
+        if QUERY_HALF:
+            query_start = tl.load(query_start_ptr + j, mask=key_ok, other=0)[None, :]
+            query_stop = tl.load(query_stop_ptr + j, mask=key_ok, other=0)[None, :]
+        visible = sees(
+            i[:, None], j[None, :], key_start[:, None], key_stop[:, None],
+            query_start, query_stop, KEY_HALF, QUERY_HALF,
+        )  # fmt: skip
+        p = tl.where(visible, p, 0.0)
+    ds = p * (dot(dout, tl.trans(v), None) - delta[:, None]) * slope
+    if CONFINED:
+        ds = tl.where(visible, tl.where(broken[None, :], float("nan"), ds), 0.0)
+    return dot(ds.to(k.dtype), k, dq)

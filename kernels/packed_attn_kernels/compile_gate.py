@@ -1,0 +1,103 @@
+"""Compiles a kernel for sm_90 on a machine without a GPU and reads its machine code.
+
+Uses the ptxas, cuobjdump and nvdisasm inside the triton wheel, and the same configurations that
+the launches use.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from packed_attn_kernels.configurations import KernelName, Problem, constants, options
+from packed_attn_kernels.launch import KERNELS
+
+TARGET = GPUTarget("cuda", 90, 32)
+SHARED_MEMORY_LIMIT = 227 * 1024
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What a compiled kernel needs. Bytes, except registers a thread and instruction counts."""
+
+    registers: int
+    stack: int
+    shared_memory: int
+    spills: int  # local loads and stores
+    wgmma: int  # HGMMA instructions
+
+    def faults(self, needs_wgmma: bool) -> list[str]:
+        """Why the gate must stay shut, in sentences."""
+        faults = []
+        if self.stack or self.spills:
+            faults.append(f"spills: {self.stack} bytes of stack, {self.spills} local accesses")
+        if self.shared_memory > SHARED_MEMORY_LIMIT:
+            faults.append(f"{self.shared_memory} bytes of shared memory, over {SHARED_MEMORY_LIMIT}")
+        if needs_wgmma and not self.wgmma:
+            faults.append("no HGMMA instruction")
+        return faults
+
+
+def compile_kernel(kernel: KernelName, problem: Problem, element: str) -> Resources:
+    """The resources of a kernel as the launch would compile it for `element` ("bf16", ...)."""
+    function = KERNELS[kernel]
+    values = constants(kernel, problem)
+    signature = {name: _argument_type(name, element) for name in function.arg_names}
+    attributes = {}
+    for position, name in enumerate(function.arg_names):
+        if name in values:
+            signature[name] = "constexpr"
+        elif name == "dlse_ptr" or (name in ("sinks_ptr", "dsinks_ptr") and not problem.has_sinks):
+            signature[name], values[name] = "constexpr", None
+        elif name == "softcap" and not problem.has_softcap:
+            signature[name], values[name] = "constexpr", None
+        elif name.endswith("_ptr") or "_stride_" in name:
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    constexprs = {(function.arg_names.index(name),): value for name, value in values.items()}
+    source = ASTSource(function, signature=signature, constexprs=constexprs, attrs=attributes)
+    return _resources(triton.compile(source, target=TARGET, options=options(kernel, problem)))
+
+
+def _argument_type(name: str, element: str) -> str:
+    if name in ("softmax_scale", "softcap"):
+        return "fp32"
+    if not name.endswith("_ptr"):
+        return "i32"
+    if name in ("lse_ptr", "dlse_ptr", "row_lse_ptr", "delta_ptr", "dsinks_ptr", "sinks_ptr"):
+        return "*fp32"
+    if name.removesuffix("_ptr").endswith(("_start", "_stop")):
+        return "*i32"
+    return f"*{element}"
+
+
+def _resources(compiled: Any) -> Resources:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _output(tools / "cuobjdump", "-res-usage", file.name)
+        code = _output(tools / "nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    if found is None:
+        raise RuntimeError(f"cuobjdump printed no resource usage: {usage!r}")
+    return Resources(
+        registers=int(found[1]),
+        stack=int(found[2]),
+        shared_memory=compiled.metadata.shared,
+        spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        wgmma=len(re.findall(r"\bHGMMA\b", code)),
+    )
+
+
+def _output(*command: Any) -> str:
+    return subprocess.run(
+        [str(part) for part in command], check=True, capture_output=True, text=True
+    ).stdout

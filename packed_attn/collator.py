@@ -1,0 +1,196 @@
+"""Features to one batch dict: packs or documents become one row with its boundaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from packed_attn.layout import DocumentLayout
+
+IGNORE_INDEX = -100
+# A token is learned where its mask is 1: TRL's names, in the order in which they apply.
+LOSS_MASKS = ("completion_mask", "assistant_masks")
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Concatenates a batch's features into one row `[1, T]` and says where documents are.
+
+    Args:
+        features: what one feature is. `"packs"` (default): documents end to end, with boundaries
+            in `seq_lengths` (document lengths, as TRL and `pack_dataset` write them) or in
+            `position_ids` that restart at 0. `"documents"`: one document each (padding-free
+            batches).
+        pad_to_multiple_of: pad the row to a multiple of this many tokens.
+        capacity: pad the row to this many tokens per feature, so that every batch has one shape.
+        pad_token_id: what padding is made of.
+
+    Padding is one last document with labels -100 that sees nothing and is seen by nobody. The
+    first label of each document is -100, so that the shifted loss never crosses a boundary.
+    Without `labels`, they are copies of `input_ids`, -100 where a `completion_mask` or
+    `assistant_masks` is 0.
+
+    Returns (from a call with a list of mappings):
+        `input_ids`, `labels`, `position_ids` int64 `[1, T]`; `cu_seq_lens_q`, `cu_seq_lens_k`
+        int32 `[num_documents + 1]`; `max_length_q`, `max_length_k` int; `seq_idx` int32 `[1, T]`;
+        `layout`, a `DocumentLayout`. There is no attention_mask: one of ones beside packed
+        positions makes stock transformers leak.
+
+    Raises (from a call):
+        ValueError: a feature without boundaries under `"packs"`, columns of different lengths,
+            boundaries that contradict each other, or a pack over capacity.
+    """
+
+    features: Literal["packs", "documents"] = "packs"
+    pad_to_multiple_of: int | None = None
+    capacity: int | None = None
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        if self.features not in ("packs", "documents"):
+            raise ValueError(f"features must be 'packs' or 'documents', got {self.features!r}")
+        for name in ("pad_to_multiple_of", "capacity"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+
+    def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        rows = [self._row(index, feature) for index, feature in enumerate(features)]
+        input_ids = _concatenated(row.input_ids for row in rows)
+        labels = _concatenated(row.labels for row in rows)
+        lengths = [n for row in rows for n in row.lengths]
+        beyond = self._padded_length(rows) - input_ids.numel()
+        if beyond:
+            input_ids = torch.nn.functional.pad(input_ids, (0, beyond), value=self.pad_token_id)
+            labels = torch.nn.functional.pad(labels, (0, beyond), value=IGNORE_INDEX)
+        padding = [False] * len(lengths) + [True] * bool(beyond)
+        layout = DocumentLayout.from_lengths(lengths + [beyond] * bool(beyond), padding=padding)
+        labels = without_first_labels(labels, layout)
+        return {
+            "input_ids": input_ids[None],
+            "labels": labels[None],
+            "position_ids": layout.position_ids[None],
+            "cu_seq_lens_q": layout.cu_seqlens,
+            "cu_seq_lens_k": layout.cu_seqlens,
+            "max_length_q": layout.max_seqlen,
+            "max_length_k": layout.max_seqlen,
+            "seq_idx": layout.document_ids[None],
+            "layout": layout,
+        }
+
+    def _row(self, index: int, feature: Mapping[str, Any]) -> _Row:
+        if "input_ids" not in feature:
+            raise ValueError(
+                f"feature {index} has no input_ids, only {sorted(feature)}: "
+                "tokenise the dataset before packing it"
+            )
+        input_ids = _tokens(feature["input_ids"])
+        labels = _labels(index, feature, input_ids)
+        if self.features == "documents":
+            keep = _real_tokens(index, feature, input_ids)
+            return _Row(input_ids[keep], labels[keep], (int(keep.sum()),))
+        lengths = _boundaries(index, feature, input_ids.numel())
+        if self.capacity is not None and input_ids.numel() > self.capacity:
+            raise ValueError(
+                f"feature {index} has {input_ids.numel()} tokens, over the capacity {self.capacity}"
+            )
+        return _Row(input_ids, labels, lengths)
+
+    def _padded_length(self, rows: Sequence[_Row]) -> int:
+        total = sum(row.input_ids.numel() for row in rows)
+        if self.capacity is not None:
+            if total > self.capacity * len(rows):
+                raise ValueError(
+                    f"the batch has {total} tokens, over {len(rows)} features "
+                    f"of capacity {self.capacity}"
+                )
+            total = self.capacity * len(rows)
+        multiple = self.pad_to_multiple_of or 1
+        return -(-total // multiple) * multiple
+
+
+def without_first_labels(labels: Tensor, layout: DocumentLayout) -> Tensor:
+    """labels with -100 where a document begins: the shifted loss predicts it from the document
+    before.
+
+    Args:
+        labels: integer `[..., T]` with `layout.total_tokens` elements in stream order.
+        layout: the documents, on the same device.
+    """
+    first = layout.document_starts.view(labels.shape)
+    return labels.masked_fill(first, IGNORE_INDEX)
+
+
+@dataclass(frozen=True, eq=False)
+class _Row:
+    input_ids: Tensor
+    labels: Tensor
+    lengths: tuple[int, ...]
+
+
+def _tokens(values: Any) -> Tensor:
+    return torch.as_tensor(values, dtype=torch.long).flatten()
+
+
+def _concatenated(parts: Iterable[Tensor]) -> Tensor:
+    return torch.cat([torch.empty(0, dtype=torch.long), *parts])
+
+
+def _aligned(index: int, name: str, values: Any, tokens: int) -> Tensor:
+    column = _tokens(values)
+    if column.numel() != tokens:
+        raise ValueError(
+            f"feature {index} has {tokens} input_ids, but {column.numel()} {name}: "
+            "they must be of one length"
+        )
+    return column
+
+
+def _labels(index: int, feature: Mapping[str, Any], input_ids: Tensor) -> Tensor:
+    if feature.get("labels") is not None:
+        return _aligned(index, "labels", feature["labels"], input_ids.numel())
+    labels = input_ids.clone()
+    for name in LOSS_MASKS:
+        if feature.get(name) is not None:
+            mask = _aligned(index, name, feature[name], input_ids.numel())
+            labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
+    return labels
+
+
+def _real_tokens(index: int, feature: Mapping[str, Any], input_ids: Tensor) -> Tensor:
+    if feature.get("attention_mask") is None:
+        return torch.ones_like(input_ids, dtype=torch.bool)
+    return _aligned(index, "attention_mask", feature["attention_mask"], input_ids.numel()) != 0
+
+
+def _boundaries(index: int, feature: Mapping[str, Any], tokens: int) -> tuple[int, ...]:
+    """Document lengths of one pack."""
+    lengths = None
+    if feature.get("seq_lengths") is not None:
+        lengths = tuple(int(n) for n in feature["seq_lengths"])
+        if sum(lengths) != tokens:
+            raise ValueError(
+                f"feature {index} has {tokens} input_ids, but seq_lengths add to {sum(lengths)}"
+            )
+    if feature.get("position_ids") is not None:
+        position_ids = _aligned(index, "position_ids", feature["position_ids"], tokens)
+        layout = DocumentLayout.from_position_ids(position_ids)
+        if lengths is None:
+            lengths = layout.lengths
+        elif tuple(n for n in lengths if n) != layout.lengths:
+            raise ValueError(
+                f"feature {index} has position_ids that contradict its seq_lengths: "
+                f"{layout.lengths} and {lengths}"
+            )
+    if lengths is None:
+        raise ValueError(
+            f"feature {index} has no boundaries (seq_lengths or position_ids), only "
+            f"{sorted(feature)}: without them its documents would see each other. HF Trainer drops "
+            "columns that the model's forward does not name; pack_dataset writes position_ids, "
+            "which survive. If each feature is one document, use PackedCollator('documents')"
+        )
+    return lengths

@@ -1,0 +1,71 @@
+"""patch_model and unpatch_model: one transformers model made exact on packed batches."""
+
+from __future__ import annotations
+
+from typing import Literal, TypeVar
+
+from torch import nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def patch_model(
+    model: Model,
+    *,
+    backend: str = "auto",
+    on_unknown: Literal["raise", "unpack"] = "raise",
+    verify: bool = False,
+) -> Model:
+    """Makes a transformers model respect document boundaries in packed batches.
+
+    A packed batch gets, for every document, the logits, loss and gradients that the document gets
+    alone. Boundaries are read from `layout`, `cu_seq_lens_q`/`cu_seqlens`, `seq_idx`, an integer
+    segment mask or `position_ids` that restart, whichever the batch carries; they must agree. A
+    batch without boundaries (padded, generated, one document a row) runs as before.
+
+    Only this instance changes: other models, also of the same config object, stay as they are.
+    Patching twice is patching once. A deepcopy or a pickle of a patched model is patched too.
+
+    Args:
+        model: a model of an accepted architecture.
+        backend: "auto", or a name of `packed_attn.backends.BACKENDS`.
+        on_unknown: "raise" refuses an architecture that is not known to be exact.
+        verify: run `audit` on the patched model, and undo the patch if it leaks.
+
+    Returns:
+        The same object.
+
+    Raises:
+        NotImplementedError: the model is not known to be exact; names it and the reason.
+        RuntimeError: `verify` found a leak; the model is as it was.
+    """
+    if on_unknown not in ("raise", "unpack"):
+        raise ValueError(f"on_unknown must be 'raise' or 'unpack', got {on_unknown!r}")
+    if on_unknown == "unpack":
+        raise NotImplementedError("on_unknown='unpack' is not built yet; use 'raise'")
+    from packed_attn_patches import patch, unpatch
+
+    patch(model, backend)
+    if verify:
+        from packed_attn.audit import audit
+
+        report = audit(model)
+        if not report.isolated:
+            unpatch(model)
+            raise RuntimeError(f"patch_model undid its patch, because the model leaks:\n{report}")
+    return model
+
+
+def unpatch_model(model: Model) -> Model:
+    """Undoes `patch_model` to the bit.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: the model is not patched.
+    """
+    from packed_attn_patches import unpatch
+
+    unpatch(model)
+    return model

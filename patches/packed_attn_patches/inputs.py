@@ -1,0 +1,254 @@
+"""The forward pre-hook of a patched model: keyword arguments in, one DocumentLayout out.
+
+A forward is packed when its batch says so by any convention in use: `layout`, `cu_seq_lens_q` or
+`cu_seqlens`, `seq_idx`, an integer segment mask, or `position_ids` that restart. Every convention
+that is present must agree. Anything else (padded batches, generation, one document a row) passes
+through untouched.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packed_attn.collator import IGNORE_INDEX, without_first_labels
+from packed_attn.layout import DocumentLayout
+from packed_attn_patches.interface import empty_mask, is_empty_mask
+
+# Boundaries that the layout replaces; a layer that still saw them could act on them a second time.
+BOUNDARY_NAMES = (
+    "cu_seq_lens_q",
+    "cu_seq_lens_k",
+    "max_length_q",
+    "max_length_k",
+    "cu_seqlens",
+    "seq_idx",
+)
+
+
+@dataclass(frozen=True)
+class LayoutHook:
+    """Registered on a patched model and its inner models; module-level and picklable.
+
+    Attributes:
+        backend: handed to `packed_attn.attention`.
+    """
+
+    backend: str = "auto"
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        if is_empty_mask(kwargs.get("attention_mask")) and kwargs.get("layout") is not None:
+            return None  # an outer model's hook has done it
+        kwargs = _named(module, args, kwargs)
+        batch = _Batch.of(kwargs)
+        layout = None if batch is None else packed_layout(batch, kwargs)
+        if batch is None or layout is None:
+            return (), kwargs
+        return (), self._packed(kwargs, batch, layout)
+
+    def _packed(
+        self, kwargs: dict[str, Any], batch: _Batch, layout: DocumentLayout
+    ) -> dict[str, Any]:
+        layout = layout.to(batch.device)
+        packed = {k: v for k, v in kwargs.items() if k not in BOUNDARY_NAMES}
+        packed["layout"] = layout
+        packed["packed_attn_backend"] = self.backend
+        packed["attention_mask"] = empty_mask(batch.rows, batch.device)
+        packed["use_cache"] = False
+        packed["past_key_values"] = None
+        if packed.get("position_ids") is None:
+            packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
+        if packed.get("labels") is not None:
+            packed["labels"] = without_first_labels(packed["labels"], layout)
+        if packed.get("shift_labels") is not None:
+            packed["shift_labels"] = _without_last_labels(packed["shift_labels"], layout)
+        return packed
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Shape and device of a forward's tokens."""
+
+    rows: int
+    tokens: int
+    device: torch.device
+
+    @staticmethod
+    def of(kwargs: Mapping[str, Any]) -> _Batch | None:
+        for name in ("input_ids", "inputs_embeds"):
+            x = kwargs.get(name)
+            if x is not None:
+                return _Batch(x.shape[0], x.shape[1], x.device)
+        return None
+
+
+def packed_layout(batch: Any, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+    """The layout of a packed forward, or None for one that is not packed.
+
+    Raises:
+        ValueError: boundaries that do not cover the tokens or contradict each other, or a packed
+            batch on top of a filled KV cache.
+    """
+    found = {name: read(batch, kwargs) for name, read in _CONVENTIONS.items()}
+    found = {name: layout for name, layout in found.items() if layout is not None}
+    if not found:
+        return None
+    name, layout = next(iter(found.items()))
+    if layout.total_tokens != batch.rows * batch.tokens:
+        raise ValueError(
+            f"{name} covers {layout.total_tokens} tokens, but the batch has "
+            f"{batch.rows} x {batch.tokens}"
+        )
+    _check_rows(name, layout, batch)
+    _check_agreement(name, layout, found, batch, kwargs)
+    cache = kwargs.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise ValueError(f"{name} packs documents, but past_key_values already holds tokens")
+    return layout
+
+
+def _from_layout(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+    return kwargs.get("layout")
+
+
+def _from_cu_seqlens(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+    if kwargs.get("layout") is not None:
+        return None  # the collator wrote both, and a second reading would wait for the device
+    for name in ("cu_seq_lens_q", "cu_seqlens"):
+        if kwargs.get(name) is not None:
+            return DocumentLayout.from_cu_seqlens(
+                kwargs[name], total_tokens=batch.rows * batch.tokens
+            )
+    return None
+
+
+def _from_seq_idx(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+    if kwargs.get("layout") is not None or kwargs.get("seq_idx") is None:
+        return None
+    return DocumentLayout.from_document_ids(kwargs["seq_idx"])
+
+
+def _from_segment_mask(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+    """An attention_mask of segment numbers, such as 1 1 2 2 2 0."""
+    mask = _plain_mask(kwargs)
+    if mask is None or mask.dtype == torch.bool or mask.dtype.is_floating_point:
+        return None
+    if mask.numel() == 0 or int(mask.max()) <= 1:
+        return None
+    return DocumentLayout.from_attention_mask(mask)
+
+
+def _from_position_ids(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+    """position_ids that restart between two tokens that the mask keeps."""
+    position_ids = kwargs.get("position_ids")
+    if kwargs.get("layout") is not None or position_ids is None or position_ids.ndim != 2:
+        return None
+    if batch.tokens < 2 or position_ids.shape[1] != batch.tokens:
+        return None
+    rows = position_ids.expand(batch.rows, -1)
+    real = _real_tokens(batch, kwargs)
+    restarts = rows[:, 1:] != rows[:, :-1] + 1
+    if real is None:
+        return DocumentLayout.from_position_ids(rows) if bool(restarts.any()) else None
+    # Left padding restarts positions too, but only beside a token that the mask hides.
+    if real.shape != rows.shape or not bool((restarts & real[:, 1:] & real[:, :-1]).any()):
+        return None
+    starts = torch.ones_like(real)
+    starts[:, 1:] = (restarts & real[:, 1:]) | (real[:, 1:] != real[:, :-1])
+    ids = starts.flatten().cumsum(0).view_as(rows)
+    return DocumentLayout.from_document_ids(torch.where(real, ids, -1))
+
+
+# In the order in which they are believed; all that are present must agree.
+_CONVENTIONS: dict[str, Callable[[_Batch, Mapping[str, Any]], DocumentLayout | None]] = {
+    "layout": _from_layout,
+    "cu_seqlens": _from_cu_seqlens,
+    "seq_idx": _from_seq_idx,
+    "attention_mask": _from_segment_mask,
+    "position_ids": _from_position_ids,
+}
+
+
+def _plain_mask(kwargs: Mapping[str, Any]) -> Tensor | None:
+    mask = kwargs.get("attention_mask")
+    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+
+def _real_tokens(batch: _Batch, kwargs: Mapping[str, Any]) -> Tensor | None:
+    mask = _plain_mask(kwargs)
+    return None if mask is None else (mask != 0).expand(batch.rows, -1)
+
+
+def _check_rows(name: str, layout: DocumentLayout, batch: _Batch) -> None:
+    """Documents end at row ends."""
+    if batch.rows == 1:
+        return
+    begins = set(layout.starts) | {layout.total_tokens}
+    for row in range(1, batch.rows):
+        if row * batch.tokens not in begins:
+            raise ValueError(f"{name} has a document that crosses from row {row - 1} to row {row}")
+
+
+def _check_agreement(
+    name: str,
+    layout: DocumentLayout,
+    found: Mapping[str, DocumentLayout],
+    batch: _Batch,
+    kwargs: Mapping[str, Any],
+) -> None:
+    """Every convention that is present tells the same documents."""
+    lengths = tuple(n for n in layout.lengths if n)
+    for other_name, other in found.items():
+        if tuple(n for n in other.lengths if n) != lengths:
+            raise ValueError(
+                f"{other_name} contradicts {name}: documents of {other.lengths} "
+                f"and {layout.lengths} tokens"
+            )
+    _check_positions(name, layout, batch, kwargs)
+    mask = _plain_mask(kwargs)
+    if mask is not None and layout.padding_tokens is None and not bool((mask != 0).all()):
+        raise ValueError(
+            f"{name} packs documents without padding, but attention_mask hides tokens: "
+            "mark padding in the layout or leave the mask out"
+        )
+
+
+def _check_positions(
+    name: str, layout: DocumentLayout, batch: _Batch, kwargs: Mapping[str, Any]
+) -> None:
+    """position_ids count as the layout does; padding may count as it likes."""
+    position_ids = kwargs.get("position_ids")
+    if position_ids is None or position_ids.ndim != 2:
+        return
+    expected = layout.to(batch.device).position_ids.view(batch.rows, batch.tokens)
+    agree = position_ids.to(batch.device) == expected
+    padding = layout.to(batch.device).padding_tokens
+    if padding is not None:
+        agree |= padding.view_as(agree)
+    message = f"position_ids contradict {name}: positions restart at other tokens"
+    if agree.is_cuda:
+        # Checked on the device: reading the answer here would make every step wait for it.
+        torch._assert_async(agree.all(), message)
+    elif not bool(agree.all()):
+        raise ValueError(message)
+
+
+def _without_last_labels(shift_labels: Tensor, layout: DocumentLayout) -> Tensor:
+    """Labels that were shifted already: a document's last token predicts nothing."""
+    last = layout.document_starts.roll(-1).view(shift_labels.shape)
+    return shift_labels.masked_fill(last, IGNORE_INDEX)
+
+
+def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Positional arguments under the names that forward gives them."""
+    if not args:
+        return dict(kwargs)
+    names = list(inspect.signature(module.forward).parameters)
+    return {**dict(zip(names, args)), **kwargs}

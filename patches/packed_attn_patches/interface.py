@@ -1,0 +1,135 @@
+"""The attention and mask functions that transformers calls by name on a patched model.
+
+A packed forward carries two things: `layout=`, a keyword argument that transformers hands from the
+model to every attention layer, and an *empty mask*, a 4-D attention_mask without elements, which
+transformers passes on as it is and no kernel can use. A layer that gets the one without the other
+raises: boundaries are never lost silently. A forward without a layout is not ours: it runs the
+implementation that the model had before, with that implementation's own mask.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from packed_attn.attention import attention
+from packed_attn.layout import DocumentLayout
+
+# The name on a patched model for each implementation it may have had. transformers branches on
+# names that contain "flash", "sdpa" or "flex_attention", so these contain none of them; the mask
+# interface is told nothing but the name, so there is one for each.
+NAMES = {
+    "sdpa": "packed_attn",
+    "eager": "packed_attn_on_eager",
+    "flash_attention_2": "packed_attn_on_fa2",
+    "flash_attention_3": "packed_attn_on_fa3",
+    "flash_attention_4": "packed_attn_on_fa4",
+    "flex_attention": "packed_attn_on_flex",
+}
+
+# Keyword arguments that change which keys a layer sees or their scores, and that we do not serve.
+UNSERVED = ("position_bias", "indices", "block_indices", "key_indices", "bias")
+
+
+def empty_mask(batch_size: int, device: torch.device) -> Tensor:
+    """The 4-D mask without elements that marks a packed forward."""
+    return torch.empty(batch_size, 1, 0, 0, dtype=torch.bool, device=device)
+
+
+def is_empty_mask(mask: Any) -> bool:
+    """Whether `mask` marks a packed forward."""
+    return isinstance(mask, Tensor) and mask.ndim == 4 and mask.numel() == 0
+
+
+def packed_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    stock: str,
+    layout: DocumentLayout | None = None,
+    packed_attn_backend: str = "auto",
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention function.
+
+    Args:
+        query: `[B, num_heads, T, head_dim]`; key and value `[B, num_kv_heads, T, head_dim]`.
+        stock: the implementation that the model had before it was patched.
+        layout: the documents of the `B * T` tokens; None runs `stock`.
+
+    Returns:
+        `[B, T, num_heads, value_head_dim]` and no weights.
+    """
+    if layout is None and not is_empty_mask(attention_mask):
+        function = _stock_attention(stock, module)
+        return function(module, query, key, value, attention_mask, **kwargs)
+    if layout is None or not is_empty_mask(attention_mask):
+        lost = "layout" if layout is None else "empty mask"
+        raise RuntimeError(
+            f"packed-attn: {type(module).__name__} ran in a packed forward without its {lost}: "
+            "this model does not pass it on to its attention layers"
+        )
+    batch, num_heads, tokens, _ = query.shape
+    out = attention(
+        _stream(query),
+        _stream(key),
+        _stream(value),
+        layout,
+        backend=packed_attn_backend,
+        **_translated(module, kwargs),
+    )
+    return out.view(batch, tokens, num_heads, out.shape[-1]), None
+
+
+def packed_mask(*args: Any, stock: str, **kwargs: Any) -> Any:
+    """transformers' mask function: only forwards without a layout reach it."""
+    return ALL_MASK_ATTENTION_FUNCTIONS[stock](*args, **kwargs)
+
+
+def _stream(x: Tensor) -> Tensor:
+    """`[B, heads, T, head_dim]` -> `[B * T, heads, head_dim]`, a view where strides allow."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def _translated(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """transformers' keyword arguments in our names."""
+    for name in UNSERVED:
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"packed-attn: {type(module).__name__} passes {name}=, which is not supported"
+            )
+    causal = kwargs.get("is_causal")
+    if causal is None:
+        causal = getattr(module, "is_causal", True)
+    window = kwargs.get("sliding_window")
+    sinks = kwargs.get("s_aux")
+    left = -1 if window is None else int(window) - 1
+    return {
+        "causal": bool(causal),
+        "window_size": (left, -1 if causal else left),
+        "softmax_scale": kwargs.get("scaling"),
+        "softcap": kwargs.get("softcap"),
+        "sinks": kwargs.get("sinks") if sinks is None else sinks,
+        "dropout_p": kwargs.get("dropout") or 0.0,
+    }
+
+
+def _stock_attention(stock: str, module: nn.Module) -> Any:
+    if stock == "eager":
+        return sys.modules[type(module).__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS[stock]
+
+
+for _stock, _name in NAMES.items():
+    AttentionInterface.register(_name, partial(packed_attention_forward, stock=_stock))
+    AttentionMaskInterface.register(_name, partial(packed_mask, stock=_stock))

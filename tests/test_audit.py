@@ -1,0 +1,122 @@
+"""audit: isolated models pass, leaking ones are caught with the first leaking module named."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from models import FAMILIES, tiny_model
+from torch import nn
+
+from packed_attn import audit, patch_model
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patched_models_are_isolated(family: str) -> None:
+    report = audit(patch_model(tiny_model(family)))
+    assert report.isolated, str(report)
+    if family not in ("qwen3_moe", "mixtral", "gpt_oss"):
+        assert report.verdict == "isolated", str(report)
+
+
+@pytest.mark.parametrize(
+    "convention", ["position_ids", "position_ids and a mask of ones", "no boundaries"]
+)
+def test_stock_models_leak_and_the_module_is_named(convention: str) -> None:
+    """position_ids alone leak because use_cache is left at its default."""
+    report = audit(tiny_model("llama"), convention=convention)
+    assert not report.isolated
+    assert {c.verdict for c in report.checks} == {"fails"}
+    assert report.first_leaking_module == "model.layers.0.self_attn (LlamaAttention)"
+    assert "leaks" in str(report)
+    assert "model.layers.0.self_attn" in str(report)
+
+
+class Smear(nn.Module):
+    """A causal token mixer: each token takes a little of the one before."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.inner(x + 1e-3 * nn.functional.pad(x, (0, 0, 1, 0))[:, :-1])
+
+
+def test_a_single_leaking_module_is_found() -> None:
+    model = patch_model(tiny_model("llama"))
+    model.model.layers[1].mlp = Smear(model.model.layers[1].mlp)
+    report = audit(model)
+    assert not report.isolated
+    assert report.first_leaking_module == "model.layers.1.mlp (Smear)"
+
+
+class Zeroing(nn.Module):
+    """Multiplies all tokens by the first one's validity: leaks NaN alone."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 0 * x[:, :1]
+
+
+def test_a_leak_of_nan_alone_is_found() -> None:
+    model = patch_model(tiny_model("llama"))
+    model.model.norm = nn.Sequential(model.model.norm, Zeroing())
+    verdicts = {c.name: c.verdict for c in audit(model).checks}
+    assert verdicts.pop("NaN and Inf stay in their document") == "fails"
+    assert set(verdicts.values()) == {"holds"}
+
+
+class Rounding(nn.Module):
+    """What experts do: another token's content changes the rounding, and no gradient flows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1e-7 * x.detach().sum().sin()
+
+
+def test_rounding_is_told_from_a_leak() -> None:
+    model = patch_model(tiny_model("llama"))
+    model.model.norm = nn.Sequential(model.model.norm, Rounding())
+    report = audit(model)
+    verdicts = {c.name: c.verdict for c in report.checks}
+    assert verdicts["perturbing a document changes no other"] == "rounding", str(report)
+    assert verdicts["gradient into other documents is 0"] == "holds"
+    assert report.first_leaking_module == "model.norm.1 (Rounding)"
+
+
+def test_experts_at_a_width_where_rounding_shows() -> None:
+    """Experts group tokens by content: a neighbour changes the shape of a product."""
+    report = audit(patch_model(tiny_model("mixtral", hidden_size=512, num_local_experts=8)))
+    assert report.isolated, str(report)
+    assert (report.first_leaking_module is None) == (report.verdict == "isolated"), str(report)
+
+
+def test_the_model_is_left_as_it_was() -> None:
+    model = tiny_model("llama").train()
+    model.model.layers[0].eval()
+    modes = [m.training for m in model.modules()]
+    hooks = [len(m._forward_hooks) for m in model.modules()]
+    audit(model)
+    assert [m.training for m in model.modules()] == modes
+    assert [len(m._forward_hooks) for m in model.modules()] == hooks
+    assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_dtypes(dtype: torch.dtype) -> None:
+    report = audit(patch_model(tiny_model("llama")).to(dtype))
+    assert report.isolated, str(report)
+
+
+def test_report_as_json() -> None:
+    report = json.loads(json.dumps(audit(patch_model(tiny_model("llama"))).to_dict()))
+    assert report["verdict"] == "isolated"
+    assert len(report["checks"]) == 5
+
+
+def test_bad_arguments() -> None:
+    model = tiny_model("llama")
+    with pytest.raises(ValueError, match="two documents"):
+        audit(model, lengths=(5,))
+    with pytest.raises(ValueError, match="convention must be one of"):
+        audit(model, convention="rows")

@@ -1,0 +1,108 @@
+"""Every backend on every named case: exact, isolated and confined, or refused with its reasons.
+
+On a machine without a GPU the triton backend has a reason against everything, unless
+TRITON_INTERPRET=1 is set before triton is imported: `make test` gives it a process of its own.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from packed_attn import attention
+from packed_attn.backends import BACKENDS
+from tests.cases import BY_NAME, REAL, SMALL, Case
+from tests.oracle import (
+    assert_confined,
+    assert_exact,
+    assert_isolated,
+    assert_refused,
+    documents_to_isolate,
+    reasons_against,
+)
+
+# Isolation needs a document to change and another one to look at.
+SEVERAL = [case for case in SMALL if documents_to_isolate(case)]
+
+
+def _names(cases: list[Case] | tuple[Case, ...]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@_names(SMALL)
+def test_exact_or_refused(backend: str, case: Case, device: str) -> None:
+    if reasons_against(backend, case, device):
+        assert_refused(backend, case, device)
+    else:
+        assert_exact(backend, case, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@_names(SEVERAL)
+def test_isolated_or_refused(backend: str, case: Case, device: str) -> None:
+    if reasons_against(backend, case, device):
+        assert_refused(backend, case, device)
+    else:
+        assert_isolated(backend, case, device)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@_names(SEVERAL)
+def test_confined_or_refused(backend: str, case: Case, device: str) -> None:
+    if reasons_against(backend, case, device, confine_nonfinite=True):
+        assert_refused(backend, case, device, confine_nonfinite=True)
+    else:
+        assert_confined(backend, case, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("backend", BACKENDS)
+@_names(REAL)
+def test_real_shapes_exact(backend: str, case: Case) -> None:
+    """Real heads and masks on documents 16 times shorter: the oracle is quadratic in float64."""
+    short = case.shortened(16)
+    if reasons_against(backend, short, "cuda"):
+        assert_refused(backend, short, "cuda")
+    else:
+        assert_exact(backend, short, "cuda")
+
+
+@pytest.mark.parametrize("case", SMALL, ids=[case.name for case in SMALL])
+def test_auto_runs_every_case(case: Case, device: str) -> None:
+    """The last backend has no reason against anything, so auto never fails."""
+    inputs = case.inputs(device=device)
+    out = attention(
+        inputs.q,
+        inputs.k,
+        inputs.v,
+        case.layout(device),
+        key_layout=case.key_layout(device),
+        sinks=inputs.sinks,
+        alibi_slopes=inputs.alibi_slopes,
+        **case.kwargs(),
+    )
+    assert out.shape == (*inputs.q.shape[:2], inputs.v.shape[-1])
+    assert not out.isnan().any()
+
+
+def test_table_is_consistent() -> None:
+    """Names are unique and every real case is a request that `attention` takes."""
+    assert len(BY_NAME) == len(SMALL) + len(REAL)
+    for case in REAL:
+        layout = case.layout()
+        assert 8192 <= layout.total_tokens <= 40960
+        visibility = layout.visibility(case.causal, case.window_size, chunk_size=case.chunk_size)
+        seen = (visibility.key_stop - visibility.key_start).min()
+        assert int(seen) >= 1, f"{case.name}: every token sees itself"
+
+
+def test_small_table_covers_the_hard_layouts() -> None:
+    """What a kernel most often gets wrong stays in the table."""
+    masks = [(c.lengths, c.parents, c.padding, c.key_lengths) for c in SMALL]
+    assert any(max(lengths, default=0) > 128 for lengths, *_ in masks)
+    assert any(len(lengths) >= 150 and max(lengths) <= 2 for lengths, *_ in masks)
+    assert any(0 in lengths and sum(lengths) > 1 for lengths, *_ in masks)
+    assert {c.dtype for c in SMALL} == {torch.float32, torch.bfloat16, torch.float16}
+    assert any(c.parents is not None and c.window_size[0] >= 0 for c in SMALL)
+    assert any(c.num_kv_heads == 1 and c.num_heads > 1 for c in SMALL)

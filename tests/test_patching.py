@@ -1,0 +1,347 @@
+"""patch_model: packed batches are exact by every convention, everything else is untouched."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from models import FAMILIES, tiny_config, tiny_model
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+from packed_attn import DocumentLayout, PackedCollator, patch_model, unpatch_model
+
+LENGTHS = (5, 1, 37, 22)
+
+
+def documents(seed: int = 1, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 150, (n,), generator=generator) for n in lengths]
+
+
+def packed(docs: list[Tensor]) -> dict[str, Any]:
+    return PackedCollator("documents")([{"input_ids": d} for d in docs])
+
+
+def alone(model: nn.Module, docs: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(input_ids=d[None]).logits[0] for d in docs])
+
+
+def close(got: Tensor, want: Tensor, bound: float = 1e-5) -> bool:
+    return float((got - want).abs().max()) <= bound * float(want.abs().max())
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    assert got.keys() == want.keys()
+    difference = sum(float((got[n] - want[n]).double().square().sum()) for n in want)
+    return (difference / sum(float(w.double().square().sum()) for w in want.values())) ** 0.5
+
+
+CONVENTIONS = {
+    "everything": lambda b: b,
+    "layout": lambda b: {"layout": b["layout"]},
+    "position_ids": lambda b: {"position_ids": b["position_ids"]},
+    "position_ids, ones": lambda b: {
+        "position_ids": b["position_ids"],
+        "attention_mask": torch.ones_like(b["input_ids"]),
+    },
+    "cu_seq_lens": lambda b: {k: b[k] for k in ("cu_seq_lens_q", "cu_seq_lens_k")},
+    "seq_idx": lambda b: {"seq_idx": b["seq_idx"]},
+    "segment mask": lambda b: {"attention_mask": b["seq_idx"].long() + 1},
+}
+
+
+@pytest.fixture(scope="module")
+def llama() -> nn.Module:
+    return patch_model(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("convention", CONVENTIONS)
+def test_every_convention_is_exact(llama: nn.Module, convention: str) -> None:
+    docs = documents()
+    batch = packed(docs)
+    kwargs = {"input_ids": batch["input_ids"], **CONVENTIONS[convention](batch)}
+    kwargs.pop("labels", None)
+    assert close(llama(**kwargs).logits[0], alone(llama, docs))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_gradients_equal_the_documents_alone(family: str) -> None:
+    """Train mode, the cache at its default, checkpointing on: as a Trainer runs it."""
+    model = tiny_model(family).train()
+    docs = documents()
+    targets = sum(len(d) - 1 for d in docs)
+    loss = torch.tensor(0.0)
+    for doc in docs:
+        logits = model(input_ids=doc[None]).logits[0, :-1]
+        loss = loss + nn.functional.cross_entropy(logits, doc[1:], reduction="sum") / targets
+    loss.backward()
+    want = gradients(model)
+
+    patch_model(model)
+    model.zero_grad()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    batch = packed(docs)
+    got = model(
+        input_ids=batch["input_ids"], position_ids=batch["position_ids"], labels=batch["labels"]
+    ).loss
+    got.backward()
+    assert abs(got.item() - loss.item()) <= 1e-6 * abs(loss.item())
+    # One matrix product over all documents sums its gradient in another order than one a document.
+    assert relative(gradients(model), want) <= 2e-6
+
+
+def test_reentrant_checkpointing_gives_the_same_bits(llama: nn.Module) -> None:
+    batch = packed(documents())
+    found = []
+    for settings in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        model = copy.deepcopy(llama).train()
+        if settings is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=settings)
+            model.enable_input_require_grads()
+        model(**batch).loss.backward()
+        found.append(gradients(model))
+    for other in found[1:]:
+        assert all(torch.equal(found[0][n], other[n]) for n in found[0])
+
+
+def test_two_packed_rows(llama: nn.Module) -> None:
+    a, b = documents(lengths=(5, 22))
+    rows = torch.stack([torch.cat([a, b]), torch.cat([b, a])])
+    positions = torch.stack(
+        [torch.cat([torch.arange(5), torch.arange(22)]), torch.cat([torch.arange(22), torch.arange(5)])]
+    )
+    logits = llama(input_ids=rows, position_ids=positions).logits
+    assert close(logits[0], alone(llama, [a, b]))
+    assert close(logits[1], alone(llama, [b, a]))
+
+
+def test_tail_padding_beside_packed_positions(llama: nn.Module) -> None:
+    """Stock transformers sees a padded row and forgets the documents."""
+    docs = documents()
+    batch = packed(docs)
+    pad = torch.zeros(1, 7, dtype=torch.long)
+    logits = llama(
+        input_ids=torch.cat([batch["input_ids"], pad], 1),
+        position_ids=torch.cat([batch["position_ids"], pad], 1),
+        attention_mask=torch.cat([torch.ones_like(batch["input_ids"]), pad], 1),
+    ).logits
+    assert close(logits[0, :-7], alone(llama, docs))
+
+
+def test_labels_never_cross_a_boundary(llama: nn.Module) -> None:
+    """Also where the caller left the first label of each document in place."""
+    batch = packed(documents())
+    want = llama(**batch).loss
+    raw = {**batch, "labels": batch["input_ids"].clone()}
+    assert torch.equal(llama(**raw).loss, want)
+    shifted = torch.nn.functional.pad(batch["input_ids"], (0, 1), value=-100)[:, 1:]
+    raw = {**batch, "labels": batch["labels"], "shift_labels": shifted}
+    assert torch.equal(llama(**raw).loss, want)
+
+
+def test_positional_arguments(llama: nn.Module) -> None:
+    docs = documents()
+    batch = packed(docs)
+    logits = llama(batch["input_ids"], None, batch["position_ids"]).logits
+    assert close(logits[0], alone(llama, docs))
+
+
+def test_inputs_embeds_and_the_base_model(llama: nn.Module) -> None:
+    batch = packed(documents())
+    want = llama.model(**{k: batch[k] for k in ("input_ids", "position_ids")}).last_hidden_state
+    embeds = llama.get_input_embeddings()(batch["input_ids"])
+    got = llama.model(inputs_embeds=embeds, position_ids=batch["position_ids"]).last_hidden_state
+    assert torch.equal(got, want)
+    assert torch.equal(llama.lm_head(got), llama(**batch).logits)
+
+
+def stock_results(model: nn.Module) -> list[Tensor]:
+    """What users do with a model beside packing: rows, padding on either side, generation."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 150, (2, 12), generator=generator)
+    left, right = torch.ones_like(ids), torch.ones_like(ids)
+    left[0, :5] = 0
+    right[1, 8:] = 0
+    tokens: Any = model.generate(  # type: ignore[operator]
+        ids, attention_mask=left, max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    with torch.no_grad():
+        return [
+            model(input_ids=ids).logits,
+            model(input_ids=ids, attention_mask=right).logits,
+            model(input_ids=ids, attention_mask=left).logits,
+            model(input_ids=ids[:1], position_ids=torch.arange(12)[None]).logits,
+            tokens,
+        ]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_everything_else_is_untouched(family: str) -> None:
+    model = tiny_model(family)
+    before = stock_results(model)
+    patch_model(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, stock_results(model)))
+    unpatch_model(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, stock_results(model)))
+
+
+def test_eager_models_stay_eager() -> None:
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"), attn_implementation="eager").eval()
+    before = stock_results(model)
+    patch_model(model)
+    assert all(torch.equal(a, b) for a, b in zip(before, stock_results(model)))
+
+
+def test_undo_restores_configs_and_hooks() -> None:
+    model = tiny_model("llama")
+    config = model.config
+    state = {
+        name: (dict(vars(m)["_forward_pre_hooks"]), vars(m).get("config"), sorted(vars(m)))
+        for name, m in model.named_modules()
+    }
+    unpatch_model(patch_model(model))
+    assert model.config is config
+    for name, module in model.named_modules():
+        hooks, module_config, names = state[name]
+        assert dict(module._forward_pre_hooks) == hooks
+        assert vars(module).get("config") is module_config
+        assert sorted(vars(module)) == names
+
+
+def test_patching_twice_is_patching_once() -> None:
+    model = tiny_model("llama")
+    assert patch_model(patch_model(model)) is model
+    assert len(model._forward_pre_hooks) == 1
+    patch_model(model, backend="reference")
+    assert len(model._forward_pre_hooks) == 1
+    unpatch_model(model)
+    assert not model._forward_pre_hooks
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not patched"):
+        unpatch_model(model)
+
+
+def test_two_models_from_one_config_object() -> None:
+    config = tiny_config("llama")
+    first = AutoModelForCausalLM.from_config(config)
+    second = AutoModelForCausalLM.from_config(config)
+    name = second.config._attn_implementation
+    patch_model(first)
+    assert second.config._attn_implementation == config._attn_implementation == name
+    assert first.config._attn_implementation == "packed_attn"
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_copy_is_patched_and_independent(clone: Any) -> None:
+    model = patch_model(tiny_model("llama"))
+    twin = clone(model)
+    docs = documents()
+    batch = packed(docs)
+    want = alone(model, docs)
+    unpatch_model(model)
+    assert close(twin(**batch).logits[0], want)
+    unpatch_model(twin)
+    assert twin.config._attn_implementation == "sdpa"
+
+
+def test_the_patch_is_not_saved(tmp_path: Any) -> None:
+    model = patch_model(tiny_model("llama"))
+    model.save_pretrained(tmp_path)
+    assert "packed" not in (tmp_path / "config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
+
+
+def test_unknown_models_are_refused_by_name() -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config("mamba"))
+    with pytest.raises(NotImplementedError, match="refuses MambaForCausalLM: model type 'mamba'"):
+        patch_model(model)
+    with pytest.raises(NotImplementedError, match="refuses Linear: it is not a transformers"):
+        patch_model(nn.Linear(2, 2))
+    with pytest.raises(NotImplementedError, match="unpack"):
+        patch_model(tiny_model("llama"), on_unknown="unpack")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"layout": DocumentLayout.from_lengths([4])}, "layout covers 4 tokens"),
+        ({"position_ids": torch.arange(65)[None]}, "position_ids contradict layout"),
+        ({"attention_mask": torch.tensor([[0] + [1] * 64])}, "attention_mask hides tokens"),
+    ],
+)
+def test_contradictions_are_named(llama: nn.Module, change: dict, words: str) -> None:
+    batch = {**packed(documents()), **change}
+    with pytest.raises(ValueError, match=words):
+        llama(**batch)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"cu_seq_lens_q": torch.tensor([1, 65], dtype=torch.int32)}, "start at 0"),
+        ({"cu_seq_lens_q": torch.tensor([0, 9, 5, 65], dtype=torch.int32)}, "must not decrease"),
+        ({"cu_seq_lens_q": torch.tensor([0, 64], dtype=torch.int32)}, "must end at"),
+        ({"cu_seq_lens_q": torch.tensor([0, 6, 43, 65], dtype=torch.int32)}, "contradict"),
+        ({"position_ids": torch.tensor([list(range(60)) + [-1] * 5])}, "negative"),
+    ],
+)
+def test_bad_boundaries_are_named(llama: nn.Module, change: dict, words: str) -> None:
+    batch = packed(documents())
+    kwargs = {k: batch[k] for k in ("input_ids", "position_ids")}
+    with pytest.raises(ValueError, match=words):
+        llama(**{**kwargs, **change})
+
+
+def test_a_filled_cache_is_refused(llama: nn.Module) -> None:
+    cache = llama(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True).past_key_values
+    batch = packed(documents())
+    with pytest.raises(ValueError, match="past_key_values already holds tokens"):
+        llama(**batch, past_key_values=cache)
+
+
+def test_a_document_may_not_cross_rows(llama: nn.Module) -> None:
+    layout = DocumentLayout.from_lengths([5, 3])
+    with pytest.raises(ValueError, match="crosses from row 0 to row 1"):
+        llama(input_ids=torch.ones(2, 4, dtype=torch.long), layout=layout)
+
+
+def test_verify_undoes_a_leaking_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A model whose attention ignores the layout: the audit sees it and the patch comes off."""
+    import packed_attn_patches.interface as interface
+
+    def one_document(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, **kwargs: Any) -> Tensor:
+        from packed_attn import attention
+
+        return attention(q, k, v, DocumentLayout.from_lengths([q.shape[0]]), **kwargs)
+
+    monkeypatch.setattr(interface, "attention", one_document)
+    model = tiny_model("llama")
+    with pytest.raises(RuntimeError, match=r"undid its patch.*\n.*leaks"):
+        patch_model(model, verify=True)
+    assert model.config._attn_implementation == "sdpa"
+    assert not model._forward_pre_hooks
+
+
+def test_verify_passes_an_exact_model() -> None:
+    patch_model(tiny_model("llama"), verify=True)
+
+
+def test_boundaries_that_get_lost_raise(llama: nn.Module) -> None:
+    """A layer that sees the empty mask without the layout must not run as one document."""
+    from packed_attn_patches.interface import empty_mask
+
+    layer = llama.model.layers[0].self_attn
+    hidden = torch.zeros(1, 4, 64)
+    rotary = llama.model.rotary_emb(hidden, torch.arange(4)[None])
+    mask = empty_mask(1, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="LlamaAttention ran in a packed forward without"):
+        layer(hidden, position_embeddings=rotary, attention_mask=mask)
