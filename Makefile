@@ -29,8 +29,9 @@ lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/pyright
 
-gpu-test:
-	$(PYTHON) -m pytest tests/test_conformance.py tests/test_attention.py tests/test_varlen.py
+# On a machine with its own torch and no network: make gpu-test PY=python3 READY=
+gpu-test: $(READY)
+	$(PY) -m pytest tests/test_conformance.py tests/test_triton_backend.py tests/test_varlen.py
 
 $(READY): pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)

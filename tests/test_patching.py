@@ -342,6 +342,6 @@ def test_boundaries_that_get_lost_raise(llama: nn.Module) -> None:
     layer = llama.model.layers[0].self_attn
     hidden = torch.zeros(1, 4, 64)
     rotary = llama.model.rotary_emb(hidden, torch.arange(4)[None])
-    mask = empty_mask(1, torch.device("cpu"))
+    mask = empty_mask(1, DocumentLayout.from_lengths([4])).detach()
     with pytest.raises(RuntimeError, match="LlamaAttention ran in a packed forward without"):
         layer(hidden, position_embeddings=rotary, attention_mask=mask)

@@ -8,20 +8,30 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packed_attn.demo.batches import (
+    Feature,
+    concatenate,
+    pad_documents,
+    patched,
+    to_device,
+    token_owners,
+    unchanged,
+    with_layout,
+    with_position_ids,
+)
 from packed_attn.demo.settings import Settings, use_all_cores
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    import torch
     from transformers import LlamaForCausalLM
 
     import datasets
 
-Feature = Mapping[str, Any]
 PROBE_DOCUMENTS = 8
 
 
@@ -73,120 +83,6 @@ class Row:
     prepare: Callable[[LlamaForCausalLM], LlamaForCausalLM]
 
 
-def train_row(name: str, settings: Settings) -> RowResult:
-    """Trains one row for `settings.train_seconds` and measures every column."""
-    import datasets
-    import torch
-
-    from packed_attn.demo import measure
-    from packed_attn.demo.training import train
-
-    threads = use_all_cores()
-    row = ROWS[name]
-    train_set = datasets.load_from_disk(str(settings.train_folder))
-    heldout = datasets.load_from_disk(str(settings.heldout_folder))
-    assert isinstance(train_set, datasets.Dataset)
-    features = _features(row, train_set, settings)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = row.prepare(_fresh_model(settings).to(device))
-    trained = train(
-        model,
-        features,
-        collate=row.collate,
-        batch_size=1 if row.packs else settings.batch_size,
-        settings=settings,
-        title=row.title,
-    )
-    evaluated = _fresh_model(settings).to(device)
-    evaluated.load_state_dict(model.state_dict())
-    probe = _probe(row, settings, device)
-    return RowResult(
-        row=name,
-        title=row.title,
-        device=device.type,
-        threads=threads,
-        **asdict(trained),
-        loss=measure.mean_loss(evaluated, heldout),
-        **probe,
-    )
-
-
-def probe_documents(settings: Settings) -> list[Feature]:
-    """The first documents that together fit one pack and one padded batch: the fixed ones on
-    which every row's gradient and isolation are measured."""
-    import datasets
-
-    chosen, tokens = [], 0
-    for document in datasets.load_from_disk(str(settings.train_folder)):
-        length = len(document["input_ids"])
-        if len(chosen) < PROBE_DOCUMENTS and tokens + length <= settings.capacity:
-            chosen.append(document)
-            tokens += length
-        if len(chosen) == PROBE_DOCUMENTS:
-            break
-    return chosen
-
-
-def token_owners(features: Sequence[Feature], batch: Mapping[str, Any]) -> Tensor:
-    """The document of each token, int64 `[B, T]` on the CPU, -1 for padding."""
-    import torch
-
-    owners = torch.full(batch["input_ids"].shape, -1)
-    document = 0
-    for row, feature in enumerate(features):
-        at = 0
-        for length in feature.get("seq_lengths", [len(feature["input_ids"])]):
-            owners[row, at : at + length] = document
-            at, document = at + length, document + 1
-    return owners
-
-
-def pad_documents(features: Sequence[Feature]) -> dict[str, Tensor]:
-    """A padded batch: one document a row, an attention mask for the rest."""
-    import torch
-    from torch.nn.utils.rnn import pad_sequence
-
-    from packed_attn.demo.model import PAD_ID
-
-    ids = [torch.as_tensor(f["input_ids"]) for f in features]
-    labels = [torch.as_tensor(f["labels"]) for f in features]
-    ones = [torch.ones_like(i) for i in ids]
-    return {
-        "input_ids": pad_sequence(ids, batch_first=True, padding_value=PAD_ID),
-        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
-        "attention_mask": pad_sequence(ones, batch_first=True, padding_value=0),
-    }
-
-
-def concatenate(features: Sequence[Feature]) -> dict[str, Tensor]:
-    """Naive packing: the tokens of packs, with nothing said about documents."""
-    return _stacked(features, "input_ids", "labels")
-
-
-def with_position_ids(features: Sequence[Feature]) -> dict[str, Tensor]:
-    """Stock transformers packing: positions that restart, from which it makes a T x T mask."""
-    return _stacked(features, "input_ids", "labels", "position_ids")
-
-
-def with_layout(features: Sequence[Feature]) -> dict[str, Any]:
-    """packed-attn's collator, called as a user would."""
-    from packed_attn import PackedCollator
-
-    return PackedCollator()(features)
-
-
-def patched(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """packed-attn's model patch, called as a user would."""
-    from packed_attn import patch_model
-
-    return patch_model(model)
-
-
-def unchanged(model: LlamaForCausalLM) -> LlamaForCausalLM:
-    """The model as transformers makes it."""
-    return model
-
-
 ROWS = {
     "padded": Row("padded, batch of 8", False, pad_documents, unchanged),
     "naive": Row("naive packing", True, concatenate, unchanged),
@@ -195,50 +91,97 @@ ROWS = {
 }
 
 
-def _features(row: Row, documents: datasets.Dataset, settings: Settings) -> datasets.Dataset:
-    from packed_attn import pack_dataset
+def train_row(name: str, settings: Settings) -> RowResult:
+    """Trains one row for `settings.train_seconds`, then measures the other columns.
 
-    return pack_dataset(documents, settings.capacity) if row.packs else documents
+    Loss, gradient error and leaks come after the training, whose peak memory is read first.
+    """
+    import datasets
+    import torch
 
+    from packed_attn.demo.measure import mean_loss
+    from packed_attn.demo.training import train
 
-def _fresh_model(settings: Settings) -> LlamaForCausalLM:
-    from packed_attn.demo.model import build_model
-
-    return build_model(
-        vocab_size=settings.vocab_size, capacity=settings.capacity, seed=settings.seed
+    threads, row = use_all_cores(), ROWS[name]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = row.prepare(_fresh_model(settings, device))
+    trained = train(
+        model,
+        _features(row, _documents(settings.train_folder), settings),
+        collate=row.collate,
+        batch_size=1 if row.packs else settings.batch_size,
+        settings=settings,
+        title=row.title,
+    )
+    plain = _fresh_model(settings, device)
+    plain.load_state_dict(model.state_dict())
+    loss = mean_loss(plain, list(_documents(settings.heldout_folder)))
+    datasets.disable_progress_bars()
+    gradient_error, leaked_tokens, probe_tokens = _probe(row, settings, device)
+    return RowResult(
+        name,
+        row.title,
+        device.type,
+        threads,
+        **asdict(trained),
+        loss=loss,
+        gradient_error=gradient_error,
+        leaked_tokens=leaked_tokens,
+        probe_tokens=probe_tokens,
     )
 
 
-def _probe(row: Row, settings: Settings, device: Any) -> dict[str, Any]:
-    """Gradient error and leaks of the untrained model on the probe documents."""
+def probe_documents(settings: Settings) -> list[Feature]:
+    """The first documents that together fit one pack and one padded batch, the same for every
+    row: gradient error and leaks are measured on them."""
+    chosen: list[Feature] = []
+    room = settings.capacity
+    for document in _documents(settings.train_folder):
+        if len(chosen) < PROBE_DOCUMENTS and len(document["input_ids"]) <= room:
+            chosen.append(document)
+            room -= len(document["input_ids"])
+    return chosen
+
+
+def _probe(row: Row, settings: Settings, device: torch.device) -> tuple[float, int, int]:
+    """Gradient error, leaked tokens and all tokens of the untrained model's probe batch."""
     import datasets
 
     from packed_attn.demo import measure
 
     documents = probe_documents(settings)
     features = list(_features(row, datasets.Dataset.from_list(documents), settings))
-    batch = _to_device(row.collate(features), device)
+    batch = to_device(row.collate(features), device)
     owners = token_owners(features, batch)
-    alone, model = _fresh_model(settings).to(device), row.prepare(_fresh_model(settings).to(device))
+    model = row.prepare(_fresh_model(settings, device))
     completion_tokens = measure.count_completion_tokens(documents)
-    return {
-        "gradient_error": measure.relative_error(
-            measure.gradient(model, batch, completion_tokens),
-            measure.gradient_alone(alone, documents),
-        ),
-        "leaked_tokens": measure.count_leaked_tokens(model, batch, owners, settings.seed),
-        "probe_tokens": int((owners >= 0).sum()),
-    }
+    gradient_error = measure.relative_error(
+        measure.gradient(model, batch, completion_tokens),
+        measure.gradient_alone(_fresh_model(settings, device), documents),
+    )
+    leaked_tokens = measure.count_leaked_tokens(model, batch, owners, settings.seed)
+    return gradient_error, leaked_tokens, int((owners >= 0).sum())
 
 
-def _stacked(features: Sequence[Feature], *names: str) -> dict[str, Tensor]:
-    import torch
+def _documents(folder: Path) -> datasets.Dataset:
+    import datasets
 
-    return {name: torch.tensor([f[name] for f in features]) for name in names}
+    return datasets.Dataset.load_from_disk(str(folder))
 
 
-def _to_device(batch: dict[str, Any], device: Any) -> dict[str, Any]:
-    return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
+def _features(row: Row, documents: datasets.Dataset, settings: Settings) -> datasets.Dataset:
+    from packed_attn import pack_dataset
+
+    return pack_dataset(documents, settings.capacity) if row.packs else documents
+
+
+def _fresh_model(settings: Settings, device: torch.device) -> LlamaForCausalLM:
+    from packed_attn.demo.model import build_model
+
+    model = build_model(
+        vocab_size=settings.vocab_size, capacity=settings.capacity, seed=settings.seed
+    )
+    return model.to(device)  # pyright: ignore[reportArgumentType]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -22,7 +22,7 @@ INT64_MAX = 2**63 - 1
 class Packs:
     """Which tokens of which documents form which pack.
 
-    Piece i is the tokens `starts[i] : starts[i] + lengths[i]` of document `order[i]`, and the pieces
+    Piece i is tokens `starts[i] : starts[i] + lengths[i]` of document `order[i]`, and the pieces
     `offsets[p] : offsets[p + 1]` form pack p. A piece of a cut document is a document of its own.
 
     Attributes:
@@ -86,7 +86,8 @@ def pack_lengths(
 
     Documents over capacity, under either strategy:
 
-        "split"      are cut: bfd into pieces of `capacity` tokens and a rest, wrapped where packs end
+        "split"      are cut: by bfd into pieces of `capacity` tokens and a rest, by wrapped
+                     wherever a pack ends
         "truncate"   keep their first `capacity` tokens
         "drop"       are left out
         "error"      raise
@@ -112,7 +113,7 @@ def pack_lengths(
     kept = _kept_lengths(given, capacity, overflow)
     if strategy == "wrapped":
         order, starts, pieces, offsets = _wrap(kept, capacity)
-    elif kept.size and 0 < kept.min() and kept.max() <= capacity:  # every document is one piece
+    elif kept.size and kept.min() > 0 and kept.max() <= capacity:  # every document is one piece
         order, offsets = best_fit_decreasing(kept, capacity)
         starts, pieces = np.zeros_like(order), kept[order]
     else:
@@ -238,7 +239,9 @@ def _checked_lengths(lengths: Any) -> NDArray[np.int64]:
         raise ValueError(_non_integer(lengths, array.dtype))
     if array.min() < 0:
         document = int(np.argmax(array < 0))
-        raise ValueError(f"lengths must not be negative, but lengths[{document}] is {array[document]}")
+        raise ValueError(
+            f"lengths must not be negative, but lengths[{document}] is {array[document]}"
+        )
     # The first test is free; the second sums exactly, and only when the first cannot rule it out.
     if int(array.max()) * array.size > INT64_MAX and sum(array.tolist()) > INT64_MAX // 2:
         raise ValueError("lengths must add to less than 2^62 tokens, but they add to more")

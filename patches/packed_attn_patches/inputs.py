@@ -60,7 +60,7 @@ class LayoutHook:
         packed = {k: v for k, v in kwargs.items() if k not in BOUNDARY_NAMES}
         packed["layout"] = layout
         packed["packed_attn_backend"] = self.backend
-        packed["attention_mask"] = empty_mask(batch.rows, batch.device)
+        packed["attention_mask"] = empty_mask(batch.rows, layout)
         packed["use_cache"] = False
         packed["past_key_values"] = None
         if packed.get("position_ids") is None:

@@ -2,8 +2,9 @@
 
 A packed forward carries two things: `layout=`, a keyword argument that transformers hands from the
 model to every attention layer, and an *empty mask*, a 4-D attention_mask without elements, which
-transformers passes on as it is and no kernel can use. A layer that gets the one without the other
-raises: boundaries are never lost silently. A forward without a layout is not ours: it runs the
+transformers passes on as it is and no kernel can use. The mask carries the layout once more, for
+models that do not hand keyword arguments on. A layer that gets the mask and finds no layout raises,
+and so does one that lost the mask: boundaries are never lost silently. A forward without a layout is not ours: it runs the
 implementation that the model had before, with that implementation's own mask.
 """
 
@@ -38,9 +39,11 @@ NAMES = {
 UNSERVED = ("position_bias", "indices", "block_indices", "key_indices", "bias")
 
 
-def empty_mask(batch_size: int, device: torch.device) -> Tensor:
-    """The 4-D mask without elements that marks a packed forward."""
-    return torch.empty(batch_size, 1, 0, 0, dtype=torch.bool, device=device)
+def empty_mask(batch_size: int, layout: DocumentLayout) -> Tensor:
+    """The 4-D mask without elements that marks a packed forward and carries its layout."""
+    mask = torch.empty(batch_size, 1, 0, 0, dtype=torch.bool, device=layout.device)
+    mask.document_layout = layout  # type: ignore[attr-defined]
+    return mask
 
 
 def is_empty_mask(mask: Any) -> bool:
@@ -70,6 +73,8 @@ def packed_attention_forward(
     Returns:
         `[B, T, num_heads, value_head_dim]` and no weights.
     """
+    if layout is None:
+        layout = getattr(attention_mask, "document_layout", None)
     if layout is None and not is_empty_mask(attention_mask):
         function = _stock_attention(stock, module)
         return function(module, query, key, value, attention_mask, **kwargs)

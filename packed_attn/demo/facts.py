@@ -1,0 +1,39 @@
+"""What machine and what versions a run's figures come from."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+PACKAGES = ("packed-attn", "torch", "transformers", "triton", "datasets", "tokenizers", "numpy")
+
+
+def machine_facts() -> dict[str, str]:
+    """Processor, GPU, system and versions, as text."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return {
+        "processor": f"{_processor()}, {os.cpu_count()} cores",
+        "gpu": gpu,
+        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        **{name: _version(name) for name in PACKAGES},
+    }
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"

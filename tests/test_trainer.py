@@ -1,0 +1,146 @@
+"""HF Trainer with default TrainingArguments: packs stay packs, and a step equals the unpacked one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+import torch
+from models import tiny_model
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+from packed_attn import PackedCollator, pack_dataset, patch_model
+
+CAPACITY = 64
+
+
+def documents() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(2, 40, (24,), generator=generator).tolist()
+    return [torch.randint(3, 150, (n,), generator=generator).tolist() for n in lengths]
+
+
+def arguments(folder: Path, **kwargs: Any) -> TrainingArguments:
+    return TrainingArguments(
+        output_dir=str(folder),
+        report_to=[],
+        disable_tqdm=True,
+        save_strategy="no",
+        use_cpu=True,
+        logging_steps=1,
+        **kwargs,
+    )
+
+
+def losses(trainer: Trainer) -> list[float]:
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_a_run_with_defaults_equals_the_documents_one_by_one(
+    tmp_path: Path, batch_size: int
+) -> None:
+    """Trainer drops the columns that forward does not name; position_ids survive."""
+    docs = documents()
+    packs = pack_dataset(
+        datasets.Dataset.from_dict({"input_ids": docs}), CAPACITY, overflow="error"
+    )
+    seen: list[tuple[int, ...]] = []
+
+    class Watched(PackedCollator):
+        def __call__(self, features: Any) -> dict[str, Any]:
+            batch = super().__call__(features)
+            seen.append(batch["layout"].lengths)
+            return batch
+
+    settings = {"max_steps": 4, "per_device_train_batch_size": batch_size, "learning_rate": 1e-2}
+    trainer = Trainer(
+        patch_model(tiny_model("llama")),
+        arguments(tmp_path, **settings),
+        train_dataset=packs,
+        data_collator=Watched(),
+    )
+    packed_losses = losses(trainer)
+    assert all(len(lengths) > batch_size for lengths in seen[:2])
+
+    # The same documents per step, each alone in the batch, in the order that the packs had.
+    model = tiny_model("llama").train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+    alone_losses = [
+        one_by_one(model, optimizer, ids, 1e-2 * (1 - step / 4))
+        for step, ids in enumerate(steps_of(trainer, packs, batch_size))
+    ]
+    assert packed_losses == pytest.approx(alone_losses, rel=2e-5)
+
+
+def steps_of(trainer: Trainer, packs: Any, batch_size: int) -> list[list[list[int]]]:
+    """The documents of each step, read from the trainer's own data loader."""
+    torch.manual_seed(trainer.args.seed)
+    from transformers import set_seed
+
+    set_seed(trainer.args.seed)
+    steps = []
+    for batch in list(trainer.get_train_dataloader())[:4]:
+        ids = batch["input_ids"][0]
+        steps.append([d.tolist() for d in ids.split(batch["layout"].lengths)])
+    return steps
+
+
+def one_by_one(
+    model: nn.Module, optimizer: torch.optim.Optimizer, docs: list[list[int]], rate: float
+) -> float:
+    """One optimizer step in which every document runs alone."""
+    targets = sum(len(doc) - 1 for doc in docs)
+    total = 0.0
+    optimizer.zero_grad()
+    for doc in docs:
+        ids = torch.tensor(doc)
+        logits = model(input_ids=ids[None]).logits[0, :-1]
+        loss = nn.functional.cross_entropy(logits, ids[1:], reduction="sum") / targets
+        loss.backward()
+        total += loss.item()
+    nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.step()
+    return total
+
+
+def test_packs_that_lost_their_boundaries_stop_the_run(tmp_path: Path) -> None:
+    """seq_lengths alone do not survive Trainer's column removal."""
+    packs = pack_dataset(datasets.Dataset.from_dict({"input_ids": documents()}), CAPACITY)
+    trainer = Trainer(
+        patch_model(tiny_model("llama")),
+        arguments(tmp_path, max_steps=1),
+        train_dataset=packs.remove_columns("position_ids"),
+        data_collator=PackedCollator(),
+    )
+    with pytest.raises(ValueError, match="has no boundaries"):
+        trainer.train()
+
+
+def test_evaluation_counts_each_target_once(tmp_path: Path) -> None:
+    docs = documents()
+    packs = pack_dataset(datasets.Dataset.from_dict({"input_ids": docs}), CAPACITY)
+    model = patch_model(tiny_model("llama"))
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, per_device_eval_batch_size=len(packs)),
+        eval_dataset=packs,
+        data_collator=PackedCollator(),
+    )
+    with torch.no_grad():
+        total = sum(
+            nn.functional.cross_entropy(
+                model(input_ids=torch.tensor(d)[None]).logits[0, :-1],
+                torch.tensor(d)[1:],
+                reduction="sum",
+            ).item()
+            for d in docs
+        )
+    want = total / sum(len(d) - 1 for d in docs)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(want, rel=1e-6)
