@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -143,12 +143,12 @@ class _Audit:
     ) -> None:
         self.model = model
         self.convention = convention
-        documents, self.replacements = _documents(model, lengths, seed)
-        self.documents = documents
-        self.spans = _spans(documents)
-        self.clean, self.clean_trace = self._traced(documents)
+        self.pools = _pools(model, len(lengths), seed)
+        self.documents, self.replacements = _documents(self.pools, lengths, seed)
+        self.spans = _spans(self.documents)
+        self.clean, self.clean_trace = self._traced(self.documents)
         self.scale = float(self.clean.abs().max())
-        self.alone = [self._forward({"input_ids": d[None]}) for d in documents]
+        self.alone = [self._forward({"input_ids": d[None]}) for d in self.documents]
         self.rounding = 0.0
         self.moved = 0.0
         self.leak: str | None = None
@@ -200,13 +200,14 @@ class _Audit:
         """Of each document's logits in the embeddings of all others."""
         worst = 0.0
         for index, (a, b) in enumerate(self.spans):
-            with torch.enable_grad(), _embeddings(self.model) as held:
-                logits = self._forward(self._batch(self.documents))
-                weights = torch.linspace(-1, 1, logits[a:b].numel(), device=logits.device)
-                loss = (logits[a:b].flatten() * weights.to(logits.dtype)).sum()
-                (gradient,) = torch.autograd.grad(loss, held.leaf)
-            gradient = gradient.flatten(0, -2)[self._outside(index)]
-            worst = max(worst, _largest(gradient))
+            with torch.enable_grad(), _Embeddings(self.model) as embeddings:
+                logits = self._forward(self._batch(self.documents))[a:b]
+                weights = torch.linspace(-1, 1, logits.numel(), device=logits.device)
+                loss = (logits.flatten() * weights.to(logits.dtype)).sum()
+                gradients = embeddings.gradients(loss)
+            for ids, gradient in gradients:
+                others = ~torch.isin(ids, self.pools[index])
+                worst = max(worst, _largest(gradient[others]))
         verdict: Verdict = "holds" if worst == 0 else "fails"
         return Check("gradient into other documents is 0", verdict, worst, 0.0)
 
@@ -214,8 +215,8 @@ class _Audit:
         """NaN, then Inf, in each document's embeddings."""
         worst = 0.0
         for value in (torch.nan, torch.inf):
-            for index, (a, b) in enumerate(self.spans):
-                with _embeddings(self.model, poison=(a, b, value)):
+            for index, pool in enumerate(self.pools):
+                with _Embeddings(self.model, poison=(pool, value)):
                     logits, trace = self._traced(self.documents)
                 worst = max(worst, self._changed(index, logits, trace))
         return self._unchanged("NaN and Inf stay in their document", worst, may_round)
@@ -269,34 +270,42 @@ class _Audit:
             return self._forward(batch), trace
 
 
-@dataclass
-class _Held:
-    """The embeddings of a forward as an autograd leaf."""
+class _Embeddings:
+    """A context in which embeddings are autograd leaves, and those of some token ids a value.
 
-    leaf: Tensor
+    A forward may embed its tokens in several calls and any order, so tokens are known by their
+    ids, which no two documents of an audit share.
 
+    Args:
+        poison: (ids, value) of the tokens whose embeddings become `value`.
+    """
 
-@contextmanager
-def _embeddings(
-    model: nn.Module, poison: tuple[int, int, float] | None = None
-) -> Iterator[_Held]:
-    """Holds the embeddings of forwards inside, with tokens [start, stop) set to a value."""
-    held = _Held(torch.empty(0))
+    def __init__(self, model: nn.Module, poison: tuple[Tensor, float] | None = None) -> None:
+        self._module: nn.Module = model.get_input_embeddings()  # type: ignore[operator]
+        self._poison = poison
+        self._calls: list[tuple[Tensor, Tensor]] = []
 
-    def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def __enter__(self) -> _Embeddings:
+        self._handle = self._module.register_forward_hook(self._replace, with_kwargs=True)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._handle.remove()
+
+    def gradients(self, loss: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """(ids, gradient) of each embedding call that the loss depends on."""
+        gradients = torch.autograd.grad(loss, [leaf for _, leaf in self._calls], allow_unused=True)
+        return [(ids, g) for (ids, _), g in zip(self._calls, gradients) if g is not None]
+
+    def _replace(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        ids = args[0] if args else next(iter(kwargs.values()))
         leaf = output.detach().clone()
-        if poison is not None:
-            start, stop, value = poison
-            leaf.flatten(0, -2)[start:stop] = value
-        held.leaf = leaf.requires_grad_(torch.is_grad_enabled())
-        return held.leaf
-
-    embeddings: Callable[[], nn.Module] = model.get_input_embeddings  # type: ignore[assignment]
-    handle = embeddings().register_forward_hook(replace)
-    try:
-        yield held
-    finally:
-        handle.remove()
+        if self._poison is not None:
+            poisoned, value = self._poison
+            leaf[torch.isin(ids, poisoned)] = value
+        leaf.requires_grad_(torch.is_grad_enabled())
+        self._calls.append((ids, leaf))
+        return leaf
 
 
 @contextmanager
@@ -319,11 +328,8 @@ def _is_patched(model: nn.Module) -> bool:
     return patches is not None and patches.is_patched(model)
 
 
-def _documents(
-    model: nn.Module, lengths: Sequence[int], seed: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Documents of random tokens that no embedding treats specially, and for each one another of
-    its length that differs in every token."""
+def _pools(model: nn.Module, documents: int, seed: int) -> list[Tensor]:
+    """Token ids for each document that no other has and that no embedding treats specially."""
     config: Any = model.config
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     special = {
@@ -332,14 +338,28 @@ def _documents(
         for token in _as_list(getattr(text, name, None))
     }
     usual = torch.tensor([t for t in range(text.vocab_size) if t not in special])
-    generator = torch.Generator().manual_seed(seed)
+    if len(usual) < 2 * documents:
+        raise ValueError(
+            f"an audit of {documents} documents needs a vocabulary of {2 * documents} plain tokens, "
+            f"but the model has {len(usual)}"
+        )
+    order = torch.randperm(len(usual), generator=torch.Generator().manual_seed(seed))
+    size = len(usual) // documents
     device = next(model.parameters()).device
+    return [usual[order[i * size : (i + 1) * size]].to(device) for i in range(documents)]
+
+
+def _documents(
+    pools: Sequence[Tensor], lengths: Sequence[int], seed: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Random documents, and for each one another of its length that differs in every token."""
+    generator = torch.Generator().manual_seed(seed)
     documents, replacements = [], []
-    for length in lengths:
-        choice = torch.randint(len(usual), (length,), generator=generator)
-        step = torch.randint(1, len(usual), (length,), generator=generator)
-        documents.append(usual[choice].to(device))
-        replacements.append(usual[(choice + step) % len(usual)].to(device))
+    for pool, length in zip(pools, lengths):
+        choice = torch.randint(len(pool), (length,), generator=generator)
+        step = torch.randint(1, len(pool), (length,), generator=generator)
+        documents.append(pool[choice.to(pool.device)])
+        replacements.append(pool[((choice + step) % len(pool)).to(pool.device)])
     return documents, replacements
 
 

@@ -57,8 +57,6 @@ class DocumentLayout:
     # Derived tensors, each made once: a frozen layout's only mutable part.
     _derived: dict[Any, Any] = field(default_factory=dict)
 
-    # ---- construction ----
-
     @staticmethod
     def from_lengths(
         lengths: Sequence[int] | Tensor,
@@ -211,8 +209,6 @@ class DocumentLayout:
             raise ValueError(f"attention_mask must not be negative, got {int(rows.min())}")
         return _from_runs(torch.where(rows == 0, -1, rows), "attention_mask")
 
-    # ---- plain facts ----
-
     @property
     def num_documents(self) -> int:
         """Documents in the layout, empty ones and padding counted."""
@@ -288,8 +284,6 @@ class DocumentLayout:
             return per_document.new_zeros(self.total_tokens)
         return per_document[self.document_ids.long()]
 
-    # ---- the mask rule ----
-
     def visibility(
         self,
         causal: bool = True,
@@ -332,8 +326,6 @@ class DocumentLayout:
         # The key keeps key_layout itself alive, so an id is never reused while it is cached.
         return self._once(("visibility", left, right, chunk_size, key_layout), make)
 
-    # ---- devices ----
-
     def to(
         self, device: torch.device | str | int, non_blocking: bool = False, **_: Any
     ) -> DocumentLayout:
@@ -374,8 +366,6 @@ class DocumentLayout:
             str(self.device),
         ]
         return f"DocumentLayout({', '.join(kinds)})"
-
-    # ---- helpers ----
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._derived:

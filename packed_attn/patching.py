@@ -29,7 +29,8 @@ def patch_model(
     Args:
         model: a model of an accepted architecture.
         backend: "auto", or a name of `packed_attn.backends.BACKENDS`.
-        on_unknown: "raise" refuses an architecture that is not known to be exact.
+        on_unknown: for an architecture that is not known to be exact: "raise" refuses it,
+            "unpack" runs it on documents batched by equal length, exact and slower.
         verify: run `audit` on the patched model, and undo the patch if it leaks.
 
     Returns:
@@ -41,11 +42,9 @@ def patch_model(
     """
     if on_unknown not in ("raise", "unpack"):
         raise ValueError(f"on_unknown must be 'raise' or 'unpack', got {on_unknown!r}")
-    if on_unknown == "unpack":
-        raise NotImplementedError("on_unknown='unpack' is not built yet; use 'raise'")
     from packed_attn_patches import patch, unpatch
 
-    patch(model, backend)
+    patch(model, backend, on_unknown)
     if verify:
         from packed_attn.audit import audit
 

@@ -47,10 +47,18 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "smollm3": {},
 }
 
+# Families that run on documents batched by length.
+UNPACKED: dict[str, dict[str, Any]] = {
+    "mamba": {"state_size": 8, "time_step_rank": 4, "expand": 2},
+    "bloom": {"n_head": 4, "n_layer": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "num_heads": 4, "window_size": 8},
+    "bart": {"decoder_layers": 2, "decoder_ffn_dim": 96, "d_model": 64, "dropout": 0.0},
+}
+
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """The config of a tiny model of `family`."""
-    return AutoConfig.for_model(family, **{**SMALL, **FAMILIES.get(family, {}), **overrides})
+    return AutoConfig.for_model(family, **{**SMALL, **{**FAMILIES, **UNPACKED}.get(family, {}), **overrides})
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:

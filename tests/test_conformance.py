@@ -6,11 +6,15 @@ TRITON_INTERPRET=1 is set before triton is imported: `make test` gives it a proc
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from torch import Tensor
 
-from packed_attn import attention
+from packed_attn import attention, backends
 from packed_attn.backends import BACKENDS
+from packed_attn.request import AttentionRequest
 from tests.cases import BY_NAME, REAL, SMALL, Case
 from tests.oracle import (
     assert_confined,
@@ -20,6 +24,8 @@ from tests.oracle import (
     documents_to_isolate,
     reasons_against,
 )
+
+_Mask = Callable[[AttentionRequest], Tensor]
 
 # Isolation needs a document to change and another one to look at.
 SEVERAL = [case for case in SMALL if documents_to_isolate(case)]
@@ -106,3 +112,63 @@ def test_small_table_covers_the_hard_layouts() -> None:
     assert {c.dtype for c in SMALL} == {torch.float32, torch.bfloat16, torch.float16}
     assert any(c.parents is not None and c.window_size[0] >= 0 for c in SMALL)
     assert any(c.num_kv_heads == 1 and c.num_heads > 1 for c in SMALL)
+
+
+class _Dense:
+    """A backend made of one softmax over the whole pack, with a mask that a test chooses."""
+
+    def __init__(self, mask: Callable[[AttentionRequest], Tensor]) -> None:
+        self.mask = mask
+
+    def reasons_against(self, request: AttentionRequest) -> list[str]:
+        return []
+
+    def run(self, request: AttentionRequest) -> tuple[Tensor, Tensor]:
+        group = request.num_heads // request.num_kv_heads
+        k, v = (x.repeat_interleave(group, dim=1) for x in (request.k, request.v))
+        scores = torch.einsum("ihd,jhd->hij", request.q, k) * request.softmax_scale
+        scores = scores.masked_fill(~self.mask(request), -torch.inf)
+        return torch.einsum("hij,jhd->ihd", scores.softmax(-1), v), scores.logsumexp(-1)
+
+
+def _right_mask(request: AttentionRequest) -> Tensor:
+    return request.visibility().dense()
+
+
+def _no_boundaries(request: AttentionRequest) -> Tensor:
+    return torch.ones(request.q.shape[0], request.k.shape[0], dtype=torch.bool).tril()
+
+
+def _first_token_seen_by_all(request: AttentionRequest) -> Tensor:
+    mask = _right_mask(request)
+    mask[:, 0] = True
+    return mask
+
+
+@pytest.fixture
+def dense_backend(monkeypatch: pytest.MonkeyPatch) -> Callable[[_Mask], str]:
+    """Registers a `_Dense` backend beside the real ones and gives its name."""
+    load = backends.load
+
+    def register(mask: _Mask) -> str:
+        name = mask.__name__
+        monkeypatch.setattr(backends, "load", lambda n: _Dense(mask) if n == name else load(n))
+        return name
+
+    return register
+
+
+@pytest.mark.parametrize("mask", [_no_boundaries, _first_token_seen_by_all])
+@pytest.mark.parametrize("assertion", [assert_exact, assert_isolated, assert_confined])
+def test_suite_catches_a_leak(assertion, mask: _Mask, dense_backend) -> None:
+    """The assertions themselves can fail."""
+    with pytest.raises(AssertionError):
+        assertion(dense_backend(mask), BY_NAME["mixed"], "cpu")
+
+
+def test_suite_tells_zero_times_nan_from_a_leak(dense_backend) -> None:
+    """A dense mask is exact and isolated, but its zero weights do not stop a NaN."""
+    name, case = dense_backend(_right_mask), BY_NAME["mixed"]
+    assert_exact(name, case, "cpu")
+    with pytest.raises(AssertionError, match="changed"):
+        assert_confined(name, case, "cpu")

@@ -8,42 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from models import FAMILIES, tiny_config, tiny_model
+from exactness import alone, close, documents, gradients, packed, relative, stock_results
+from models import FAMILIES, SMALL, tiny_config, tiny_model
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from packed_attn import DocumentLayout, PackedCollator, patch_model, unpatch_model
-
-LENGTHS = (5, 1, 37, 22)
-
-
-def documents(seed: int = 1, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randint(3, 150, (n,), generator=generator) for n in lengths]
-
-
-def packed(docs: list[Tensor]) -> dict[str, Any]:
-    return PackedCollator("documents")([{"input_ids": d} for d in docs])
-
-
-def alone(model: nn.Module, docs: list[Tensor]) -> Tensor:
-    with torch.no_grad():
-        return torch.cat([model(input_ids=d[None]).logits[0] for d in docs])
-
-
-def close(got: Tensor, want: Tensor, bound: float = 1e-5) -> bool:
-    return float((got - want).abs().max()) <= bound * float(want.abs().max())
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def relative(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    assert got.keys() == want.keys()
-    difference = sum(float((got[n] - want[n]).double().square().sum()) for n in want)
-    return (difference / sum(float(w.double().square().sum()) for w in want.values())) ** 0.5
-
+from packed_attn import DocumentLayout, patch_model, unpatch_model
 
 CONVENTIONS = {
     "everything": lambda b: b,
@@ -164,26 +134,6 @@ def test_inputs_embeds_and_the_base_model(llama: nn.Module) -> None:
     assert torch.equal(llama.lm_head(got), llama(**batch).logits)
 
 
-def stock_results(model: nn.Module) -> list[Tensor]:
-    """What users do with a model beside packing: rows, padding on either side, generation."""
-    generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 150, (2, 12), generator=generator)
-    left, right = torch.ones_like(ids), torch.ones_like(ids)
-    left[0, :5] = 0
-    right[1, 8:] = 0
-    tokens: Any = model.generate(  # type: ignore[operator]
-        ids, attention_mask=left, max_new_tokens=6, do_sample=False, pad_token_id=0
-    )
-    with torch.no_grad():
-        return [
-            model(input_ids=ids).logits,
-            model(input_ids=ids, attention_mask=right).logits,
-            model(input_ids=ids, attention_mask=left).logits,
-            model(input_ids=ids[:1], position_ids=torch.arange(12)[None]).logits,
-            tokens,
-        ]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_everything_else_is_untouched(family: str) -> None:
     model = tiny_model(family)
@@ -260,14 +210,42 @@ def test_the_patch_is_not_saved(tmp_path: Any) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+
+class OwnModel(LlamaForCausalLM):
+    config_class = OwnConfig
+
+
+def own_model() -> OwnModel:
+    """A model of an architecture that no table names."""
+    torch.manual_seed(0)
+    return OwnModel(OwnConfig(**SMALL)).eval()
+
+
 def test_unknown_models_are_refused_by_name() -> None:
-    model = AutoModelForCausalLM.from_config(tiny_config("mamba"))
-    with pytest.raises(NotImplementedError, match="refuses MambaForCausalLM: model type 'mamba'"):
-        patch_model(model)
+    words = "refuses OwnModel: model type 'own' is not among .* on_unknown='unpack'"
+    with pytest.raises(NotImplementedError, match=words):
+        patch_model(own_model())
     with pytest.raises(NotImplementedError, match="refuses Linear: it is not a transformers"):
         patch_model(nn.Linear(2, 2))
-    with pytest.raises(NotImplementedError, match="unpack"):
-        patch_model(tiny_model("llama"), on_unknown="unpack")
+    with pytest.raises(ValueError, match="on_unknown must be"):
+        patch_model(own_model(), on_unknown="ignore")  # type: ignore[arg-type]
+
+
+def test_unknown_models_can_be_unpacked() -> None:
+    model = own_model()
+    patch_model(model, on_unknown="unpack", verify=True)
+    docs = documents()
+    assert close(model(**packed(docs)).logits[0], alone(model, docs))
+
+
+def test_unknown_implementations_are_refused() -> None:
+    model = tiny_model("llama")
+    model.config._attn_implementation_internal = "paged|eager"
+    with pytest.raises(NotImplementedError, match=r"'paged\|eager' is not one of sdpa"):
+        patch_model(model)
 
 
 @pytest.mark.parametrize(
@@ -342,6 +320,6 @@ def test_boundaries_that_get_lost_raise(llama: nn.Module) -> None:
     layer = llama.model.layers[0].self_attn
     hidden = torch.zeros(1, 4, 64)
     rotary = llama.model.rotary_emb(hidden, torch.arange(4)[None])
-    mask = empty_mask(1, DocumentLayout.from_lengths([4])).detach()
+    mask = empty_mask(1, DocumentLayout.from_lengths([4]), "auto").detach()
     with pytest.raises(RuntimeError, match="LlamaAttention ran in a packed forward without"):
         layer(hidden, position_embeddings=rotary, attention_mask=mask)

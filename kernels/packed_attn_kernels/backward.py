@@ -17,8 +17,8 @@ from packed_attn_kernels.rules import (
     load_tile,
     logits,
     nonfinite_rows,
-    sees,
     seen_run,
+    sees,
     tile_interval,
     tile_offsets,
 )
@@ -141,8 +141,9 @@ def dkdv_kernel(
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     # Aligned blocks load lse and delta in vectors and stay inside their padding.
     hull_start = hull_start // BLOCK_M * BLOCK_M
-    left, full, blocks = block_runs(hull_start, hull_stop, full_start, full_stop, BLOCK_M)
-    edges = blocks - full
+    if KEY_HALF:
+        full_start, full_stop = hull_stop, hull_start
+    left, full, edges = block_runs(hull_start, hull_stop, full_start, full_stop, BLOCK_M)
     for x in tl.range(0, edges * GROUP, num_stages=LOOP_STAGES):
         y = x % edges
         at = tl.multiple_of(hull_start + tl.where(y < left, y, y + full) * BLOCK_M, BLOCK_M)
@@ -153,26 +154,29 @@ def dkdv_kernel(
             HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
             ACCURATE, True, False,
         )  # fmt: skip
-    for x in tl.range(0, full * GROUP, num_stages=LOOP_STAGES):
-        at = tl.multiple_of(hull_start + (left + x % full) * BLOCK_M, BLOCK_M)
-        dk, dv = _dkdv_step(
-            dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, at, x // full, j,
-            query_start, query_stop, key_start_ptr, key_stop_ptr, softmax_scale, softcap,
-            total_queries, padded_queries, q_stride_t, q_stride_h, dout_stride_t, dout_stride_h,
-            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
-            ACCURATE, KEY_HALF, False,
-        )  # fmt: skip
-    if any_nan(dk) | any_nan(dv):
+    # Full blocks cannot leak: checking between the runs leaves their code and order as they are.
+    if any_nan(tl.where(live[:, None], dk, 0.0)) | any_nan(tl.where(live[:, None], dv, 0.0)):
         dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
         dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-        for x in tl.range(0, blocks * GROUP, num_stages=1):
-            at = tl.multiple_of(hull_start + x % blocks * BLOCK_M, BLOCK_M)
+        for x in tl.range(0, edges * GROUP, num_stages=1):
+            y = x % edges
+            at = tl.multiple_of(hull_start + tl.where(y < left, y, y + full) * BLOCK_M, BLOCK_M)
             dk, dv = _dkdv_step(
-                dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, at, x // blocks, j,
+                dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, at, x // edges, j,
                 query_start, query_stop, key_start_ptr, key_stop_ptr, softmax_scale, softcap,
                 total_queries, padded_queries, q_stride_t, q_stride_h, dout_stride_t,
                 dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, KEY_HALF,
                 QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, True,
+            )  # fmt: skip
+    if not KEY_HALF:
+        for x in tl.range(0, full * GROUP, num_stages=LOOP_STAGES):
+            at = tl.multiple_of(hull_start + (left + x % full) * BLOCK_M, BLOCK_M)
+            dk, dv = _dkdv_step(
+                dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, at, x // full, j,
+                query_start, query_stop, key_start_ptr, key_stop_ptr, softmax_scale, softcap,
+                total_queries, padded_queries, q_stride_t, q_stride_h, dout_stride_t, dout_stride_h,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
+                ACCURATE, False, False,
             )  # fmt: skip
 
     dk = tl.where(live[:, None], dk * softmax_scale, 0.0)
@@ -324,6 +328,9 @@ def dq_kernel(
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if QUERY_HALF:
+        full_start, full_stop = hull_stop, hull_start
+    left, full, edges = block_runs(hull_start, hull_stop, full_start, full_stop, BLOCK_N)
+    if QUERY_HALF:
         first_row = tl.min(tl.where(live, i, total_queries), 0)
         last_row = tl.max(tl.where(live, i, -1), 0)
         for span in tl.range(hull_start, hull_stop, SPAN, num_stages=1):
@@ -339,8 +346,7 @@ def dq_kernel(
                     KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, False,
                 )  # fmt: skip
     else:
-        left, full, blocks = block_runs(hull_start, hull_stop, full_start, full_stop, BLOCK_N)
-        for y in tl.range(0, blocks - full, num_stages=LOOP_STAGES):
+        for y in tl.range(0, edges, num_stages=LOOP_STAGES):
             n = hull_start + tl.where(y < left, y, y + full) * BLOCK_N
             dq = _dq_step(
                 dq, q, dout, lse, delta, k_ptrs, v_ptrs, n, i, key_start, key_stop,
@@ -348,24 +354,23 @@ def dq_kernel(
                 k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
                 KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, False,
             )  # fmt: skip
-        full_from = hull_start + left * BLOCK_N
-        for n in tl.range(
-            full_from, full_from + full * BLOCK_N, BLOCK_N, num_stages=LOOP_STAGES
-        ):
-            dq = _dq_step(
-                dq, q, dout, lse, delta, k_ptrs, v_ptrs, n, i, key_start, key_stop,
-                query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
-                k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, False, False,
-            )  # fmt: skip
-    if any_nan(dq):
+    if any_nan(tl.where(live[:, None], dq, 0.0)):
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for n in tl.range(hull_start, hull_stop, BLOCK_N, num_stages=1):
+        for y in tl.range(0, edges, num_stages=1):
+            n = hull_start + tl.where(y < left, y, y + full) * BLOCK_N
             dq = _dq_step(
                 dq, q, dout, lse, delta, k_ptrs, v_ptrs, n, i, key_start, key_stop,
                 query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
                 k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
                 KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, True,
+            )  # fmt: skip
+    if not QUERY_HALF:
+        for y in tl.range(left, left + full, num_stages=LOOP_STAGES):
+            dq = _dq_step(
+                dq, q, dout, lse, delta, k_ptrs, v_ptrs, hull_start + y * BLOCK_N, i, key_start,
+                key_stop, query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
+                k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, False, False,
             )  # fmt: skip
 
     blind = (lse == float("inf")) | ~live

@@ -40,7 +40,9 @@ class Resources:
         if self.stack or self.spills:
             faults.append(f"spills: {self.stack} bytes of stack, {self.spills} local accesses")
         if self.shared_memory > SHARED_MEMORY_LIMIT:
-            faults.append(f"{self.shared_memory} bytes of shared memory, over {SHARED_MEMORY_LIMIT}")
+            faults.append(
+                f"{self.shared_memory} bytes of shared memory, over {SHARED_MEMORY_LIMIT}"
+            )
         if needs_wgmma and not self.wgmma:
             faults.append("no HGMMA instruction")
         return faults
@@ -55,9 +57,7 @@ def compile_kernel(kernel: KernelName, problem: Problem, element: str) -> Resour
     for position, name in enumerate(function.arg_names):
         if name in values:
             signature[name] = "constexpr"
-        elif name == "dlse_ptr" or (name in ("sinks_ptr", "dsinks_ptr") and not problem.has_sinks):
-            signature[name], values[name] = "constexpr", None
-        elif name == "softcap" and not problem.has_softcap:
+        elif name == "dlse_ptr" or (name in ("sinks_ptr", "dsinks_ptr") and not problem.has_sinks) or (name == "softcap" and not problem.has_softcap):
             signature[name], values[name] = "constexpr", None
         elif name.endswith("_ptr") or "_stride_" in name:
             attributes[(position,)] = [["tt.divisibility", 16]]

@@ -86,16 +86,20 @@ def constants(kernel: KernelName, problem: Problem) -> dict[str, Any]:
     common = {"VALUE_DIM": problem.value_dim, "BLOCK_DV": problem.block_dv}
     if kernel == "delta":
         return common | {"BLOCK_M": chosen.BLOCK_M, "HAS_SINKS": problem.has_sinks}
-    constants = common | {
-        "GROUP": problem.group,
-        "HEAD_DIM": problem.head_dim,
-        "BLOCK_D": problem.block_d,
-        "BLOCK_M": chosen.BLOCK_M,
-        "BLOCK_N": chosen.BLOCK_N,
-        "LOOP_STAGES": chosen.stages,
-        "HAS_SOFTCAP": problem.has_softcap,
-        "ACCURATE": problem.itemsize == 4,
-    } | _halves(kernel, problem.halves)
+    constants = (
+        common
+        | {
+            "GROUP": problem.group,
+            "HEAD_DIM": problem.head_dim,
+            "BLOCK_D": problem.block_d,
+            "BLOCK_M": chosen.BLOCK_M,
+            "BLOCK_N": chosen.BLOCK_N,
+            "LOOP_STAGES": chosen.stages,
+            "HAS_SOFTCAP": problem.has_softcap,
+            "ACCURATE": problem.itemsize == 4,
+        }
+        | _halves(kernel, problem.halves)
+    )
     if kernel != "dkdv":
         constants["SPAN"] = SPAN
     if kernel == "forward":

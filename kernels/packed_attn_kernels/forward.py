@@ -22,8 +22,8 @@ from packed_attn_kernels.rules import (
     load_tile,
     logits,
     nonfinite_rows,
-    sees,
     seen_run,
+    sees,
     tile_interval,
     tile_offsets,
 )
@@ -82,13 +82,11 @@ def forward_kernel(
     v_ptrs = v_ptr + (h // GROUP) * v_stride_h + tile_offsets(n_offset, dv, v_stride_t)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    m = tl.full([BLOCK_M], LOWEST, tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
-    if HAS_SINKS:
-        # A sink is a key without a value that every row has seen before the loop.
-        m = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
-        l += 1.0
-    first_m, first_l = m, l
+    m, l = _empty_softmax(sinks_ptr, h, BLOCK_M, HAS_SINKS)
+    if QUERY_HALF:
+        # Siblings come and go in a forest: every block is an edge.
+        full_start, full_stop = hull_stop, hull_start
+    left, full, edges = block_runs(hull_start, hull_stop, full_start, full_stop, BLOCK_N)
     if QUERY_HALF:
         first_row = tl.min(tl.where(live, i, total_queries), 0)
         last_row = tl.max(tl.where(live, i, -1), 0)
@@ -106,8 +104,7 @@ def forward_kernel(
                     KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, False,
                 )  # fmt: skip
     else:
-        left, full, blocks = block_runs(hull_start, hull_stop, full_start, full_stop, BLOCK_N)
-        for y in tl.range(0, blocks - full, num_stages=LOOP_STAGES):
+        for y in tl.range(0, edges, num_stages=LOOP_STAGES):
             n = hull_start + tl.where(y < left, y, y + full) * BLOCK_N
             acc, m, l = _forward_step(
                 acc, m, l, q, k_ptrs, v_ptrs, n, i, key_start, key_stop,
@@ -115,25 +112,25 @@ def forward_kernel(
                 k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
                 KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, False,
             )  # fmt: skip
-        full_from = hull_start + left * BLOCK_N
-        for n in tl.range(
-            full_from, full_from + full * BLOCK_N, BLOCK_N, num_stages=LOOP_STAGES
-        ):
-            acc, m, l = _forward_step(
-                acc, m, l, q, k_ptrs, v_ptrs, n, i, key_start, key_stop,
-                query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
-                k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, False, False,
-            )  # fmt: skip
-    if any_nan(acc):
+    # Full blocks cannot leak: checking between the runs leaves their code and order as they are.
+    if any_nan(tl.where(live[:, None], acc, 0.0)):
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        m, l = first_m, first_l
-        for n in tl.range(hull_start, hull_stop, BLOCK_N, num_stages=1):
+        m, l = _empty_softmax(sinks_ptr, h, BLOCK_M, HAS_SINKS)
+        for y in tl.range(0, edges, num_stages=1):
+            n = hull_start + tl.where(y < left, y, y + full) * BLOCK_N
             acc, m, l = _forward_step(
                 acc, m, l, q, k_ptrs, v_ptrs, n, i, key_start, key_stop,
                 query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
                 k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
                 KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, True,
+            )  # fmt: skip
+    if not QUERY_HALF:
+        for y in tl.range(left, left + full, num_stages=LOOP_STAGES):
+            acc, m, l = _forward_step(
+                acc, m, l, q, k_ptrs, v_ptrs, hull_start + y * BLOCK_N, i, key_start, key_stop,
+                query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
+                k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
+                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, False, False,
             )  # fmt: skip
 
     blind = (l == 0.0) | ~live
@@ -145,6 +142,18 @@ def forward_kernel(
         out_ptrs, out.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & (dv < VALUE_DIM)[None, :]
     )
     tl.store(lse_ptr + h * total_queries + i, lse, mask=row_ok)
+
+
+@triton.jit
+def _empty_softmax(sinks_ptr, h, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr):
+    """The running maximum and sum before the first key."""
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    if HAS_SINKS:
+        # A sink is a key without a value that every row has seen before the loop.
+        m = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
+        l += 1.0
+    return m, l
 
 
 @triton.jit

@@ -89,9 +89,7 @@ def _interval_forward(
     halves: str,
 ) -> tuple[Tensor, Tensor]:
     intervals = _contiguous(key_start, key_stop, query_start, query_stop)
-    inputs = Inputs(
-        *_readable(q, k, v), *intervals, _vector(sinks), softmax_scale, softcap, halves
-    )
+    inputs = Inputs(*_readable(q, k, v), *intervals, _vector(sinks), softmax_scale, softcap, halves)
     return launch_forward(inputs)
 
 
@@ -132,9 +130,7 @@ def _interval_backward(
     halves: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     intervals = _contiguous(key_start, key_stop, query_start, query_stop)
-    inputs = Inputs(
-        *_readable(q, k, v), *intervals, _vector(sinks), softmax_scale, softcap, halves
-    )
+    inputs = Inputs(*_readable(q, k, v), *intervals, _vector(sinks), softmax_scale, softcap, halves)
     out, dout = _readable(out, dout)
     return launch_backward(inputs, out, lse.contiguous(), dout, _vector(dlse))
 

@@ -104,11 +104,12 @@ def tile_interval(start_ptr, stop_ptr, x, total):
 
 @triton.jit
 def block_runs(hull_start, hull_stop, full_start, full_stop, BLOCK: tl.constexpr):
-    """How many blocks, counted from hull_start: the left edge's, the full ones, all."""
+    """How many blocks, counted from hull_start: the left edge's, the full ones, both edges'."""
     blocks = tl.cdiv(hull_stop - hull_start, BLOCK)
     left = tl.minimum(tl.cdiv(tl.maximum(full_start - hull_start, 0), BLOCK), blocks)
     through = tl.maximum(tl.minimum(full_stop, hull_stop) - hull_start, 0) // BLOCK
-    return left, tl.maximum(through - left, 0), blocks
+    full = tl.maximum(through - left, 0)
+    return left, full, blocks - full
 
 
 @triton.jit

@@ -20,9 +20,8 @@ from typing import TYPE_CHECKING
 from packed_attn.demo.settings import Settings
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
-
     import datasets
+    from tokenizers import Tokenizer
 
 SKIPPED_FOLDERS = frozenset(
     {"__pycache__", "dist-packages", "idle_test", "site-packages", "test", "tests"}
@@ -65,9 +64,8 @@ def prepare_corpus(settings: Settings) -> CorpusFacts:
     Raises:
         RuntimeError: the library has fewer documented functions than are kept back from training.
     """
-    from tqdm.auto import tqdm
-
     import datasets
+    from tqdm.auto import tqdm
 
     files = stdlib_files()[: settings.max_files]
     reading = tqdm(files, desc=f"{'reading the library':>28}", unit="file")
@@ -158,9 +156,7 @@ def tokenize(examples: Sequence[Example], tokenizer: Tokenizer) -> datasets.Data
     return datasets.Dataset.from_dict(columns)
 
 
-def _example(
-    node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]
-) -> Example | None:
+def _example(node: ast.FunctionDef | ast.AsyncFunctionDef, lines: Sequence[str]) -> Example | None:
     """The function without its docstring's lines, or None where it has none or nothing else."""
     completion = (ast.get_docstring(node) or "").strip()
     first = node.body[0]

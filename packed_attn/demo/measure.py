@@ -46,9 +46,7 @@ def completion_loss(model: nn.Module, batch: Batch, completion_tokens: int) -> T
 
 def alone(document: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
     """One document as a batch of its own: what every way of packing should equal."""
-    return {
-        name: torch.tensor([document[name]], device=device) for name in ("input_ids", "labels")
-    }
+    return {name: torch.tensor([document[name]], device=device) for name in ("input_ids", "labels")}
 
 
 def mean_loss(model: nn.Module, documents: Iterable[Mapping[str, Any]]) -> float:

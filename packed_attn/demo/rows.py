@@ -1,7 +1,7 @@
 """The table's four rows: how each turns documents into batches, and what training that way gives.
 
 `python -m packed_attn.demo.rows ROW --output FOLDER` trains one row in this process and writes
-`FOLDER/row-ROW.json`; a process of its own keeps one row's memory out of another's.
+`FOLDER/rows-ROW.json`; a process of its own keeps one row's memory out of another's.
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from packed_attn.demo.batches import (
 from packed_attn.demo.settings import Settings, use_all_cores
 
 if TYPE_CHECKING:
+    import datasets
     import torch
     from transformers import LlamaForCausalLM
-
-    import datasets
 
 PROBE_DOCUMENTS = 8
 
@@ -191,7 +190,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True)
     parsed = parser.parse_args(arguments)
     result = train_row(parsed.row, Settings.load(parsed.output))
-    (parsed.output / f"row-{parsed.row}.json").write_text(json.dumps(asdict(result), indent=2))
+    (parsed.output / f"rows-{parsed.row}.json").write_text(json.dumps(asdict(result), indent=2))
     return 0
 
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
-import datasets
 from packed_attn.demo.measure import PeakMemory, device_of
 from packed_attn.demo.settings import Settings
 

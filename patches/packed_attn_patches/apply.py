@@ -1,4 +1,8 @@
-"""Putting the attention interface and the layout hook on one model instance, and taking them off."""
+"""Putting packed-attn on one model instance, and taking it off again.
+
+Two routes, chosen by `families.route`: the attention interface, where attention layers take the
+layout, and unpacking, where the whole model runs on documents batched by length.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,10 @@ from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from packed_attn_patches.families import refusal
+from packed_attn_patches.families import Route, route
 from packed_attn_patches.inputs import LayoutHook
 from packed_attn_patches.interface import NAMES
+from packed_attn_patches.unpack import UnpackedForward
 
 TESTED = (Version("5.17"), Version("5.24"))  # the second is the first version not tested
 _RECORD = "_packed_attn_record"
@@ -26,33 +31,33 @@ class PatchRecord:
 
     Attributes:
         backend: as given to `patch_model`.
-        configs: (module path, attribute, original config) of every submodule.
+        configs: (module path, attribute, original config) of every config that was replaced.
     """
 
     backend: str
     configs: tuple[tuple[str, str, PreTrainedConfig], ...]
 
 
-def patch(model: nn.Module, backend: str = "auto") -> nn.Module:
+def patch(model: nn.Module, backend: str = "auto", on_unknown: str = "raise") -> nn.Module:
     """Makes `model` respect document boundaries; see `packed_attn.patch_model`."""
     record = model.__dict__.get(_RECORD)
     if record is not None and record.backend == backend:
         return model
     if record is not None:
         unpatch(model)
-    reason = refusal(model)
-    if reason:
-        raise NotImplementedError(f"patch_model refuses {type(model).__name__}: {reason}")
+    chosen = route(model, on_unknown)
     assert isinstance(model, PreTrainedModel)
     _warn_untested()
-    record = PatchRecord(backend, _configs(model))
-    # Copies are made before anything changes, so a failure leaves the model as it was.
-    replaced = _replacements(record)
-    for path, name, config in record.configs:
-        setattr(model.get_submodule(path), name, replaced[id(config)])
-    for module in _hooked(model):
-        module.register_forward_pre_hook(LayoutHook(backend), with_kwargs=True)
-    model.__dict__[_RECORD] = record
+    if chosen is Route.INTERFACE:
+        model.__dict__[_RECORD] = PatchRecord(backend, _configs(model))
+        _replace_configs(model)
+    else:
+        model.__dict__[_RECORD] = PatchRecord(backend, ())
+        for module in _entrances(model):
+            module.forward = UnpackedForward(module, causal=chosen is Route.UNPACK_CAUSAL)
+    for module in _entrances(model):
+        hook = LayoutHook(backend, unpacked=chosen is not Route.INTERFACE)
+        module.register_forward_pre_hook(hook, with_kwargs=True)
     return model
 
 
@@ -70,6 +75,8 @@ def unpatch(model: nn.Module) -> nn.Module:
             if isinstance(hook, LayoutHook):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+        if isinstance(vars(module).get("forward"), UnpackedForward):
+            del module.forward
     for path, name, config in record.configs:
         setattr(model.get_submodule(path), name, config)
     del model.__dict__[_RECORD]
@@ -90,22 +97,21 @@ def _configs(model: nn.Module) -> tuple[tuple[str, str, PreTrainedConfig], ...]:
     )
 
 
-def _replacements(record: PatchRecord) -> dict[int, PreTrainedConfig]:
-    """One copy of each config: other models built from the same object keep theirs."""
+def _replace_configs(model: PreTrainedModel) -> None:
+    """Gives the model copies of its configs with our attention: other models built from the same
+    object keep theirs. Copies are made before anything changes, so a failure changes nothing."""
+    record: PatchRecord = model.__dict__[_RECORD]
     memo: dict[int, Any] = {}
-    copies = {}
+    copies = {id(c): copy.deepcopy(c, memo) for _, _, c in record.configs}
     for _, _, config in record.configs:
-        if id(config) not in copies:
-            copies[id(config)] = copy.deepcopy(config, memo)
-    for original, mine in ((c, copies[id(c)]) for _, _, c in record.configs):
-        stock = original._attn_implementation
-        if stock is not None:
-            mine._attn_implementation_internal = NAMES[stock]
-    return copies
+        if config._attn_implementation is not None:
+            copies[id(config)]._attn_implementation_internal = NAMES[config._attn_implementation]
+    for path, name, config in record.configs:
+        setattr(model.get_submodule(path), name, copies[id(config)])
 
 
-def _hooked(model: PreTrainedModel) -> list[nn.Module]:
-    """The model and the inner models that some heads call past it."""
+def _entrances(model: PreTrainedModel) -> list[nn.Module]:
+    """The model and the inner models that some callers enter past it."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
     unique = {id(m): m for m in (model, model.base_model, decoder) if m is not None}
     return list(unique.values())

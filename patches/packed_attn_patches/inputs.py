@@ -37,9 +37,12 @@ class LayoutHook:
 
     Attributes:
         backend: handed to `packed_attn.attention`.
+        unpacked: the model's forward takes the layout itself (see `unpack.py`); otherwise it goes
+            down to the attention layers.
     """
 
     backend: str = "auto"
+    unpacked: bool = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -59,12 +62,13 @@ class LayoutHook:
         layout = layout.to(batch.device)
         packed = {k: v for k, v in kwargs.items() if k not in BOUNDARY_NAMES}
         packed["layout"] = layout
-        packed["packed_attn_backend"] = self.backend
-        packed["attention_mask"] = empty_mask(batch.rows, layout)
         packed["use_cache"] = False
-        packed["past_key_values"] = None
-        if packed.get("position_ids") is None:
-            packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
+        if not self.unpacked:
+            packed["packed_attn_backend"] = self.backend
+            packed["attention_mask"] = empty_mask(batch.rows, layout, self.backend)
+            packed["past_key_values"] = None
+            if packed.get("position_ids") is None:
+                packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
         if packed.get("labels") is not None:
             packed["labels"] = without_first_labels(packed["labels"], layout)
         if packed.get("shift_labels") is not None:

@@ -38,11 +38,14 @@ NAMES = {
 # Keyword arguments that change which keys a layer sees or their scores, and that we do not serve.
 UNSERVED = ("position_bias", "indices", "block_indices", "key_indices", "bias")
 
+# Model types without layer_types whose masks are windowed while their layers do not say so.
+WINDOWED_BY_CONFIG = frozenset({"phimoe"})
 
-def empty_mask(batch_size: int, layout: DocumentLayout) -> Tensor:
+
+def empty_mask(batch_size: int, layout: DocumentLayout, backend: str) -> Tensor:
     """The 4-D mask without elements that marks a packed forward and carries its layout."""
     mask = torch.empty(batch_size, 1, 0, 0, dtype=torch.bool, device=layout.device)
-    mask.document_layout = layout  # type: ignore[attr-defined]
+    mask.packed_attn = (layout, backend)  # type: ignore[attr-defined]
     return mask
 
 
@@ -74,7 +77,8 @@ def packed_attention_forward(
         `[B, T, num_heads, value_head_dim]` and no weights.
     """
     if layout is None:
-        layout = getattr(attention_mask, "document_layout", None)
+        carried = getattr(attention_mask, "packed_attn", (None, packed_attn_backend))
+        layout, packed_attn_backend = carried
     if layout is None and not is_empty_mask(attention_mask):
         function = _stock_attention(stock, module)
         return function(module, query, key, value, attention_mask, **kwargs)
@@ -116,17 +120,37 @@ def _translated(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     causal = kwargs.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
-    window = kwargs.get("sliding_window")
+    window, chunk = _local(module, kwargs)
     sinks = kwargs.get("s_aux")
     left = -1 if window is None else int(window) - 1
     return {
         "causal": bool(causal),
         "window_size": (left, -1 if causal else left),
+        "chunk_size": chunk,
         "softmax_scale": kwargs.get("scaling"),
         "softcap": kwargs.get("softcap"),
         "sinks": kwargs.get("sinks") if sinks is None else sinks,
         "dropout_p": kwargs.get("dropout") or 0.0,
     }
+
+
+def _local(module: nn.Module, kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
+    """(sliding window, chunk) of a layer: as it says, or as its config says where its mask alone
+    would have told."""
+    if "sliding_window" in kwargs:
+        return kwargs["sliding_window"], None
+    config: Any = getattr(module, "config", None)
+    layer_types = getattr(config, "layer_types", None)
+    layer = getattr(module, "layer_idx", None)
+    if config is None or getattr(config, "model_type", None) in WINDOWED_BY_CONFIG:
+        return getattr(config, "sliding_window", None), None
+    if not layer_types or layer is None:
+        return None, None
+    if layer_types[layer] == "sliding_attention":
+        return config.sliding_window, None
+    if layer_types[layer] == "chunked_attention":
+        return None, config.attention_chunk_size
+    return None, None
 
 
 def _stock_attention(stock: str, module: nn.Module) -> Any:

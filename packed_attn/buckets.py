@@ -1,0 +1,205 @@
+"""Documents batched by length: which of them are computed together, without a mask over them all.
+
+A plan is a pure function of the lengths, and the last few are kept: one serves all layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# How many times a document's length may be padded to join a batch of gathered documents.
+PADDED_LENGTH = 1.25
+
+
+@dataclass(frozen=True, eq=False)
+class Bucket:
+    """Documents that are one batch: `batch` times `length` rows, the shorter ones padded.
+
+    Attributes:
+        batch, length: documents, and rows of each.
+        start: first token of documents that stand end to end and are read as a view.
+        tokens: int64 `[batch * length]`, the token that each row reads, or None for a view. A row
+            of padding reads its own document's last token.
+        targets: int64 `[batch * length]`, where each row is written, or None for a view. Rows of
+            padding go to `total_tokens`, one past the stream.
+        pads: int64, the rows of padding, or None.
+    """
+
+    batch: int
+    length: int
+    start: int = 0
+    tokens: Tensor | None = None
+    targets: Tensor | None = None
+    pads: Tensor | None = None
+
+    def rows(self, x: Tensor) -> Tensor:
+        """The bucket's rows of x `[total_tokens, ...]`: `[batch, length, ...]`, a view or a copy."""
+        if self.tokens is None:
+            rows = x.narrow(0, self.start, self.batch * self.length)
+        else:
+            rows = x.index_select(0, self.tokens)
+        return rows.unflatten(0, (self.batch, self.length))
+
+    def real(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """(rows, tokens), int64: the rows that are not padding, and the token that each one is."""
+        rows = torch.arange(self.batch * self.length, device=device)
+        if self.pads is not None:
+            keep = torch.ones_like(rows, dtype=torch.bool)
+            keep[self.pads] = False
+            rows = rows[keep]
+        tokens = rows + self.start if self.tokens is None else self.tokens[rows]
+        return rows, tokens
+
+    def to(self, device: torch.device) -> Bucket:
+        """The same bucket with its indices on `device`."""
+        move = lambda x: None if x is None else x.to(device)  # noqa: E731
+        return replace(
+            self, tokens=move(self.tokens), targets=move(self.targets), pads=move(self.pads)
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """All documents in buckets; `unseen` are the (start, stop) spans that no document covers."""
+
+    buckets: tuple[Bucket, ...]
+    unseen: tuple[tuple[int, int], ...]
+
+
+def plan_buckets(
+    cu_seqlens: Tensor,
+    padding: Tensor | None,
+    *,
+    chunk_size: int | None = None,
+    pad_lengths: bool,
+    view_tokens: int,
+    call_tokens: int,
+) -> Plan:
+    """How to compute these documents.
+
+    Args:
+        cu_seqlens: int32 `[num_documents + 1]`, CPU.
+        padding: bool `[num_documents]` or None.
+        chunk_size: cut every document into pieces of this many tokens.
+        pad_lengths: let documents of unlike length share a batch; needs a causal mask, which
+            hides the padding behind every document from its tokens.
+        view_tokens: from how many tokens on equal neighbours are read where they lie; below, a
+            call's fixed cost outweighs gathering them.
+        call_tokens: tokens of one bucket, if it has more than one document.
+    """
+    return _cached_plan(
+        cu_seqlens.to(torch.int32).numpy().tobytes(),
+        None if padding is None else padding.numpy().tobytes(),
+        chunk_size,
+        pad_lengths,
+        view_tokens,
+        call_tokens,
+    )
+
+
+@lru_cache(maxsize=8)
+def _cached_plan(
+    cu_seqlens: bytes,
+    padding: bytes | None,
+    chunk_size: int | None,
+    pad_lengths: bool,
+    view_tokens: int,
+    call_tokens: int,
+) -> Plan:
+    cu = np.frombuffer(cu_seqlens, dtype=np.int32).astype(np.int64)
+    starts, lengths = cu[:-1], np.diff(cu)
+    skipped = np.zeros(len(lengths), dtype=bool)
+    if padding is not None:
+        skipped = np.frombuffer(padding, dtype=bool)
+    unseen = tuple((int(a), int(a + n)) for a, n in zip(starts[skipped], lengths[skipped]))
+    kept = ~skipped & (lengths > 0)
+    starts, lengths = starts[kept], lengths[kept]
+    if chunk_size is not None:
+        starts, lengths = _chunked(starts, lengths, chunk_size)
+    buckets, rest = _views(starts, lengths, view_tokens, call_tokens)
+    gathered = _gathered(
+        starts[rest],
+        lengths[rest],
+        PADDED_LENGTH if pad_lengths else 1.0,
+        call_tokens,
+        total_tokens=int(cu[-1]),
+    )
+    return Plan((*buckets, *gathered), unseen)
+
+
+def _chunked(
+    starts: np.ndarray, lengths: np.ndarray, chunk_size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Every chunk as a document of its own: chunks see nothing of each other."""
+    chunks = -(-lengths // chunk_size)
+    place = np.arange(chunks.sum()) - np.repeat(np.cumsum(chunks) - chunks, chunks)
+    begin = place * chunk_size
+    return (
+        np.repeat(starts, chunks) + begin,
+        np.minimum(np.repeat(lengths, chunks) - begin, chunk_size),
+    )
+
+
+def _views(
+    starts: np.ndarray, lengths: np.ndarray, view_tokens: int, call_tokens: int
+) -> tuple[list[Bucket], np.ndarray]:
+    """Runs of equal documents end to end that are long enough to be read where they lie.
+
+    Returns:
+        their buckets, and which documents are left over.
+    """
+    same = (lengths[1:] == lengths[:-1]) & (starts[1:] == starts[:-1] + lengths[:-1])
+    firsts = np.flatnonzero(np.concatenate([np.ones(min(len(lengths), 1), dtype=bool), ~same]))
+    counts = np.diff(np.append(firsts, len(lengths)))
+    in_place = counts * lengths[firsts] >= view_tokens
+    buckets = []
+    for first, count in zip(firsts[in_place].tolist(), counts[in_place].tolist()):
+        start, length = int(starts[first]), int(lengths[first])
+        step = max(1, call_tokens // length)
+        for at in range(0, count, step):
+            buckets.append(Bucket(min(step, count - at), length, start=start + at * length))
+    return buckets, np.repeat(~in_place, counts)
+
+
+def _gathered(
+    starts: np.ndarray,
+    lengths: np.ndarray,
+    padded_length: float,
+    call_tokens: int,
+    *,
+    total_tokens: int,
+) -> Iterator[Bucket]:
+    """Documents of like length together, longest first."""
+    order = np.argsort(-lengths, kind="stable")
+    starts, lengths = starts[order], lengths[order]
+    host = lengths.tolist()
+    first = 0
+    for i in range(1, len(host) + 1):
+        longest = host[first]
+        full = (i - first + 1) * longest > call_tokens
+        if i == len(host) or full or host[i] * padded_length < longest:
+            yield _gathered_bucket(starts[first:i], lengths[first:i], total_tokens)
+            first = i
+
+
+def _gathered_bucket(starts: np.ndarray, lengths: np.ndarray, total_tokens: int) -> Bucket:
+    """One batch of documents, each padded to the first's length."""
+    length = int(lengths[0])
+    place = np.arange(length)
+    tokens = starts[:, None] + np.minimum(place, lengths[:, None] - 1)
+    pads = np.flatnonzero(place >= lengths[:, None])
+    targets = tokens.copy()
+    targets.flat[pads] = total_tokens
+    return Bucket(
+        len(starts),
+        length,
+        tokens=torch.from_numpy(tokens.ravel()),
+        targets=torch.from_numpy(targets.ravel()),
+        pads=torch.from_numpy(pads) if len(pads) else None,
+    )

@@ -1,0 +1,72 @@
+"""What "exact" means for a model: its documents alone, and how far a packed run is from them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packed_attn import PackedCollator
+
+LENGTHS = (5, 1, 37, 22)
+
+
+def documents(seed: int = 1, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(3, 150, (n,), generator=generator) for n in lengths]
+
+
+def packed(docs: list[Tensor]) -> dict[str, Any]:
+    return PackedCollator("documents")([{"input_ids": d} for d in docs])
+
+
+def alone(model: nn.Module, docs: list[Tensor]) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([model(input_ids=d[None]).logits[0] for d in docs])
+
+
+def close(got: Tensor, want: Tensor, bound: float = 1e-5) -> bool:
+    return float((got - want).abs().max()) <= bound * float(want.abs().max())
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def relative(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
+    assert got.keys() == want.keys()
+    difference = sum(float((got[n] - want[n]).double().square().sum()) for n in want)
+    return (difference / sum(float(w.double().square().sum()) for w in want.values())) ** 0.5
+
+
+def token_mean(model: nn.Module, docs: list[Tensor]) -> Tensor:
+    """The loss of the documents one by one: the mean over all targets of all documents."""
+    targets = sum(len(doc) - 1 for doc in docs)
+    loss = torch.tensor(0.0)
+    for doc in docs:
+        if len(doc) > 1:
+            labels = doc[None].clone()
+            labels[0, 0] = -100
+            loss = loss + model(input_ids=doc[None], labels=labels).loss * (len(doc) - 1) / targets
+    return loss
+
+
+def stock_results(model: nn.Module) -> list[Tensor]:
+    """What users do with a model beside packing: rows, padding on either side, generation."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(3, 150, (2, 12), generator=generator)
+    left, right = torch.ones_like(ids), torch.ones_like(ids)
+    left[0, :5] = 0
+    right[1, 8:] = 0
+    tokens: Any = model.generate(  # type: ignore[operator]
+        ids, attention_mask=left, max_new_tokens=6, do_sample=False, pad_token_id=0
+    )
+    with torch.no_grad():
+        return [
+            model(input_ids=ids).logits,
+            model(input_ids=ids, attention_mask=right).logits,
+            model(input_ids=ids, attention_mask=left).logits,
+            model(input_ids=ids[:1], position_ids=torch.arange(12)[None]).logits,
+            tokens,
+        ]
