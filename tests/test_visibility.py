@@ -240,9 +240,7 @@ def test_bad_window(window) -> None:
 
 @pytest.mark.parametrize("chunk", [0, -1, 2.5, True])
 def test_bad_chunk(chunk) -> None:
-    with pytest.raises(
-        ValueError, match=f"chunk_size must be an integer of at least 1, got {chunk}"
-    ):
+    with pytest.raises(ValueError, match=f"chunk_size must be an integer .* got {chunk}"):
         DocumentLayout.from_lengths([3]).visibility(chunk_size=chunk)
 
 

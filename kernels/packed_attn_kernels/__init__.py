@@ -1,6 +1,7 @@
 """Attention kernels in Triton under the interval rule. Needs torch and triton, nothing else.
 
-    query i sees key j   iff   key_start[i] <= j < key_stop[i]   and   query_start[j] <= i < query_stop[j]
+    query i sees key j   iff   key_start[i] <= j < key_stop[i]
+                         and   query_start[j] <= i < query_stop[j]
 
     rules.py           the mask rule and what else every kernel shares
     forward.py         the forward kernel

@@ -12,6 +12,7 @@ import triton.language as tl
 from packed_attn_kernels.rules import (
     LOG2E,
     any_nan,
+    block_offsets,
     block_runs,
     dot,
     load_tile,
@@ -132,8 +133,8 @@ def dkdv_kernel(
     v = load_tile(v_ptrs, key_ok, cv < VALUE_DIM, True, VALUE_DIM < BLOCK_DV)
     m_offset = tl.arange(0, BLOCK_M)
     head = kv_head * GROUP
-    q_ptrs = q_ptr + head * q_stride_h + tile_offsets(m_offset, c, q_stride_t)
-    dout_ptrs = dout_ptr + head * dout_stride_h + tile_offsets(m_offset, cv, dout_stride_t)
+    q_ptrs = q_ptr + head * q_stride_h + block_offsets(m_offset, c, q_stride_t)
+    dout_ptrs = dout_ptr + head * dout_stride_h + block_offsets(m_offset, cv, dout_stride_t)
     row_lse_ptrs = row_lse_ptr + head * padded_queries + m_offset
     delta_ptrs = delta_ptr + head * padded_queries + m_offset
 
@@ -323,8 +324,8 @@ def dq_kernel(
     lse = tl.load(row_lse_ptr + h * padded_queries + i)
     delta = tl.load(delta_ptr + h * padded_queries + i)
     n_offset = tl.arange(0, BLOCK_N)
-    k_ptrs = k_ptr + (h // GROUP) * k_stride_h + tile_offsets(n_offset, c, k_stride_t)
-    v_ptrs = v_ptr + (h // GROUP) * v_stride_h + tile_offsets(n_offset, cv, v_stride_t)
+    k_ptrs = k_ptr + (h // GROUP) * k_stride_h + block_offsets(n_offset, c, k_stride_t)
+    v_ptrs = v_ptr + (h // GROUP) * v_stride_h + block_offsets(n_offset, cv, v_stride_t)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     if QUERY_HALF:

@@ -54,11 +54,14 @@ def compile_kernel(kernel: KernelName, problem: Problem, element: str) -> Resour
     values = constants(kernel, problem)
     signature = {name: _argument_type(name, element) for name in function.arg_names}
     attributes = {}
+    absent = {"dlse_ptr"}
+    absent |= set() if problem.has_sinks else {"sinks_ptr", "dsinks_ptr"}
+    absent |= set() if problem.has_softcap else {"softcap"}
     for position, name in enumerate(function.arg_names):
+        if name in absent:
+            values[name] = None
         if name in values:
             signature[name] = "constexpr"
-        elif name == "dlse_ptr" or (name in ("sinks_ptr", "dsinks_ptr") and not problem.has_sinks) or (name == "softcap" and not problem.has_softcap):
-            signature[name], values[name] = "constexpr", None
         elif name.endswith("_ptr") or "_stride_" in name:
             attributes[(position,)] = [["tt.divisibility", 16]]
     constexprs = {(function.arg_names.index(name),): value for name, value in values.items()}

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 KernelName = Literal["forward", "delta", "dkdv", "dq"]
 
+# Offsets inside a block are 32-bit, and a block has at most 128 rows.
+LARGEST_TOKEN_STRIDE = 2**24
 # Rows of the delta kernel, which also pads lse and delta: every BLOCK_M below divides it.
 DELTA_BLOCK = 128
 # Keys that one look for visible blocks covers in a forest; every BLOCK_N divides it.
@@ -50,14 +52,14 @@ class Problem:
 
 # (kernel, largest padded head_dim, bytes an element): configuration
 TABLE: dict[tuple[KernelName, int, int], Configuration] = {
-    ("forward", 64, 2): Configuration(128, 64, 4, 3),
+    ("forward", 64, 2): Configuration(128, 64, 8, 3),
     ("forward", 128, 2): Configuration(128, 64, 8, 2),
     ("forward", 256, 2): Configuration(64, 32, 8, 1),
     ("forward", 64, 4): Configuration(64, 32, 4, 2),
     ("forward", 128, 4): Configuration(64, 32, 8, 1),
     ("forward", 256, 4): Configuration(32, 16, 8, 1),
     ("dkdv", 64, 2): Configuration(64, 128, 8, 2),
-    ("dkdv", 128, 2): Configuration(32, 128, 8, 2),
+    ("dkdv", 128, 2): Configuration(32, 128, 8, 3),
     ("dkdv", 256, 2): Configuration(32, 64, 8, 1),
     ("dkdv", 64, 4): Configuration(32, 64, 4, 1),
     ("dkdv", 128, 4): Configuration(32, 32, 4, 1),

@@ -17,6 +17,7 @@ from packed_attn_kernels.rules import (
     LOG2E,
     LOWEST,
     any_nan,
+    block_offsets,
     block_runs,
     dot,
     load_tile,
@@ -78,8 +79,8 @@ def forward_kernel(
     q_ptrs = q_ptr + h * q_stride_h + tile_offsets(i, d, q_stride_t)
     q = load_tile(q_ptrs, i < total_queries, d < HEAD_DIM, True, HEAD_DIM < BLOCK_D)
     n_offset = tl.arange(0, BLOCK_N)
-    k_ptrs = k_ptr + (h // GROUP) * k_stride_h + tile_offsets(n_offset, d, k_stride_t)
-    v_ptrs = v_ptr + (h // GROUP) * v_stride_h + tile_offsets(n_offset, dv, v_stride_t)
+    k_ptrs = k_ptr + (h // GROUP) * k_stride_h + block_offsets(n_offset, d, k_stride_t)
+    v_ptrs = v_ptr + (h // GROUP) * v_stride_h + block_offsets(n_offset, dv, v_stride_t)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m, l = _empty_softmax(sinks_ptr, h, BLOCK_M, HAS_SINKS)

@@ -1,4 +1,4 @@
-"""Launches the kernels on plain tensors: grids, strides, workspaces. Nothing here is differentiable.
+"""Launches the kernels on plain tensors: grids, strides, workspaces; not differentiable.
 
 Outputs and workspaces come from `torch.empty`: the kernels write every element that anyone reads.
 """

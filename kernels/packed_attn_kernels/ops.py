@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from packed_attn_kernels.configurations import LARGEST_TOKEN_STRIDE
 from packed_attn_kernels.launch import Inputs, launch_backward, launch_forward
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -180,8 +181,11 @@ _interval_forward.register_autograd(_backward, setup_context=_save)
 
 
 def _readable(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors themselves, or copies of those whose last dimension is not contiguous."""
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
+    """The tensors themselves, or copies of those with strides that the kernels do not take."""
+    return tuple(
+        x if x.stride(2) == 1 and x.stride(0) < LARGEST_TOKEN_STRIDE else x.contiguous()
+        for x in tensors
+    )
 
 
 def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -269,15 +269,13 @@ def _output_side(
     P * grad_lse. One more column, 1 in grad_out, -grad_lse in out and 0 in V, does just that.
     """
     rows_grad, rows_out = _operand(grad_out, bucket, width), _operand(out, bucket, width)
-    rows_lse = _rows(lse.t(), bucket)
     if grad_lse is not None:
         rows_grad[..., -1] = 1.0
         rows_out[..., -1] = -_rows(grad_lse.t(), bucket)
     if bucket.pads is not None:
-        # With weights exp(score - inf) = 0 and gradient 0, padding adds nothing to its document.
+        # Rows of padding repeat their document's last token; without a gradient they add nothing.
         rows_grad.view(-1, *rows_grad.shape[2:]).index_fill_(0, bucket.pads, 0.0)
-        rows_lse.view(-1, rows_lse.shape[2]).index_fill_(0, bucket.pads, torch.inf)
-    return rows_grad, rows_out, rows_lse
+    return rows_grad, rows_out, _rows(lse.t(), bucket)
 
 
 def _write(x: Tensor, bucket: Bucket, rows: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
     from transformers import LlamaForCausalLM
 
 PAD_ID, END_ID = 0, 3  # places of <pad> and <end> in corpus.SPECIAL_TOKENS
@@ -37,8 +38,17 @@ def build_model(
         eos_token_id=END_ID,
         # Training needs no cache, and with one stock transformers does not see packed documents.
         use_cache=False,
-        attn_implementation="sdpa",
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config)
+        model = LlamaForCausalLM(config)
+    model.set_attn_implementation("sdpa")
+    return model
+
+
+def move(model: LlamaForCausalLM, device: torch.device) -> LlamaForCausalLM:
+    """The same model, on `device`."""
+    from torch import nn
+
+    nn.Module.to(model, device)
+    return model

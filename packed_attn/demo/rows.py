@@ -95,7 +95,6 @@ def train_row(name: str, settings: Settings) -> RowResult:
 
     Loss, gradient error and leaks come after the training, whose peak memory is read first.
     """
-    import datasets
     import torch
 
     from packed_attn.demo.measure import mean_loss
@@ -114,8 +113,7 @@ def train_row(name: str, settings: Settings) -> RowResult:
     )
     plain = _fresh_model(settings, device)
     plain.load_state_dict(model.state_dict())
-    loss = mean_loss(plain, list(_documents(settings.heldout_folder)))
-    datasets.disable_progress_bars()
+    loss = mean_loss(plain, _documents(settings.heldout_folder).to_list())
     gradient_error, leaked_tokens, probe_tokens = _probe(row, settings, device)
     return RowResult(
         name,
@@ -130,26 +128,27 @@ def train_row(name: str, settings: Settings) -> RowResult:
     )
 
 
-def probe_documents(settings: Settings) -> list[Feature]:
+def probe_documents(documents: datasets.Dataset, capacity: int) -> datasets.Dataset:
     """The first documents that together fit one pack and one padded batch, the same for every
     row: gradient error and leaks are measured on them."""
-    chosen: list[Feature] = []
-    room = settings.capacity
-    for document in _documents(settings.train_folder):
-        if len(chosen) < PROBE_DOCUMENTS and len(document["input_ids"]) <= room:
-            chosen.append(document)
-            room -= len(document["input_ids"])
-    return chosen
+    chosen: list[int] = []
+    room = capacity
+    for index, ids in enumerate(documents["input_ids"]):
+        if len(ids) <= room:
+            chosen.append(index)
+            room -= len(ids)
+        if len(chosen) == PROBE_DOCUMENTS:
+            break
+    return documents.select(chosen)
 
 
 def _probe(row: Row, settings: Settings, device: torch.device) -> tuple[float, int, int]:
     """Gradient error, leaked tokens and all tokens of the untrained model's probe batch."""
-    import datasets
-
     from packed_attn.demo import measure
 
-    documents = probe_documents(settings)
-    features = list(_features(row, datasets.Dataset.from_list(documents), settings))
+    chosen = probe_documents(_documents(settings.train_folder), settings.capacity)
+    documents = chosen.to_list()
+    features = _features(row, chosen, settings).to_list()
     batch = to_device(row.collate(features), device)
     owners = token_owners(features, batch)
     model = row.prepare(_fresh_model(settings, device))
@@ -175,12 +174,12 @@ def _features(row: Row, documents: datasets.Dataset, settings: Settings) -> data
 
 
 def _fresh_model(settings: Settings, device: torch.device) -> LlamaForCausalLM:
-    from packed_attn.demo.model import build_model
+    from packed_attn.demo.model import build_model, move
 
     model = build_model(
         vocab_size=settings.vocab_size, capacity=settings.capacity, seed=settings.seed
     )
-    return model.to(device)  # pyright: ignore[reportArgumentType]
+    return move(model, device)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -15,7 +15,8 @@ class Settings:
     Attributes:
         output: folder that receives the table, the picture and the tokenized documents.
         train_seconds: seconds that each row trains.
-        secret_seconds: seconds that each of the two planted-secret models trains.
+        secret_steps: steps that each of the two planted-secret models trains.
+        secret_seconds: where a machine is slow, the steps end after so many seconds.
         capacity: tokens a pack holds; longer documents are left out for every row alike.
         batch_size: documents in a padded batch.
         vocab_size: of the byte-level BPE.
@@ -26,6 +27,7 @@ class Settings:
 
     output: Path
     train_seconds: float = 8.0
+    secret_steps: int = 400
     secret_seconds: float = 10.0
     capacity: int = 2048
     batch_size: int = 8

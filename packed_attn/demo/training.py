@@ -72,11 +72,6 @@ def train(
         return Trained(clock.steps, clock.real_tokens, clock.seconds, memory.mib())
 
 
-def seconds_bar(limit: float, title: str) -> tqdm:
-    """A progress bar over `limit` seconds."""
-    return tqdm(total=limit, desc=f"{title:>28}", bar_format="{desc} {bar} {n:.0f}/{total:.0f} s")
-
-
 class _CountingTrainer(Trainer):
     """A Trainer that tells the clock how many real tokens each step has."""
 
@@ -95,7 +90,8 @@ class _Clock(TrainerCallback):
 
     def __init__(self, limit: float, device: torch.device, title: str) -> None:
         self._limit, self._device = limit, device
-        self._bar = seconds_bar(limit, title)
+        bar_format = "{desc} {bar} {n:.0f}/{total:.0f} s"
+        self._bar = tqdm(total=limit, desc=f"{title:>28}", bar_format=bar_format)
         self._start = 0.0
         self.step_tokens = self.real_tokens = self.steps = 0
         self.seconds = 0.0

@@ -135,9 +135,9 @@ def require_aligned(column: ListColumn, lengths: NDArray[np.int64], name: str) -
     ):
         return False
     row = int(other[0])
-    has = "null" if column.lengths[row] < 0 else f"{column.lengths[row]} values"
+    has = "is null" if column.lengths[row] < 0 else f"has {column.lengths[row]} values"
     raise ValueError(
-        f"column {column.name!r} must have one value for each of {name}, but in row {row} it is "
+        f"column {column.name!r} must have one value for each of {name}, but in row {row} it "
         f"{has} and {name} has {lengths[row]}; remove the column if it is not per token"
     )
 
@@ -152,7 +152,9 @@ def as_dataset(data: Any, argument: str = "dataset") -> Dataset:
     """
     datasets = _import_datasets()
     if isinstance(data, datasets.Dataset):
-        return data
+        kinds = data.data.schema.types
+        untyped = not data.num_rows and all(str(kind) == "null" for kind in kinds)
+        return _without_rows(data.column_names) if untyped else data
     if isinstance(data, datasets.IterableDataset):
         raise NotImplementedError(
             f"{argument} is a streaming IterableDataset, and packing needs every length before it "
@@ -175,8 +177,7 @@ def as_dataset(data: Any, argument: str = "dataset") -> Dataset:
 def _from_list(data: Sequence[Any], argument: str) -> Dataset:
     datasets = _import_datasets()
     if not data:
-        ids = datasets.Features({"input_ids": datasets.List(datasets.Value("int64"))})
-        return datasets.Dataset.from_dict({"input_ids": []}, features=ids)
+        return _without_rows([])
     as_dicts = [isinstance(document, Mapping) for document in data]
     if all(as_dicts):
         names = list(dict.fromkeys(name for document in data for name in document))
@@ -189,6 +190,15 @@ def _from_list(data: Sequence[Any], argument: str) -> Dataset:
             f"{type(data[0]).__name__} and document {as_dicts.index(not as_dicts[0])} is not"
         )
     return datasets.Dataset.from_dict({"input_ids": list(data)})
+
+
+def _without_rows(names: Sequence[str]) -> Dataset:
+    """An empty data set with the given columns and `input_ids`, all lists of integers."""
+    datasets = _import_datasets()
+    names = list(dict.fromkeys(["input_ids", *names]))
+    integers = datasets.List(datasets.Value("int64"))
+    features = datasets.Features(dict.fromkeys(names, integers))
+    return datasets.Dataset.from_dict({name: [] for name in names}, features=features)
 
 
 def _list_column(name: str, column: pa.ChunkedArray, rows: NDArray[np.int64] | None) -> ListColumn:

@@ -183,41 +183,67 @@ def _unpadded(mask: ListColumn) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 
 def _write(source: _Source, packs: Packs) -> Dataset:
-    """Materialises the packs by `Dataset.map`, in batches: to disk if the input is on disk."""
+    """Materialises the packs, batch by batch: on disk if the input is on disk, else in memory."""
     import datasets
-    from datasets.fingerprint import Hasher
-
-    from packed_attn import __version__
 
     features = datasets.Features.from_arrow_schema(_pack_table(source, packs, 0, 0).schema)
     if not packs.num_packs:
-        return datasets.Dataset.from_dict({name: [] for name in features}, features=features)
-    report, given = packs.report, source.dataset
-    # Given here, or `map` would pickle every column behind `make_packs` to compute one.
-    fingerprint = Hasher.hash(
-        [given._fingerprint, report.strategy, report.overflow, packs.capacity, __version__]
-    )
-    path = None
-    if given.cache_files:
-        folder = os.path.dirname(given.cache_files[0]["filename"])
-        path = os.path.join(folder, f"packed-{fingerprint}.arrow")
+        rows = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+    elif source.dataset.cache_files:
+        rows = _write_to_disk(source, packs, features)
+    else:
+        rows = _write_to_memory(source, packs)
+    format_ = source.dataset.format
+    return rows.with_format(format_["type"], **format_["format_kwargs"])
+
+
+def _write_to_memory(source: _Source, packs: Packs) -> Dataset:
+    """Without `Dataset.map`, whose growing buffer would copy every token once more."""
+    import datasets
+    import pyarrow as pa
+
+    step = _packs_per_batch(packs)
+    firsts = datasets.utils.tqdm(range(0, packs.num_packs, step), desc="Packing", unit="batches")
+    tables = [_pack_table(source, packs, i, min(i + step, packs.num_packs)) for i in firsts]
+    return datasets.Dataset(pa.concat_tables(tables), fingerprint=_fingerprint(source, packs))
+
+
+def _write_to_disk(source: _Source, packs: Packs, features: Any) -> Dataset:
+    """By `Dataset.map`, which writes to a temporary file first and finds what it wrote before."""
+    import datasets
+
+    fingerprint = _fingerprint(source, packs)
+    folder = os.path.dirname(source.dataset.cache_files[0]["filename"])
 
     def make_packs(batch: pa.Table) -> pa.Table:
         numbers = batch.column("pack")
         return _pack_table(source, packs, numbers[0].as_py(), numbers[-1].as_py() + 1)
 
     numbers = datasets.Dataset.from_dict({"pack": np.arange(packs.num_packs)})
-    rows = numbers.with_format("arrow").map(
+    return numbers.with_format("arrow").map(
         make_packs,
         batched=True,
-        batch_size=max(1, TOKENS_PER_BATCH // packs.capacity),
+        batch_size=_packs_per_batch(packs),
         remove_columns=["pack"],
         features=features,
-        cache_file_name=path,
+        cache_file_name=os.path.join(folder, f"packed-{fingerprint}.arrow"),
         new_fingerprint=fingerprint,
         desc="Packing",
     )
-    return rows.with_format(given.format["type"], **given.format["format_kwargs"])
+
+
+def _fingerprint(source: _Source, packs: Packs) -> str:
+    """Names the result by what it was made from; left to itself, datasets pickles every token."""
+    from datasets.fingerprint import Hasher
+
+    from packed_attn import __version__
+
+    report, given = packs.report, source.dataset._fingerprint
+    return Hasher.hash([given, report.strategy, report.overflow, packs.capacity, __version__])
+
+
+def _packs_per_batch(packs: Packs) -> int:
+    return max(1, TOKENS_PER_BATCH // packs.capacity)
 
 
 def _pack_table(source: _Source, packs: Packs, first: int, stop: int) -> pa.Table:

@@ -1,0 +1,225 @@
+"""Packed attention on CPU against torch's sdpa, forward and backward: ratios in one process.
+
+    python benchmarks/bench_cpu.py [--json PATH]
+
+Prints a Markdown table and writes the figures with the machine's facts as JSON. The candidates take
+turns in one process and a ratio is the median over rounds, so that load on the machine slows both
+of its sides. Every case is checked against the reference in float64 before it is timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import platform
+import random
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timing import median_ratio, paired_seconds
+from torch import Tensor
+
+from packed_attn import DocumentLayout, attention
+
+ROUNDS = 9
+HEAD = """\
+| forward + backward | tokens | heads | packed, ms | dense mask | target | is_causal | reference |
+|---|---|---|---|---|---|---|---|"""
+RESULTS = Path(__file__).parent / "results" / "cpu.json"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Documents, heads, and how many times faster than the dense mask this must be, if at all."""
+
+    name: str
+    lengths: tuple[int, ...]
+    num_heads: int = 8
+    num_kv_heads: int = 8
+    head_dim: int = 64
+    target: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """Milliseconds (medians) of one case and the ratios to packed attention's."""
+
+    name: str
+    tokens: int
+    documents: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    milliseconds: dict[str, float]
+    ratios: dict[str, float]
+    target: float | None
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where the figures go")
+    options = parser.parse_args(arguments)
+    rows = []
+    print(HEAD)
+    for number, case in enumerate(CASES, 1):
+        print(f"[{number}/{len(CASES)}] {case.name}", file=sys.stderr, flush=True)
+        rows.append(measured(case))
+        print(markdown(rows[-1]), flush=True)
+    options.json.parent.mkdir(parents=True, exist_ok=True)
+    report = {"machine": machine(), "rounds": ROUNDS, "rows": [asdict(row) for row in rows]}
+    options.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def log_normal_lengths(
+    documents: int, total: int, longest: int, sigma: float = 1.0, seed: int = 0
+) -> tuple[int, ...]:
+    """Log-normal lengths from 1 to `longest`, scaled and then nudged until they add to `total`."""
+    rng = random.Random(seed)
+    draws = [rng.lognormvariate(0.0, sigma) for _ in range(documents)]
+    lengths = [min(longest, max(1, round(x * total / sum(draws)))) for x in draws]
+    while (missing := total - sum(lengths)) != 0:
+        step = 1 if missing > 0 else -1
+        document = rng.randrange(documents)
+        if 1 <= lengths[document] + step <= longest:
+            lengths[document] += step
+    return tuple(lengths)
+
+
+LOG_NORMAL = log_normal_lengths(64, 4096, 512)
+CASES = (
+    Case("128 documents of 32", (32,) * 128, target=5.0),
+    Case("8 documents of 512", (512,) * 8, target=4.0),
+    Case("64 documents, log-normal", LOG_NORMAL, target=3.0),
+    Case("64 documents, log-normal, grouped 8:2", LOG_NORMAL, num_kv_heads=2),
+    Case("8 documents of 512, grouped 8:2", (512,) * 8, num_kv_heads=2),
+    Case("40 documents, log-normal, 4:2 heads of 32", log_normal_lengths(40, 2048, 512), 4, 2, 32),
+)
+
+
+def measured(case: Case) -> Row:
+    """Checks one case, then times it.
+
+    Raises:
+        RuntimeError: a candidate that should be exact is not.
+    """
+    candidates, inputs = _candidates(case)
+    _check(candidates, inputs, case)
+    grad_out = inputs["grad_out"]
+    qkv = [inputs[name] for name in "qkv"]
+
+    def both_ways(forward: Callable[..., Tensor]) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(forward(*qkv), qkv, grad_out)
+
+    seconds = paired_seconds({name: both_ways(f) for name, f in candidates.items()}, ROUNDS)
+    return Row(
+        case.name,
+        sum(case.lengths),
+        len(case.lengths),
+        case.num_heads,
+        case.num_kv_heads,
+        case.head_dim,
+        {name: round(1e3 * statistics.median(s), 2) for name, s in seconds.items()},
+        {
+            name: round(median_ratio(s, seconds["packed"]), 2)
+            for name, s in seconds.items()
+            if name != "packed"
+        },
+        case.target,
+    )
+
+
+def _candidates(case: Case) -> tuple[dict[str, Callable[..., Tensor]], dict[str, Tensor]]:
+    """The contenders, each q, k, v -> out `[tokens, heads, head_dim]`, and the inputs."""
+    layout = DocumentLayout.from_lengths(case.lengths)
+    generator = torch.Generator().manual_seed(0)
+    heads = {"q": case.num_heads, "k": case.num_kv_heads, "v": case.num_kv_heads}
+    inputs = {
+        name: torch.randn(layout.total_tokens, n, case.head_dim, generator=generator)
+        for name, n in {**heads, "grad_out": case.num_heads}.items()
+    }
+    for name in heads:
+        inputs[name].requires_grad_()
+    mask = layout.visibility().dense()
+    return {
+        "packed": lambda q, k, v: attention(q, k, v, layout, backend="cpu"),
+        "dense mask": lambda q, k, v: _sdpa(q, k, v, attn_mask=mask),
+        "contaminated": lambda q, k, v: _sdpa(q, k, v, is_causal=True),
+        "reference": lambda q, k, v: attention(q, k, v, layout, backend="reference"),
+    }, inputs
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
+    """The whole stream as one sequence; grouped heads expanded, as transformers does."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, **mask)[0].transpose(0, 1)
+
+
+def _check(
+    candidates: dict[str, Callable[..., Tensor]], inputs: dict[str, Tensor], case: Case
+) -> None:
+    """Packed and dense agree with float64 as well as plain float32 does, within small factors."""
+
+    def results(name: str, dtype: torch.dtype) -> list[Tensor]:
+        qkv = [inputs[n].detach().to(dtype).requires_grad_() for n in "qkv"]
+        out = candidates[name](*qkv)
+        return [out, *torch.autograd.grad(out, qkv, inputs["grad_out"].to(dtype))]
+
+    exact = results("reference", torch.float64)
+    plain = results("reference", torch.float32)
+    for name in ("packed", "dense mask"):
+        for i, got in enumerate(results(name, torch.float32)):
+            rounding = (exact[i].float().double() - exact[i]).abs().max()
+            allowed = (2 if i == 0 else 3) * ((plain[i] - exact[i]).abs().max() + rounding)
+            error = (got - exact[i]).abs().max()
+            if not error <= allowed:
+                what = ("out", "dq", "dk", "dv")[i]
+                raise RuntimeError(
+                    f"{case.name}: {name} is off by {float(error):.2e} in {what}, "
+                    f"over {float(allowed):.2e}; nothing was timed"
+                )
+
+
+def machine() -> dict[str, str | int]:
+    """What the figures depend on."""
+    return {
+        "cpu": _cpu_name(),
+        "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def markdown(row: Row) -> str:
+    """Milliseconds of packed attention, and how many times longer the others take."""
+    heads = f"{row.num_heads}:{row.num_kv_heads} of {row.head_dim}"
+    target = "" if row.target is None else f">= {row.target:g}x"
+    return (
+        f"| {row.name} | {row.tokens} | {heads} | {row.milliseconds['packed']:.1f} | "
+        f"{row.ratios['dense mask']:.1f}x | {target} | {row.ratios['contaminated']:.1f}x | "
+        f"{row.ratios['reference']:.1f}x |"
+    )
+
+
+if __name__ == "__main__":
+    main()

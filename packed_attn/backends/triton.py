@@ -1,0 +1,72 @@
+"""Our interval kernels in Triton as a backend: CUDA, or any device under TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from packed_attn.request import AttentionRequest
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = range(8, 257, 8)
+
+
+def reasons_against(request: AttentionRequest) -> list[str]:
+    """Why the kernels cannot run the request. Imports neither triton nor the kernels."""
+    reasons = _machine_reasons(request)
+    if request.q.dtype not in DTYPES:
+        reasons.append(f"runs bfloat16, float16 and float32, not {request.q.dtype}")
+    for name, x in (("head_dim", request.q), ("value head_dim", request.v)):
+        if x.shape[-1] not in HEAD_DIMS:
+            reasons.append(f"{name} must be a multiple of 8 from 8 to 256, not {x.shape[-1]}")
+    if request.alibi_slopes is not None:
+        reasons.append("has no ALiBi yet")
+    if request.dropout_p > 0.0:
+        reasons.append("has no dropout yet")
+    return reasons
+
+
+def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+    """See `packed_attn_kernels.interval_attention`."""
+    from packed_attn_kernels import interval_attention
+
+    visibility = request.visibility()
+    out, lse = interval_attention(
+        request.q,
+        request.k,
+        request.v,
+        visibility.key_start,
+        visibility.key_stop,
+        visibility.query_start,
+        visibility.query_stop,
+        softmax_scale=request.softmax_scale,
+        softcap=request.softcap,
+        sinks=request.sinks,
+        halves=visibility.halves,
+    )
+    return out, lse if request.return_lse else None
+
+
+def _machine_reasons(request: AttentionRequest) -> list[str]:
+    if find_spec("triton") is None:
+        return ["triton is not installed"]
+    if _interpreted():
+        return []
+    if request.q.device.type != "cuda":
+        return [
+            f"needs a CUDA device, but q is on {request.q.device} "
+            "(TRITON_INTERPRET=1, set before triton is imported, interprets the kernels anywhere)"
+        ]
+    return []
+
+
+def _interpreted() -> bool:
+    """Whether the kernels are interpreted; once they are imported, the environment is too late."""
+    kernels = sys.modules.get("packed_attn_kernels.rules")
+    if kernels is not None:
+        return kernels.INTERPRETED
+    return os.environ.get("TRITON_INTERPRET") == "1"

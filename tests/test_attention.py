@@ -1,0 +1,223 @@
+"""attention(): its errors, and which backend it selects."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from packed_attn import DocumentLayout, attention, backends
+from packed_attn.request import AttentionRequest
+
+LAYOUT = DocumentLayout.from_lengths([3, 5])
+
+
+def _qkv(total: int = 8, heads: int = 4, kv_heads: int = 2, dim: int = 16) -> dict[str, Any]:
+    return {
+        "q": torch.randn(total, heads, dim),
+        "k": torch.randn(total, kv_heads, dim),
+        "v": torch.randn(total, kv_heads, dim),
+        "layout": LAYOUT,
+    }
+
+
+def test_signature() -> None:
+    parameters = inspect.signature(attention).parameters
+    defaults = {name: p.default for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    assert [name for name in parameters if name not in defaults] == ["q", "k", "v", "layout"]
+    assert defaults == {
+        "key_layout": None,
+        "causal": True,
+        "window_size": (-1, -1),
+        "chunk_size": None,
+        "prefix_lengths": None,
+        "softmax_scale": None,
+        "softcap": None,
+        "sinks": None,
+        "alibi_slopes": None,
+        "dropout_p": 0.0,
+        "deterministic": False,
+        "backend": "auto",
+        "return_lse": False,
+        "confine_nonfinite": False,
+    }
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"layout": DocumentLayout.from_lengths([3, 6])},
+            "layout covers 9 tokens, but q has 8",
+        ),
+        ({"layout": [0, 3, 8]}, "layout must be a DocumentLayout, got list"),
+        ({"layout": LAYOUT.to("meta")}, "layout is on meta, but q is on cpu"),
+        (
+            {"key_layout": DocumentLayout.from_lengths([3, 6])},
+            "key_layout covers 9 tokens, but k has 8",
+        ),
+        (
+            {"key_layout": DocumentLayout.from_lengths([8])},
+            "layout has 2 documents, but key_layout has 1",
+        ),
+        ({"key_layout": (0, 8)}, "key_layout must be a DocumentLayout, got tuple"),
+        ({"k": torch.randn(9, 2, 16)}, r"k is \[9, 2, 16\] and v \[8, 2, 16\]"),
+        (
+            {"k": torch.randn(9, 2, 16), "v": torch.randn(9, 2, 16)},
+            "layout covers 8 tokens, but k has 9",
+        ),
+        ({"q": torch.randn(1, 8, 4, 16)}, r"q must have shape .* got \[1, 8, 4, 16\]"),
+        ({"v": torch.randn(8, 32)}, r"v must have shape .* got \[8, 32\]"),
+        ({"k": torch.randn(8, 2, 24)}, "k has head_dim 24, but q has 16"),
+        (
+            {"q": torch.randn(8, 3, 16)},
+            "num_heads must be a positive multiple of num_kv_heads, got 3 and 2",
+        ),
+        ({"q": torch.randn(8, 0, 16)}, "positive multiple of num_kv_heads, got 0 and 2"),
+        (
+            {name: torch.randn(8, 2, 0) for name in "qkv"},
+            "head_dim must be at least 1, but q has 0 and v 0",
+        ),
+        (
+            {"v": torch.randn(8, 2, 16, dtype=torch.float64)},
+            "q, k and v must share a dtype, but v is torch.float64 and q torch.float32",
+        ),
+        (
+            {name: torch.ones(8, 2, 16, dtype=torch.int64) for name in "qkv"},
+            "q must be floating point, got torch.int64",
+        ),
+        (
+            {"k": torch.randn(8, 2, 16, device="meta")},
+            "q, k and v must share a device, but k is on meta and q on cpu",
+        ),
+        ({"sinks": torch.zeros(2)}, r"sinks must have shape \[num_heads\] = \[4\], got \[2\]"),
+        ({"sinks": torch.zeros(4, device="meta")}, "sinks is on meta, but q is on cpu"),
+        ({"alibi_slopes": torch.zeros(2, 4)}, r"alibi_slopes must have shape .* got \[2, 4\]"),
+        ({"softmax_scale": -0.1}, "softmax_scale must be positive and finite, got -0.1"),
+        ({"softmax_scale": float("inf")}, "softmax_scale must be positive and finite, got inf"),
+        ({"softmax_scale": float("nan")}, "softmax_scale must be positive and finite, got nan"),
+        ({"softcap": 0.0}, "softcap must be positive and finite, or None for off, got 0.0"),
+        ({"softcap": -3.0}, "softcap must be positive and finite, or None for off, got -3.0"),
+        ({"softcap": float("nan")}, "softcap must be positive and finite, .* got nan"),
+        ({"window_size": (-2, 0)}, r"window_size must hold two integers .* got \(-2, 0\)"),
+        ({"window_size": 128}, "window_size must hold two integers .* got 128"),
+        ({"chunk_size": 0}, "chunk_size must be an integer of at least 1, got 0"),
+        ({"prefix_lengths": [1]}, r"prefix_lengths must have shape \[2\], got \[1\]"),
+        ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
+        ({"dropout_p": -0.1}, r"dropout_p must be in \[0, 1\), got -0.1"),
+        ({"dropout_p": float("nan")}, r"dropout_p must be in \[0, 1\), got nan"),
+    ],
+    ids=lambda value: "_".join(value) if isinstance(value, dict) else "",
+)
+def test_bad_input(changes: dict[str, Any], message: str, backend: str) -> None:
+    """The same error whatever the backend, before any of them is asked."""
+    with pytest.raises(ValueError, match=message):
+        attention(**{**_qkv(), **changes}, backend=backend)
+
+
+def test_unknown_backend() -> None:
+    with pytest.raises(ValueError, match=r"backend must be 'auto' or one of .*reference.*'cudnn'"):
+        attention(**_qkv(), backend="cudnn")
+
+
+def test_lse_only_when_asked() -> None:
+    inputs = _qkv()
+    for backend in ("auto", "reference"):
+        out = attention(**inputs, backend=backend)
+        assert isinstance(out, Tensor)
+        again, lse = attention(**inputs, backend=backend, return_lse=True)
+        assert torch.equal(out, again)
+        assert (lse.shape, lse.dtype) == ((4, 8), torch.float32)
+
+
+class _Fake:
+    """A backend that counts its runs and gives its own number."""
+
+    def __init__(self, number: float, *reasons: str) -> None:
+        self.number, self.reasons, self.runs = number, list(reasons), 0
+        self.request: AttentionRequest | None = None
+
+    def reasons_against(self, request: AttentionRequest) -> list[str]:
+        return self.reasons
+
+    def run(self, request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+        self.runs += 1
+        self.request = request
+        return torch.full_like(request.q, self.number), None
+
+
+@pytest.fixture
+def table(monkeypatch: pytest.MonkeyPatch):
+    """Puts fake backends in the place of the table."""
+
+    def replace(**fakes: _Fake) -> dict[str, _Fake]:
+        monkeypatch.setattr(backends, "BACKENDS", tuple(fakes))
+        monkeypatch.setattr(backends, "load", fakes.__getitem__)
+        return fakes
+
+    return replace
+
+
+def test_auto_takes_the_first_that_can(table) -> None:
+    fakes = table(gpu=_Fake(1.0, "no GPU"), fast=_Fake(2.0), slow=_Fake(3.0))
+    assert (attention(**_qkv()) == 2.0).all()
+    assert [fake.runs for fake in fakes.values()] == [0, 1, 0]
+
+
+def test_named_backend_is_taken_out_of_order(table) -> None:
+    fakes = table(fast=_Fake(2.0), slow=_Fake(3.0))
+    assert (attention(**_qkv(), backend="slow") == 3.0).all()
+    assert fakes["fast"].runs == 0
+
+
+def test_named_backend_never_falls_back(table) -> None:
+    fakes = table(gpu=_Fake(1.0, "no GPU", "no float32"), slow=_Fake(3.0))
+    with pytest.raises(NotImplementedError, match="'gpu' cannot run this: no GPU; no float32"):
+        attention(**_qkv(), backend="gpu")
+    assert not any(fake.runs for fake in fakes.values())
+
+
+def test_error_lists_every_backend_with_its_reasons(table) -> None:
+    table(gpu=_Fake(1.0, "no GPU", "no float32"), cpu=_Fake(2.0, "no softcap"))
+    with pytest.raises(NotImplementedError) as raised:
+        attention(**_qkv())
+    assert str(raised.value).splitlines() == [
+        "no backend can run this:",
+        "  gpu: no GPU; no float32",
+        "  cpu: no softcap",
+    ]
+
+
+def test_backends_get_the_checked_request(table) -> None:
+    fakes = table(only=_Fake(1.0))
+    attention(**_qkv(), window_size=[3, 0], confine_nonfinite=True)  # type: ignore[arg-type]
+    request = fakes["only"].request
+    assert request is not None
+    assert request.softmax_scale == 0.25
+    assert request.window_size == (3, 0)
+    assert request.keys is request.layout
+    assert request.confine_nonfinite
+    assert request.visibility() is LAYOUT.visibility(window_size=(3, 0))
+    assert (request.num_heads, request.num_kv_heads) == (4, 2)
+
+
+def test_the_last_backend_has_no_reasons_against_anything() -> None:
+    """So auto always finds one, and the order is the documented one."""
+    assert backends.BACKENDS[-1] == "reference"
+    assert backends.BACKENDS.index("triton") < backends.BACKENDS.index("cpu")
+
+
+def test_auto_is_a_listed_backend_to_the_bit() -> None:
+    inputs = _qkv()
+    out = attention(**inputs)
+    ran = []
+    for name in backends.BACKENDS:
+        try:
+            ran.append(attention(**inputs, backend=name))
+        except NotImplementedError:
+            continue
+    assert torch.equal(ran[0], out)

@@ -1,0 +1,324 @@
+"""The CPU backend: its buckets, exactness on every way through them, operators and compilation.
+
+The conformance suite runs it on the shared small cases. Here are the documents that take each path
+inside: read in place, in runs, gathered, padded; and what only this backend promises.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from packed_attn import DocumentLayout, attention
+from packed_attn.backends import _cpu_plan, cpu
+from packed_attn.backends._cpu_plan import CALL_ELEMENTS, Plan, plan_buckets
+from packed_attn.request import checked_request
+from tests.cases import Case
+from tests.oracle import assert_confined, assert_exact, assert_isolated
+
+BF16, FP16 = torch.bfloat16, torch.float16
+
+# 512 elements a token: documents from 64 tokens, and runs of equal ones, are read in place.
+WIDE = {"num_heads": 8, "num_kv_heads": 8, "head_dim": 64}
+# Short ones gathered with padding; two runs, the second cut into several calls; long ones; empty.
+EVERY_PATH = (5, 1, 6, 40, 37, 0, 90, 32, 32, 32, 7, 200, 1, 0, 33, *(24,) * 25)
+CASES = (
+    Case("every_path", EVERY_PATH, **WIDE),
+    Case("grouped", EVERY_PATH, num_heads=8, num_kv_heads=2, head_dim=64),
+    Case("multi_query", EVERY_PATH, num_heads=8, num_kv_heads=1, head_dim=64),
+    Case("strided", EVERY_PATH, num_heads=8, num_kv_heads=2, head_dim=64, strided=True),
+    Case("bidirectional", EVERY_PATH, **WIDE, causal=False),
+    Case("window", EVERY_PATH, **WIDE, window_size=(20, 0)),
+    Case("window_both", EVERY_PATH, **WIDE, causal=False, window_size=(20, 9)),
+    Case("chunks", EVERY_PATH, **WIDE, chunk_size=36),
+    Case("sinks", EVERY_PATH, **WIDE, sinks=True),
+    Case("lse_gradient", EVERY_PATH, **WIDE, sinks=True, lse_gradient=True),
+    Case("value_head_dim", EVERY_PATH, num_heads=8, head_dim=64, value_head_dim=40),
+    Case("bf16", EVERY_PATH, **WIDE, dtype=BF16),
+    Case("bf16_grouped", EVERY_PATH, num_heads=8, head_dim=64, dtype=BF16, lse_gradient=True),
+    Case("fp16", EVERY_PATH, **WIDE, dtype=FP16),
+    Case("one_long_document", (700,), num_heads=2, head_dim=16),
+    Case("window_over_blocks", (700, 9), num_heads=2, head_dim=16, window_size=(40, 0)),
+    Case("hundreds_of_tiny", (1, 2, 3, 1) * 50, num_heads=2, num_kv_heads=1, head_dim=16),
+    Case("one_run", (32,) * 40, **WIDE),
+    Case(
+        "padding",
+        (70, 3, 80, 5, 100),
+        padding=(True, True, False, False, True),
+        **WIDE,
+        sinks=True,
+        lse_gradient=True,
+    ),
+)
+SEVERAL = [case for case in CASES if len(case.lengths) > 1]
+
+
+def named(cases: list[Case] | tuple[Case, ...]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize("case", cases, ids=[case.name for case in cases])
+
+
+@named(CASES)
+def test_exact(case: Case) -> None:
+    assert_exact("cpu", case, "cpu")
+
+
+@named(SEVERAL)
+def test_other_documents_change_no_bit(case: Case) -> None:
+    assert_isolated("cpu", case, "cpu")
+
+
+@named(SEVERAL)
+def test_nonfinite_values_stay_in_their_document(case: Case) -> None:
+    assert_confined("cpu", case, "cpu")
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_float64(causal: bool) -> None:
+    case = Case("float64", EVERY_PATH, num_heads=8, num_kv_heads=2, head_dim=64, causal=causal)
+    results = {}
+    for backend in ("cpu", "reference"):
+        inputs = case.inputs(dtype=torch.float64)
+        qkv = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        out, lse = attention(*qkv, case.layout(), causal=causal, backend=backend, return_lse=True)
+        results[backend] = [out, lse, *torch.autograd.grad(out, qkv, inputs.grad_out)]
+    for got, exact in zip(results["cpu"], results["reference"]):
+        assert got.dtype == torch.float64
+        torch.testing.assert_close(got, exact, rtol=1e-12, atol=1e-13)
+
+
+def test_document_of_one_token_is_its_value() -> None:
+    """The weight is 1, exactly; what is left of dq and dk is the rounding of two equal sums."""
+    case = Case("length_one", (1,) * 60)
+    inputs = case.inputs()
+    qkv = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    out = attention(*qkv, case.layout(), backend="cpu")
+    assert torch.equal(out, inputs.v.repeat_interleave(2, dim=1))
+    dq, dk, dv = torch.autograd.grad(out, qkv, inputs.grad_out)
+    torch.testing.assert_close(dv, inputs.grad_out.unflatten(1, (2, 2)).sum(2))
+    assert dq.abs().max() < 1e-5
+    assert dk.abs().max() < 1e-5
+
+
+def test_grad_out_of_a_sum() -> None:
+    """`out.sum()` hands over a gradient whose strides are all 0."""
+    case = Case("sum", EVERY_PATH, **WIDE)
+    inputs = case.inputs()
+    qkv = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    out = attention(*qkv, case.layout(), backend="cpu")
+    expanded = torch.autograd.grad(out.sum(), qkv, retain_graph=True)
+    dense = torch.autograd.grad(out, qkv, torch.ones_like(out))
+    assert all(torch.equal(a, b) for a, b in zip(expanded, dense))
+
+
+def test_inputs_are_left_alone() -> None:
+    case = Case("inputs", EVERY_PATH, **WIDE, sinks=True, lse_gradient=True)
+    inputs, before = case.inputs(), case.inputs()
+    assert inputs.grad_lse is not None
+    qkv = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    out, lse = attention(*qkv, case.layout(), sinks=inputs.sinks, backend="cpu", return_lse=True)
+    saved = (out.detach().clone(), lse.detach().clone())
+    torch.autograd.grad((out, lse), qkv, (inputs.grad_out, inputs.grad_lse))
+    assert torch.equal(out, saved[0])
+    assert torch.equal(lse, saved[1])
+    for name in ("q", "k", "v", "grad_out", "grad_lse", "sinks"):
+        assert torch.equal(getattr(inputs, name), getattr(before, name)), name
+
+
+def test_gradient_of_lse_alone() -> None:
+    case = Case("lse", EVERY_PATH, **WIDE)
+    grads = {}
+    for backend in ("cpu", "reference"):
+        inputs = case.inputs()
+        qk = [x.requires_grad_() for x in (inputs.q, inputs.k)]
+        lse = attention(*qk, inputs.v, case.layout(), backend=backend, return_lse=True)[1]
+        grads[backend] = torch.autograd.grad(lse.square().sum(), qk)
+    for got, expected in zip(grads["cpu"], grads["reference"]):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+# ---- what it refuses ----
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"softcap": 3.0}, "softcap"),
+        ({"alibi": True}, "ALiBi"),
+        ({"prefix_lengths": (1, 2)}, "prefix"),
+        ({"parents": (-1, 0)}, "forest"),
+        ({"key_lengths": (4, 4)}, "cross"),
+    ],
+)
+def test_reasons(change: dict, word: str) -> None:
+    case = replace(Case("refused", (5, 9)), **change)
+    inputs = case.inputs()
+    call = {
+        "key_layout": case.key_layout(),
+        "alibi_slopes": inputs.alibi_slopes,
+        **case.kwargs(),
+    }
+    with pytest.raises(NotImplementedError, match=word):
+        attention(inputs.q, inputs.k, inputs.v, case.layout(), backend="cpu", **call)
+    attention(inputs.q, inputs.k, inputs.v, case.layout(), **call)  # "auto" finds another
+
+
+def test_reasons_against_dropout_device_and_dtype() -> None:
+    layout = DocumentLayout.from_lengths([3])
+    x = torch.randn(3, 1, 4)
+    with pytest.raises(NotImplementedError, match="dropout"):
+        attention(x, x, x, layout, dropout_p=0.1, backend="cpu")
+    narrow = x.to(torch.float8_e4m3fn)
+    with pytest.raises(NotImplementedError, match="float8_e4m3fn"):
+        attention(narrow, narrow, narrow, layout, backend="cpu")
+    elsewhere = torch.empty(3, 1, 4, device="meta")
+    request = replace(_request(x, x, x, layout), q=elsewhere)
+    assert "q is on meta" in cpu.reasons_against(request)[0]
+    assert cpu.reasons_against(_request(x, x, x, layout)) == []
+
+
+# ---- buckets ----
+
+
+@given(
+    lengths=st.lists(st.integers(0, 90), max_size=60),
+    padding_seed=st.integers(0, 7),
+    chunk_size=st.sampled_from([None, 1, 16]),
+    pad_lengths=st.booleans(),
+    token_elements=st.sampled_from([8, 512, 4096]),
+)
+def test_buckets_cover_each_token_once(
+    lengths: list[int],
+    padding_seed: int,
+    chunk_size: int | None,
+    pad_lengths: bool,
+    token_elements: int,
+) -> None:
+    padding = [(d + padding_seed) % 5 == 0 for d in range(len(lengths))]
+    layout = DocumentLayout.from_lengths(lengths, padding=padding)
+    plan = plan_buckets(
+        layout.cu_seqlens,
+        layout.padding,
+        chunk_size=chunk_size,
+        pad_lengths=pad_lengths,
+        token_elements=token_elements,
+    )
+    written = np.sort(_written(plan, layout.total_tokens))
+    unseen = [token for start, stop in plan.unseen for token in range(start, stop)]
+    assert sorted([*written.tolist(), *unseen]) == list(range(layout.total_tokens))
+    if layout.padding_tokens is not None:
+        assert layout.padding_tokens.nonzero().flatten().tolist() == unseen
+    for bucket in plan.buckets:
+        fits = bucket.batch * bucket.length * token_elements <= CALL_ELEMENTS
+        assert fits or bucket.batch == 1
+        assert pad_lengths or bucket.pads is None
+        assert chunk_size is None or bucket.length <= chunk_size
+
+
+def _written(plan: Plan, total_tokens: int) -> np.ndarray:
+    """Every row's target, padding left out."""
+    rows = [np.empty(0, dtype=np.int64)]
+    for bucket in plan.buckets:
+        if bucket.targets is None:
+            rows.append(np.arange(bucket.start, bucket.start + bucket.batch * bucket.length))
+        else:
+            rows.append(bucket.targets.numpy())
+    flat = np.concatenate(rows)
+    return flat[flat < total_tokens]
+
+
+def test_each_path_is_taken() -> None:
+    """The layout that the tests above share has runs, documents in place, gathers and padding."""
+    cu_seqlens = DocumentLayout.from_lengths(EVERY_PATH).cu_seqlens
+    plan = plan_buckets(cu_seqlens, None, chunk_size=None, pad_lengths=True, token_elements=512)
+    views = [bucket for bucket in plan.buckets if bucket.tokens is None]
+    gathered = [bucket for bucket in plan.buckets if bucket.tokens is not None]
+    assert {(b.batch, b.length) for b in views} == {(1, 90), (1, 200), (3, 32), (21, 24), (4, 24)}
+    assert any(b.pads is not None for b in gathered)
+    assert any(b.pads is None for b in gathered)
+
+
+def test_one_plan_serves_all_layers() -> None:
+    _cpu_plan._cached_plan.cache_clear()
+    case = Case("layers", (3, 4, 5))
+    inputs = case.inputs()
+    for _ in range(4):
+        q = inputs.q.detach().requires_grad_()
+        attention(q, inputs.k, inputs.v, case.layout(), backend="cpu").sum().backward()
+    assert _cpu_plan._cached_plan.cache_info().misses == 1
+
+
+# ---- operators and compilation ----
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+def test_opcheck(sinks: bool) -> None:
+    case = Case(
+        "opcheck", (5, 1, 0, 20, 6), padding=(False, True, False, False, False), sinks=sinks
+    )
+    inputs, layout = case.inputs(), case.layout()
+    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+    per_head = None if inputs.sinks is None else inputs.sinks.requires_grad_()
+    arguments = (*leaves, per_head, layout.cu_seqlens, layout.padding, 0.3, True, 9, 0, 7)
+    torch.library.opcheck(cpu.cpu_attention, arguments)
+
+
+def test_opcheck_backward() -> None:
+    case = Case("opcheck", (5, 1, 0, 20, 6), lse_gradient=True)
+    inputs, layout = case.inputs(), case.layout()
+    options = (layout.cu_seqlens, None, 0.3, True, -1, -1, None)
+    out, lse = cpu.cpu_attention(inputs.q, inputs.k, inputs.v, None, *options)
+    for grad_lse in (None, inputs.grad_lse):
+        arguments = (inputs.grad_out, grad_lse, inputs.q, inputs.k, inputs.v, None, out, lse)
+        torch.library.opcheck(cpu.cpu_attention_backward, (*arguments, *options))
+
+
+def test_compiles_whole_and_once_for_all_boundaries() -> None:
+    """One graph without breaks; besides the first, one compilation for any number of documents."""
+    counter = CompileCounterWithBackend("aot_eager")
+
+    def layer(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout) -> Tensor:
+        out, _ = cpu.run(_request(q * 2, k, v, layout))
+        return out.sin()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    for lengths in [(64,), (10, 54), (1,) * 64, (3, 0, 3, 58), (20, 20, 20, 4), (63, 1)]:
+        case = Case("compiled", lengths)
+        inputs, layout = case.inputs(), case.layout()
+        layout.visibility()
+        qkv = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
+        results = []
+        for function in (compiled, layer):
+            out = function(*qkv, layout)
+            results.append([out, *torch.autograd.grad(out, qkv, inputs.grad_out)])
+        assert all(torch.equal(a, b) for a, b in zip(*results))
+    assert counter.frame_count == 2
+
+
+def _request(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout):
+    return checked_request(
+        q,
+        k,
+        v,
+        layout,
+        key_layout=None,
+        causal=True,
+        window_size=(-1, -1),
+        chunk_size=None,
+        prefix_lengths=None,
+        softmax_scale=None,
+        softcap=None,
+        sinks=None,
+        alibi_slopes=None,
+        dropout_p=0.0,
+        deterministic=False,
+        return_lse=False,
+        confine_nonfinite=False,
+    )
