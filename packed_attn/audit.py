@@ -63,7 +63,7 @@ class IsolationReport:
 
     @property
     def verdict(self) -> str:
-        """"isolated", "isolated up to rounding" or "leaks"."""
+        """ "isolated", "isolated up to rounding" or "leaks"."""
         if not self.isolated:
             return "leaks"
         rounding = any(check.verdict == "rounding" for check in self.checks)
@@ -227,7 +227,9 @@ class _Audit:
         logits = self._forward(self._batch(documents))
         spans = _spans(documents)
         worst = max(
-            _difference(logits[spans[place][0] : spans[place][1]], self.clean[slice(*self.spans[i])])
+            _difference(
+                logits[spans[place][0] : spans[place][1]], self.clean[slice(*self.spans[i])]
+            )
             for place, i in enumerate(order)
         )
         return self._within("another order gives the same logits", worst)

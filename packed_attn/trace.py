@@ -27,9 +27,7 @@ class Trace:
         for path, module in self._model.named_modules():
             name = f"{path or '(model)'} ({type(module).__name__})"
             hook = _Recorder(self, name)
-            self._handles.append(
-                module.register_forward_hook(hook, with_kwargs=True)
-            )
+            self._handles.append(module.register_forward_hook(hook, with_kwargs=True))
         return self
 
     def __exit__(self, *exception: object) -> None:

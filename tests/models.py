@@ -58,7 +58,9 @@ UNPACKED: dict[str, dict[str, Any]] = {
 
 def tiny_config(family: str, **overrides: Any) -> Any:
     """The config of a tiny model of `family`."""
-    return AutoConfig.for_model(family, **{**SMALL, **{**FAMILIES, **UNPACKED}.get(family, {}), **overrides})
+    return AutoConfig.for_model(
+        family, **{**SMALL, **{**FAMILIES, **UNPACKED}.get(family, {}), **overrides}
+    )
 
 
 def tiny_model(family: str, seed: int = 0, **overrides: Any) -> PreTrainedModel:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from models import tiny_config, tiny_model
+from transformers import AutoConfig
 
 from packed_attn.cli import main
 
@@ -36,10 +37,11 @@ def test_a_leak_is_an_exit_status(config: str, capsys: pytest.CaptureFixture[str
 
 
 def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tiny_config("mamba").save_pretrained(tmp_path)
+    config = AutoConfig.for_model("xlnet", n_layer=1, n_head=2, d_model=32, d_inner=32)
+    config.save_pretrained(tmp_path)
     assert main(["audit", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("packed-attn: patch_model refuses MambaForCausalLM")
+    assert error.startswith("packed-attn: patch_model refuses XLNetLMHeadModel")
     assert error.count("\n") == 1
 
 

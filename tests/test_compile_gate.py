@@ -17,7 +17,7 @@ import pytest
 pytest.importorskip("triton", reason="the gate compiles with triton")
 
 from packed_attn_kernels.compile_gate import Resources, compile_kernel
-from packed_attn_kernels.configurations import TABLE, KernelName, Problem
+from packed_attn_kernels.configurations import BOTH_HALVES, TABLE, KernelName, Problem
 
 KERNELS_FOLDER = Path(__file__).parent.parent / "kernels"
 FLAGS = {
@@ -95,6 +95,6 @@ def test_table_covers_every_width() -> None:
         for width in (64, 128, 256)
         for size in (2, 4)
     }
-    for row in TABLE.values():
+    for row in (*TABLE.values(), *BOTH_HALVES.values()):
         assert 128 % row.BLOCK_M == 0
         assert 1024 % row.BLOCK_N == 0

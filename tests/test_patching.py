@@ -87,7 +87,10 @@ def test_two_packed_rows(llama: nn.Module) -> None:
     a, b = documents(lengths=(5, 22))
     rows = torch.stack([torch.cat([a, b]), torch.cat([b, a])])
     positions = torch.stack(
-        [torch.cat([torch.arange(5), torch.arange(22)]), torch.cat([torch.arange(22), torch.arange(5)])]
+        [
+            torch.cat([torch.arange(5), torch.arange(22)]),
+            torch.cat([torch.arange(22), torch.arange(5)]),
+        ]
     )
     logits = llama(input_ids=rows, position_ids=positions).logits
     assert close(logits[0], alone(llama, [a, b]))
@@ -146,7 +149,9 @@ def test_everything_else_is_untouched(family: str) -> None:
 
 def test_eager_models_stay_eager() -> None:
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config("llama"), attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(
+        tiny_config("llama"), attn_implementation="eager"
+    ).eval()
     before = stock_results(model)
     patch_model(model)
     assert all(torch.equal(a, b) for a, b in zip(before, stock_results(model)))
@@ -296,7 +301,9 @@ def test_verify_undoes_a_leaking_patch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose attention ignores the layout: the audit sees it and the patch comes off."""
     import packed_attn_patches.interface as interface
 
-    def one_document(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, **kwargs: Any) -> Tensor:
+    def one_document(
+        q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout, **kwargs: Any
+    ) -> Tensor:
         from packed_attn import attention
 
         return attention(q, k, v, DocumentLayout.from_lengths([q.shape[0]]), **kwargs)

@@ -1,4 +1,4 @@
-"""The README's Python runs as it stands, in order, given a model, a data set and a Trainer's args."""
+"""The README's Python runs as it stands, in order, given a model, a data set and Trainer's args."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HF Trainer with default TrainingArguments: packs stay packs, and a step equals the unpacked one."""
+"""HF Trainer with default TrainingArguments: packs stay packs, a step equals the unpacked one."""
 
 from __future__ import annotations
 

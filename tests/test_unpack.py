@@ -108,7 +108,10 @@ def test_hidden_states_come_back_in_stream_order(mamba: nn.Module) -> None:
     states = mamba(**packed(docs), output_hidden_states=True).hidden_states
     for layer, state in enumerate(states):
         want = torch.cat(
-            [mamba(input_ids=d[None], output_hidden_states=True).hidden_states[layer][0] for d in docs]
+            [
+                mamba(input_ids=d[None], output_hidden_states=True).hidden_states[layer][0]
+                for d in docs
+            ]
         )
         assert close(state[0], want)
 

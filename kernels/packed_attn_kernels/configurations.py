@@ -72,6 +72,12 @@ TABLE: dict[tuple[KernelName, int, int], Configuration] = {
     ("dq", 256, 4): Configuration(16, 16, 4, 1),
 }
 
+# Both halves of the rule need more registers; only a forest with a window or chunks has both.
+BOTH_HALVES: dict[tuple[KernelName, int, int], Configuration] = {
+    ("dkdv", 64, 2): Configuration(32, 128, 8, 2),
+    ("dkdv", 128, 2): Configuration(32, 64, 8, 2),
+}
+
 
 def configuration(kernel: KernelName, problem: Problem) -> Configuration:
     """The table's row for a problem."""
@@ -79,7 +85,10 @@ def configuration(kernel: KernelName, problem: Problem) -> Configuration:
         return Configuration(DELTA_BLOCK, 0, 4, 1)
     largest = max(problem.block_d, problem.block_dv)
     width = next(w for w in (64, 128, 256) if largest <= w)
-    return TABLE[kernel, width, problem.itemsize]
+    key = (kernel, width, problem.itemsize)
+    if problem.halves == "both" and key in BOTH_HALVES:
+        return BOTH_HALVES[key]
+    return TABLE[key]
 
 
 def constants(kernel: KernelName, problem: Problem) -> dict[str, Any]:

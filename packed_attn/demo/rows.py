@@ -95,11 +95,13 @@ def train_row(name: str, settings: Settings) -> RowResult:
 
     Loss, gradient error and leaks come after the training, whose peak memory is read first.
     """
+    import datasets
     import torch
 
     from packed_attn.demo.measure import mean_loss
     from packed_attn.demo.training import train
 
+    datasets.disable_progress_bars()
     threads, row = use_all_cores(), ROWS[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = row.prepare(_fresh_model(settings, device))
@@ -114,7 +116,7 @@ def train_row(name: str, settings: Settings) -> RowResult:
     plain = _fresh_model(settings, device)
     plain.load_state_dict(model.state_dict())
     loss = mean_loss(plain, _documents(settings.heldout_folder).to_list())
-    gradient_error, leaked_tokens, probe_tokens = _probe(row, settings, device)
+    gradient_error, leaked_tokens, probe_tokens = probe_row(row, settings, device)
     return RowResult(
         name,
         row.title,
@@ -142,7 +144,7 @@ def probe_documents(documents: datasets.Dataset, capacity: int) -> datasets.Data
     return documents.select(chosen)
 
 
-def _probe(row: Row, settings: Settings, device: torch.device) -> tuple[float, int, int]:
+def probe_row(row: Row, settings: Settings, device: torch.device) -> tuple[float, int, int]:
     """Gradient error, leaked tokens and all tokens of the untrained model's probe batch."""
     from packed_attn.demo import measure
 

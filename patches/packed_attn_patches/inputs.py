@@ -239,7 +239,7 @@ def _check_positions(
     message = f"position_ids contradict {name}: positions restart at other tokens"
     if agree.is_cuda:
         # Checked on the device: reading the answer here would make every step wait for it.
-        torch._assert_async(agree.all(), message)
+        torch.ops.aten._assert_async.msg(agree.all(), message)
     elif not bool(agree.all()):
         raise ValueError(message)
 

@@ -78,7 +78,7 @@ class _Unpacked:
         if shaped is None:
             return None
         rows, tokens = shaped.shape[:2]
-        others = {"use_cache": False}
+        others: dict[str, Any] = {"use_cache": False}
         per_token = {}
         for name, value in kwargs.items():
             # Each document counts its own positions and sees all of itself.
@@ -90,9 +90,7 @@ class _Unpacked:
                 per_token[name] = value.flatten(0, 1)
             else:
                 others[name] = value
-        return _Unpacked(
-            layout, rows, tokens, per_token, others, kwargs.get("num_items_in_batch")
-        )
+        return _Unpacked(layout, rows, tokens, per_token, others, kwargs.get("num_items_in_batch"))
 
     def calls(self, causal: bool) -> Iterator[tuple[Bucket, dict[str, Any]]]:
         """The keyword arguments of each forward."""
@@ -126,7 +124,9 @@ class _Unpacked:
                 joined[name] = self._stream([(b, o[name]) for b, o in parts])
             elif isinstance(value, tuple) and name == "hidden_states":
                 layers = range(len(value))
-                joined[name] = tuple(self._stream([(b, o[name][i]) for b, o in parts]) for i in layers)
+                joined[name] = tuple(
+                    self._stream([(b, o[name][i]) for b, o in parts]) for i in layers
+                )
         return type(parts[0][1])(**joined)
 
     def _stream(self, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
