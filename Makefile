@@ -9,6 +9,9 @@ CONSTRAINTS := $(if $(HAS_GPU),,--constraint constraints-cpu.txt)
 # Tests that need triton's interpreter run in a process of their own: it is chosen at import.
 INTERPRETED := tests/test_kernels_interpreter.py tests/test_triton_backend.py
 
+# Tests compute on tiny tensors: more threads only wait for each other.
+test test-all: export OMP_NUM_THREADS ?= 1
+
 .PHONY: demo test test-all lint gpu-test clean
 
 demo: $(READY)

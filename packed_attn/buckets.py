@@ -39,7 +39,7 @@ class Bucket:
     pads: Tensor | None = None
 
     def rows(self, x: Tensor) -> Tensor:
-        """The bucket's rows of x `[total_tokens, ...]`: `[batch, length, ...]`, a view or a copy."""
+        """Its rows of x `[total_tokens, ...]`: `[batch, length, ...]`, a view or a copy."""
         if self.tokens is None:
             rows = x.narrow(0, self.start, self.batch * self.length)
         else:

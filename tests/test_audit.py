@@ -6,10 +6,10 @@ import json
 
 import pytest
 import torch
-from models import FAMILIES, tiny_model
 from torch import nn
 
 from packed_attn import audit, patch_model
+from tests.models import FAMILIES, tiny_model
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,10 +6,10 @@ import json
 from pathlib import Path
 
 import pytest
-from models import tiny_config, tiny_model
 from transformers import AutoConfig
 
 from packed_attn.cli import main
+from tests.models import tiny_config, tiny_model
 
 
 @pytest.fixture

@@ -8,17 +8,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from packed_attn import DocumentLayout, attention
-from packed_attn.backends import _cpu_plan, cpu
-from packed_attn.backends._cpu_plan import CALL_ELEMENTS, Plan, plan_buckets
+from packed_attn import DocumentLayout, attention, buckets
+from packed_attn.backends import cpu
+from packed_attn.buckets import plan_buckets
 from packed_attn.request import checked_request
 from tests.cases import Case
 from tests.oracle import assert_confined, assert_exact, assert_isolated
@@ -183,60 +180,13 @@ def test_reasons_against_dropout_device_and_dtype() -> None:
     assert cpu.reasons_against(_request(x, x, x, layout)) == []
 
 
-# ---- buckets ----
-
-
-@given(
-    lengths=st.lists(st.integers(0, 90), max_size=60),
-    padding_seed=st.integers(0, 7),
-    chunk_size=st.sampled_from([None, 1, 16]),
-    pad_lengths=st.booleans(),
-    token_elements=st.sampled_from([8, 512, 4096]),
-)
-def test_buckets_cover_each_token_once(
-    lengths: list[int],
-    padding_seed: int,
-    chunk_size: int | None,
-    pad_lengths: bool,
-    token_elements: int,
-) -> None:
-    padding = [(d + padding_seed) % 5 == 0 for d in range(len(lengths))]
-    layout = DocumentLayout.from_lengths(lengths, padding=padding)
-    plan = plan_buckets(
-        layout.cu_seqlens,
-        layout.padding,
-        chunk_size=chunk_size,
-        pad_lengths=pad_lengths,
-        token_elements=token_elements,
-    )
-    written = np.sort(_written(plan, layout.total_tokens))
-    unseen = [token for start, stop in plan.unseen for token in range(start, stop)]
-    assert sorted([*written.tolist(), *unseen]) == list(range(layout.total_tokens))
-    if layout.padding_tokens is not None:
-        assert layout.padding_tokens.nonzero().flatten().tolist() == unseen
-    for bucket in plan.buckets:
-        fits = bucket.batch * bucket.length * token_elements <= CALL_ELEMENTS
-        assert fits or bucket.batch == 1
-        assert pad_lengths or bucket.pads is None
-        assert chunk_size is None or bucket.length <= chunk_size
-
-
-def _written(plan: Plan, total_tokens: int) -> np.ndarray:
-    """Every row's target, padding left out."""
-    rows = [np.empty(0, dtype=np.int64)]
-    for bucket in plan.buckets:
-        if bucket.targets is None:
-            rows.append(np.arange(bucket.start, bucket.start + bucket.batch * bucket.length))
-        else:
-            rows.append(bucket.targets.numpy())
-    flat = np.concatenate(rows)
-    return flat[flat < total_tokens]
+# ---- plans ----
 
 
 def test_each_path_is_taken() -> None:
     """The layout that the tests above share has runs, documents in place, gathers and padding."""
     cu_seqlens = DocumentLayout.from_lengths(EVERY_PATH).cu_seqlens
-    plan = plan_buckets(cu_seqlens, None, chunk_size=None, pad_lengths=True, token_elements=512)
+    plan = plan_buckets(cu_seqlens, None, pad_lengths=True, view_tokens=64, call_tokens=512)
     views = [bucket for bucket in plan.buckets if bucket.tokens is None]
     gathered = [bucket for bucket in plan.buckets if bucket.tokens is not None]
     assert {(b.batch, b.length) for b in views} == {(1, 90), (1, 200), (3, 32), (21, 24), (4, 24)}
@@ -245,13 +195,13 @@ def test_each_path_is_taken() -> None:
 
 
 def test_one_plan_serves_all_layers() -> None:
-    _cpu_plan._cached_plan.cache_clear()
+    buckets._cached_plan.cache_clear()
     case = Case("layers", (3, 4, 5))
     inputs = case.inputs()
     for _ in range(4):
         q = inputs.q.detach().requires_grad_()
         attention(q, inputs.k, inputs.v, case.layout(), backend="cpu").sum().backward()
-    assert _cpu_plan._cached_plan.cache_info().misses == 1
+    assert buckets._cached_plan.cache_info().misses == 1
 
 
 # ---- operators and compilation ----

@@ -24,11 +24,12 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         "needs a process started with TRITON_INTERPRET=1 (make test)", allow_module_level=True
     )
 
+from packed_attn_kernels import configurations, forward, interval_attention
+from packed_attn_kernels.configurations import Configuration
+
 from packed_attn import DocumentLayout
 from packed_attn.reference import reference_attention
 from packed_attn.request import AttentionRequest, checked_request
-from packed_attn_kernels import configurations, interval_attention
-from packed_attn_kernels.configurations import Configuration
 
 Tensors = dict[str, Tensor]
 
@@ -176,6 +177,26 @@ def test_nonfinite_stays_in_its_document(name: str, value: float) -> None:
         if key in ("v", "dout"):
             shows = got["out" if key == "v" else "v"][token]
             assert not shows.isfinite().all(), f"a non-finite {key} does not show"
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_siblings_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cost of a prompt with n answers is linear in n: each answer adds the same steps."""
+    step, calls = forward._forward_step, []
+
+    def counted(*args: Any) -> Any:
+        calls.append(args)
+        return step(*args)
+
+    monkeypatch.setattr(forward, "_forward_step", counted)
+    totals = []
+    for answers in (2, 4, 6):
+        calls.clear()
+        layout = {"lengths": (32,) * (answers + 1), "parents": (-1,) + (0,) * answers}
+        case = Case(layout, {}, heads=(1, 1))
+        _kernels(_request(case, case.inputs()))
+        totals.append(len(calls))
+    assert totals[2] - totals[1] == totals[1] - totals[0] == 2 * (2 + 2)
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import alone, close, documents, gradients, packed, relative, stock_results
-from models import FAMILIES, SMALL, tiny_config, tiny_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from packed_attn import DocumentLayout, patch_model, unpatch_model
+from tests.exactness import alone, close, documents, gradients, packed, relative, stock_results
+from tests.models import FAMILIES, SMALL, tiny_config, tiny_model
 
 CONVENTIONS = {
     "everything": lambda b: b,

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import datasets
 import pytest
-from models import tiny_model
 from transformers import Trainer, TrainingArguments
+
+from tests.models import tiny_model
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 

@@ -8,11 +8,11 @@ from typing import Any
 import datasets
 import pytest
 import torch
-from models import tiny_model
 from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from packed_attn import PackedCollator, pack_dataset, patch_model
+from tests.models import tiny_model
 
 CAPACITY = 64
 

@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from exactness import (
+from torch import nn
+
+from packed_attn import PackedCollator, audit, patch_model, unpatch_model
+from tests.exactness import (
     alone,
     close,
     documents,
@@ -19,10 +22,7 @@ from exactness import (
     stock_results,
     token_mean,
 )
-from models import UNPACKED, tiny_model
-from torch import nn
-
-from packed_attn import PackedCollator, audit, patch_model, unpatch_model
+from tests.models import UNPACKED, tiny_model
 
 
 @pytest.fixture(scope="module")

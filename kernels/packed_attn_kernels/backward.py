@@ -6,6 +6,11 @@ are never expanded. As in the forward, a tile whose result holds a NaN is walked
 non-finite operand rows taken out of the products and every row that may see one set to NaN.
 """
 
+# Triton's language is not Python's: its stubs know neither constexpr arguments nor tensors.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportReturnType=false, reportAssignmentType=false
+
 import triton
 import triton.language as tl
 

@@ -5,9 +5,14 @@ Milakov and Gimelshein, "Online normalizer calculation for softmax" (2018); Dao,
 
 A zero weight does not stop a NaN: in a block that two documents share, 0 x NaN reaches the other.
 A leak of that kind always ends as a NaN in the accumulator. The kernel therefore runs plain and,
-where its result holds a NaN, walks the tile again with non-finite rows of v taken out of the
+where its edge blocks left a NaN, walks them again with non-finite rows of v taken out of the
 product and every output row that may see one set to NaN. Finite inputs pay one reduction.
 """
+
+# Triton's language is not Python's: its stubs know neither constexpr arguments nor tensors.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportReturnType=false, reportAssignmentType=false
 
 import triton
 import triton.language as tl

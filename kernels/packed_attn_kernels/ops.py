@@ -89,8 +89,19 @@ def _interval_forward(
     softcap: float | None,
     halves: str,
 ) -> tuple[Tensor, Tensor]:
-    intervals = _contiguous(key_start, key_stop, query_start, query_stop)
-    inputs = Inputs(*_readable(q, k, v), *intervals, _vector(sinks), softmax_scale, softcap, halves)
+    inputs = Inputs(
+        _readable(q),
+        _readable(k),
+        _readable(v),
+        key_start.contiguous(),
+        key_stop.contiguous(),
+        query_start.contiguous(),
+        query_stop.contiguous(),
+        _vector(sinks),
+        softmax_scale,
+        softcap,
+        halves,
+    )
     return launch_forward(inputs)
 
 
@@ -130,9 +141,20 @@ def _interval_backward(
     softcap: float | None,
     halves: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    intervals = _contiguous(key_start, key_stop, query_start, query_stop)
-    inputs = Inputs(*_readable(q, k, v), *intervals, _vector(sinks), softmax_scale, softcap, halves)
-    out, dout = _readable(out, dout)
+    inputs = Inputs(
+        _readable(q),
+        _readable(k),
+        _readable(v),
+        key_start.contiguous(),
+        key_stop.contiguous(),
+        query_start.contiguous(),
+        query_stop.contiguous(),
+        _vector(sinks),
+        softmax_scale,
+        softcap,
+        halves,
+    )
+    out, dout = _readable(out), _readable(dout)
     return launch_backward(inputs, out, lse.contiguous(), dout, _vector(dlse))
 
 
@@ -180,16 +202,10 @@ def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tenso
 _interval_forward.register_autograd(_backward, setup_context=_save)
 
 
-def _readable(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """The tensors themselves, or copies of those with strides that the kernels do not take."""
-    return tuple(
-        x if x.stride(2) == 1 and x.stride(0) < LARGEST_TOKEN_STRIDE else x.contiguous()
-        for x in tensors
-    )
-
-
-def _contiguous(*tensors: Tensor) -> tuple[Tensor, ...]:
-    return tuple(x.contiguous() for x in tensors)
+def _readable(x: Tensor) -> Tensor:
+    """The tensor itself, or a copy where it has strides that the kernels do not take."""
+    in_place = x.stride(2) == 1 and x.stride(0) < LARGEST_TOKEN_STRIDE
+    return x if in_place else x.contiguous()
 
 
 def _vector(x: Tensor | None) -> Tensor | None:

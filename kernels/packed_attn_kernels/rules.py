@@ -11,6 +11,11 @@ key of a block the block is *full* and needs no mask; the blocks before and afte
 The backward of keys walks queries in the same way, so the helpers say `start`, `stop` and `x`.
 """
 
+# Triton's language is not Python's: its stubs know neither constexpr arguments nor tensors.
+# pyright: reportArgumentType=false, reportAttributeAccessIssue=false, reportCallIssue=false
+# pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
+# pyright: reportPossiblyUnboundVariable=false, reportReturnType=false, reportAssignmentType=false
+
 import os
 
 import triton

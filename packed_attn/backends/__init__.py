@@ -32,6 +32,9 @@ class Backend(Protocol):
         ...
 
 
+_LOADED: dict[str, Backend] = {}
+
+
 def load(name: str) -> Backend:
     """The backend called `name`.
 
@@ -40,7 +43,10 @@ def load(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {name!r}")
-    return cast(Backend, import_module(f"packed_attn.backends.{name}"))
+    # A dictionary, because a compiler can trace a look-up and cannot trace an import.
+    if name not in _LOADED:
+        _LOADED[name] = cast(Backend, import_module(f"packed_attn.backends.{name}"))
+    return _LOADED[name]
 
 
 def select(name: str, request: AttentionRequest) -> Backend:

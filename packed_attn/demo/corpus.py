@@ -54,7 +54,7 @@ class CorpusFacts:
         return (
             f"{self.documents} documented functions from {self.files} files of the standard "
             f"library, {self.tokens} tokens, {mean:.0f} a document on average, {self.longest} at "
-            f"most; {self.left_out} longer ones left out for every row"
+            f"most ({self.left_out} longer ones left out for every row)"
         )
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import torch
 
-PACKAGES = ("packed-attn", "torch", "transformers", "triton", "datasets", "tokenizers", "numpy")
+from packed_attn import __version__
+
+PACKAGES = ("torch", "transformers", "triton", "datasets", "tokenizers", "numpy")
 
 
 def machine_facts() -> dict[str, str]:
@@ -19,6 +21,7 @@ def machine_facts() -> dict[str, str]:
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "gpu": gpu,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+        "packed-attn": __version__,
         **{name: _version(name) for name in PACKAGES},
     }
 

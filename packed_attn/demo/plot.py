@@ -7,7 +7,7 @@ from pathlib import Path
 
 from packed_attn.demo.secret import SecretResult
 
-NAIVE_COLOUR, PACKED_COLOUR, FLOOR_COLOUR = "#c2410c", "#1d4ed8", "#6b7280"
+NAIVE_COLOUR, PACKED_COLOUR, FLOOR_COLOUR = "#c2410c", "#1d4ed8", "#111827"
 
 
 def plot_secret(result: SecretResult, path: Path) -> None:
@@ -20,16 +20,18 @@ def plot_secret(result: SecretResult, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     floor = f"ln({result.alphabet}): what a document alone can reach"
-    axes.axhline(result.floor, color=FLOOR_COLOUR, linestyle="--", linewidth=1.2, label=floor)
+    axes.axhline(
+        result.floor, color=FLOOR_COLOUR, linestyle="--", linewidth=1.2, label=floor, zorder=3
+    )
     axes.plot(*_smoothed(result.naive), color=NAIVE_COLOUR, linewidth=2, label="naive packing")
     axes.plot(*_smoothed(result.packed), color=PACKED_COLOUR, linewidth=2, label="packed-attn")
     axes.set(
-        title="A secret in one document, learned in the next: only a leak can",
+        title="A key in one document, repeated by the next: only a leak can learn it",
         xlabel="training step",
         ylabel="loss on the repeated key (nats per letter)",
         ylim=(0, 1.25 * result.floor),
     )
-    axes.set_xlim(left=0)
+    axes.set_xlim(0, max(len(result.naive), len(result.packed)))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="center right")

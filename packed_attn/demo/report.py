@@ -57,11 +57,13 @@ class Report:
     def _legend(self) -> str:
         row, settings = self.rows[0], self.settings
         return (
-            f"Each row trained the same model with HF Trainer for {settings.train_seconds:.0f} s "
-            f"on {row.device}, {row.threads} threads, packs of {settings.capacity} tokens. "
-            "Real tokens: padding is not counted. Memory: peak of training above the peak after "
-            f"imports and model build. Loss: on {settings.heldout_documents} documents kept back, "
-            "nats per token of docstring, each document run by itself. Gradient error: one batch "
-            "of fixed documents against the same documents run one by one. Saw another document: "
-            "logits that changed when the other documents' tokens were replaced."
+            f"The same model and HF Trainer for {settings.train_seconds:.0f} s a row, on "
+            f"{row.device} with {row.threads} threads, packs of {settings.capacity} tokens.\n"
+            "  real tokens     padding is not counted\n"
+            "  peak            of training, above the peak after imports and model build\n"
+            "  loss            nats per docstring token, on "
+            f"{settings.heldout_documents} documents kept back, each run by itself\n"
+            "  gradient error  of a batch of fixed documents, against those documents run one by "
+            "one\n"
+            "  saw another     logits that changed when the other documents' tokens were replaced"
         )

@@ -83,7 +83,7 @@ class Row:
 
 
 ROWS = {
-    "padded": Row("padded, batch of 8", False, pad_documents, unchanged),
+    "padded": Row("padded (batch 8)", False, pad_documents, unchanged),
     "naive": Row("naive packing", True, concatenate, unchanged),
     "stock": Row("stock transformers packing", True, with_position_ids, unchanged),
     "packed": Row("packed-attn", True, with_layout, patched),

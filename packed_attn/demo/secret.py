@@ -55,11 +55,15 @@ class SecretResult:
         return _tail_mean(self.packed)
 
     def __str__(self) -> str:
+        if self.naive_final > 0.9 * self.floor:
+            short = "\n  (too few steps here for the leak to show: give the demo more seconds)"
+        else:
+            short = ""
         return (
-            f"A key of random letters, repeated by the next document of the pack. A document by "
+            "A key of random letters, repeated by the next document of the pack. A document by "
             f"itself cannot go below ln({self.alphabet}) = {self.floor:.3f} nats a letter:\n"
             f"  naive packing  {self.naive_final:.3f} after {len(self.naive)} steps\n"
-            f"  packed-attn    {self.packed_final:.3f} after {len(self.packed)} steps"
+            f"  packed-attn    {self.packed_final:.3f} after {len(self.packed)} steps{short}"
         )
 
 

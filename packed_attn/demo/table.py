@@ -33,11 +33,11 @@ def render_ratios(results: Sequence[RowResult]) -> str:
     by_row = {result.row: result for result in results}
     packed = by_row["packed"].tokens_per_second
     ratios = [
-        f"{packed / other.tokens_per_second:.1f}x {other.title}"
+        f"{packed / other.tokens_per_second:.1f}x of {other.title}"
         for other in results
         if other.row != "packed"
     ]
-    return f"packed-attn trains {', '.join(ratios)}, in real tokens a second."
+    return f"packed-attn's real tokens a second: {', '.join(ratios)}."
 
 
 def _header(results: Sequence[RowResult]) -> list[str]:

@@ -23,7 +23,7 @@ IGNORED_LABEL = -100
 INT32_MAX = 2**31 - 1  # Arrow's list offsets
 MASK_COLUMNS = ("completion_mask", "assistant_masks")  # TRL's names
 WRITTEN_COLUMNS = ("position_ids", "seq_lengths")
-TOKENS_PER_BATCH = 2**20  # tokens materialised at a time: about 40 MB with four int64 columns
+TOKENS_PER_BATCH = 2**18  # tokens materialised at a time: few enough to stay in a CPU cache
 
 
 def pack_dataset(
@@ -53,9 +53,10 @@ def pack_dataset(
     the ones, those tokens are padding and are left out (`report.padding_tokens`). Columns that do
     not belong to tokens (text, messages, ids) are dropped with a warning that names them.
 
-    Memory: the plan needs a few dozen bytes a document, and packs are written about a million
-    tokens at a time. A data set on disk is packed to disk, into the cache folder beside it, where
-    packing it again the same way finds it (as with `Dataset.map`); one in memory stays in memory.
+    Memory: the plan needs a few dozen bytes a document, and packs are written some hundred
+    thousand tokens at a time. A data set on disk is packed to disk, into the cache folder beside
+    it, where packing it again the same way finds it (as with `Dataset.map`); one in memory stays
+    in memory.
 
     Args:
         dataset: a `datasets.Dataset` with a list column `input_ids`, a list of dicts with that key,

@@ -18,12 +18,34 @@ class Route(Enum):
     UNPACK = "it runs on documents batched by equal length"
 
 
+# fmt: off
 # Proven exact through the attention interface.
-INTERFACE = frozenset(
-    ["afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "bert", "bert-generation", "biogpt", "bitnet", "cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "cwm", "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "electra", "ernie", "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text", "gemma3n_text", "gemma4_unified_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite", "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hrm_text", "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder", "jais2", "jetmoe", "kolibri1", "laguna", "llama", "llama4_text", "longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral", "mixtral", "modernbert-decoder", "nanochat", "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "roc_bert", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu"]
-)
+INTERFACE = frozenset({
+    "afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "bert", "bert-generation",
+    "biogpt", "bitnet", "cohere", "cohere2", "cohere2_moe", "cohere_compass_text", "cwm",
+    "dbrx", "deepseek_v2", "deepseek_v3", "diffllama", "dots1", "electra", "ernie",
+    "ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma",
+    "gemma2", "gemma3_text", "gemma3n_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite",
+    "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granite_swa",
+    "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hrm_text",
+    "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder",
+    "jais2", "jetmoe", "kolibri1", "laguna", "llama", "llama4_text", "longcat_flash",
+    "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral",
+    "mixtral", "modernbert-decoder", "nanochat", "nemotron", "olmo", "olmo2", "olmo3",
+    "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+    "qwen3_moe", "roc_bert", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
+    "vaultgemma", "youtu",
+})
 # Proven exact unpacked: outputs never depend on later tokens, so right padding reaches nothing.
-UNPACK_CAUSAL = frozenset({"mamba", "bloom", "gpt_neo", "bart"})
+UNPACK_CAUSAL = frozenset({
+    "axk2", "bailing_hybrid", "bamba", "bart", "big_bird", "bigbird_pegasus", "blenderbot",
+    "blenderbot-small", "bloom", "camembert", "codegen", "data2vec-text", "deepseek_v32",
+    "deepseek_v4", "doge", "falcon", "falcon_h1", "gemma4_text", "gemma4_unified_text",
+    "glm_moe_dsa", "gpt_neo", "gpt_neox_japanese", "gptj", "granitemoehybrid", "hy_v4",
+    "inkling2_text", "inkling_text", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "mamba",
+    "mamba2", "marian", "mbart", "megatron-bert", "minimax", "minimax_m3_vl_text", "mpt",
+})
+# fmt: on
 
 
 def route(model: nn.Module, on_unknown: str) -> Route:

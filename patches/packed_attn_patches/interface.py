@@ -4,8 +4,10 @@ A packed forward carries two things: `layout=`, a keyword argument that transfor
 model to every attention layer, and an *empty mask*, a 4-D attention_mask without elements, which
 transformers passes on as it is and no kernel can use. The mask carries the layout once more, for
 models that do not hand keyword arguments on. A layer that gets the mask and finds no layout raises,
-and so does one that lost the mask: boundaries are never lost silently. A forward without a layout is not ours: it runs the
-implementation that the model had before, with that implementation's own mask.
+and so does one that lost the mask: boundaries are never lost silently.
+
+A forward without a layout is not ours: it runs the implementation that the model had before, with
+that implementation's own mask.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 For models whose token mixers do not take a layout (recurrences, convolutions, attention code of
 their own). Documents of like length form right-padded batches: a causal model's outputs cannot
 depend on what comes later, so padding reaches no document. Models that look both ways get batches
-of one length and no padding. Costs a few smaller forwards instead of one; no padding to the longest.
+of one length and no padding. Costs a few smaller forwards instead of one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,100 @@
+"""The triton backend: what it refuses and why, and that it runs what it accepts.
+
+Under TRITON_INTERPRET=1 (a process of its own in `make test`) and on CUDA it runs; elsewhere its
+first reason is the machine.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+
+from packed_attn import DocumentLayout, attention
+from packed_attn.backends import triton
+from packed_attn.request import AttentionRequest, checked_request
+
+RUNS = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def request_with(
+    dtype: torch.dtype = torch.float32, dim: int = 16, device: str = "cpu", **changes: Any
+) -> AttentionRequest:
+    """Two documents of 3 and 2 tokens, two heads."""
+    x = torch.ones(5, 2, dim, dtype=dtype, device=device)
+    options: dict[str, Any] = {
+        "key_layout": None,
+        "causal": True,
+        "window_size": (-1, -1),
+        "chunk_size": None,
+        "prefix_lengths": None,
+        "softmax_scale": None,
+        "softcap": None,
+        "sinks": None,
+        "alibi_slopes": None,
+        "dropout_p": 0.0,
+        "deterministic": True,
+        "return_lse": True,
+        "confine_nonfinite": True,
+    }
+    layout = DocumentLayout.from_lengths([3, 2], device=device)
+    return checked_request(x, x, x, layout, **(options | changes))
+
+
+@pytest.mark.parametrize(
+    ("request_", "reason"),
+    [
+        (request_with(dtype=torch.float64), "not torch.float64"),
+        (request_with(dim=12), "head_dim must be a multiple of 8 from 8 to 256, not 12"),
+        (request_with(dim=264), "head_dim must be a multiple of 8 from 8 to 256, not 264"),
+        (request_with(alibi_slopes=torch.ones(2)), "has no ALiBi yet"),
+        (request_with(dropout_p=0.1), "has no dropout yet"),
+    ],
+)
+def test_refusals_name_the_value(request_: AttentionRequest, reason: str) -> None:
+    assert any(reason in given for given in triton.reasons_against(request_))
+
+
+def test_refuses_the_cpu_without_the_interpreter() -> None:
+    """In a process of its own, and without importing triton or the kernels."""
+    code = (
+        "import sys, torch\n"
+        "from packed_attn import DocumentLayout, attention\n"
+        "x = torch.ones(5, 2, 16)\n"
+        "try:\n"
+        "    attention(x, x, x, DocumentLayout.from_lengths([3, 2]), backend='triton')\n"
+        "except NotImplementedError as error:\n"
+        "    print(error)\n"
+        "print(sorted({'triton', 'packed_attn_kernels'} & sys.modules.keys()))\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+    )
+    said, loaded = ran.stdout.splitlines()
+    assert "needs a CUDA device, but q is on cpu" in said
+    assert loaded == "[]"
+
+
+def test_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton, "find_spec", lambda name: None)
+    assert triton.reasons_against(request_with()) == ["triton is not installed"]
+
+
+@pytest.mark.skipif(not RUNS, reason="needs CUDA, or a process with TRITON_INTERPRET=1 (make test)")
+def test_runs_through_attention() -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    assert triton.reasons_against(request_with(device=device)) == []
+    layout = DocumentLayout.from_lengths([3, 2], device=device)
+    q, k, v = torch.randn(3, 5, 2, 16, device=device).unbind()
+    want, want_lse = attention(q, k, v, layout, backend="reference", return_lse=True)
+    out, lse = attention(q, k, v, layout, backend="triton", return_lse=True)
+    torch.testing.assert_close(out, want)
+    torch.testing.assert_close(lse, want_lse)
+    assert torch.equal(attention(q, k, v, layout, backend="triton"), out)
+    assert triton.run(request_with(device=device, return_lse=False))[1] is None
