@@ -342,8 +342,8 @@ def _pools(model: nn.Module, documents: int, seed: int) -> list[Tensor]:
     usual = torch.tensor([t for t in range(text.vocab_size) if t not in special])
     if len(usual) < 2 * documents:
         raise ValueError(
-            f"an audit of {documents} documents needs {2 * documents} plain tokens in the vocabulary, "
-            f"but the model has {len(usual)}"
+            f"an audit of {documents} documents needs a vocabulary of {2 * documents} plain "
+            f"tokens, but the model has {len(usual)}"
         )
     order = torch.randperm(len(usual), generator=torch.Generator().manual_seed(seed))
     size = len(usual) // documents

@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
 
     demo = commands.add_parser("demo", help="train on your own standard library, four ways")
     demo.add_argument("--output", type=Path, default=Path("demo-output"), help="folder to write")
-    demo.add_argument("--seconds", type=float, default=15.0, help="training time of each row")
+    demo.add_argument("--seconds", type=float, default=15.0, help="seconds for each row")
     demo.set_defaults(run=_demo)
 
     audit = commands.add_parser(
