@@ -27,7 +27,7 @@ class Settings:
 
     output: Path
     train_seconds: float = 8.0
-    secret_steps: int = 250
+    secret_steps: int = 190
     secret_seconds: float = 10.0
     capacity: int = 2048
     batch_size: int = 8
