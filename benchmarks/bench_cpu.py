@@ -10,9 +10,7 @@ of its sides. Every case is checked against the reference in float64 before it i
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import random
 import statistics
 import sys
@@ -27,6 +25,7 @@ from timing import median_ratio, paired_seconds
 from torch import Tensor
 
 from packed_attn import DocumentLayout, attention
+from packed_attn.facts import machine_facts
 
 ROUNDS = 9
 HEAD = """\
@@ -189,25 +188,13 @@ def _check(
                 )
 
 
-def machine() -> dict[str, str | int]:
+def machine() -> dict[str, str]:
     """What the figures depend on."""
     return {
-        "cpu": _cpu_name(),
+        **machine_facts("torch"),
         "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
+        "threads": str(torch.get_num_threads()),
     }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 def markdown(row: Row) -> str:

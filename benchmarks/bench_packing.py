@@ -15,10 +15,8 @@ on the machine disturbs less than wall time.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -34,10 +32,10 @@ import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import trl
 from numpy.typing import NDArray
 from trl.data_utils import pack_dataset as trl_pack_dataset
 
+from packed_attn.facts import machine_facts
 from packed_attn.packing import pack_dataset, pack_lengths
 
 ROUNDS = 9
@@ -91,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         packed += dataset_rows(log_normal_lengths(DATASET_DOCUMENTS, capacity), capacity)
     print(plan_table(plans, options.documents), dataset_table(packed), sep="\n\n")
     report = {
-        "machine": machine(),
+        "machine": machine_facts("numpy", "pyarrow", "datasets", "trl"),
         "documents": options.documents,
         "dataset_documents": DATASET_DOCUMENTS,
         "plan": [asdict(row) for row in plans],
@@ -221,28 +219,6 @@ def dataset_table(rows: Sequence[DatasetRow]) -> str:
             f"{row.packs:,} | {row.slower_than_ours:.1f}x |"
         )
     return "\n".join(lines)
-
-
-def machine() -> dict[str, str]:
-    """What the figures depend on."""
-    return {
-        "cpu": _cpu_name(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "pyarrow": pa.__version__,
-        "datasets": datasets.__version__,
-        "trl": trl.__version__,
-        "date": datetime.date.today().isoformat(),
-    }
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

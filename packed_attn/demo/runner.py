@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 # Imports and the checks around training take about this long on two cores; the rest is training.
 SECONDS_BESIDE_TRAINING = 8.0
+# Versions that the report names.
+PACKAGES = ("torch", "transformers", "triton", "datasets", "tokenizers", "numpy")
 NEEDED = ("transformers", "accelerate", "datasets", "tokenizers", "tqdm", "matplotlib")
 
 
@@ -46,12 +48,12 @@ def run(
     """
     _check_installed()
     from packed_attn.demo.corpus import prepare_corpus
-    from packed_attn.demo.facts import machine_facts
     from packed_attn.demo.plot import plot_secret
     from packed_attn.demo.report import Report
     from packed_attn.demo.rows import ROWS, RowResult
     from packed_attn.demo.secret import SecretResult
     from packed_attn.demo.settings import Settings
+    from packed_attn.facts import machine_facts
 
     begun = time.perf_counter()
     settings = Settings(
@@ -61,7 +63,7 @@ def run(
     )
     settings.output.mkdir(parents=True, exist_ok=True)
     settings.save()
-    report = Report(settings, machine_facts(), prepare_corpus(settings))
+    report = Report(settings, machine_facts(*PACKAGES), prepare_corpus(settings))
     print(report.introduction())
     for name in ROWS:
         report.rows.append(RowResult(**run_child(settings, "rows", name)))

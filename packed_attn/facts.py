@@ -1,7 +1,8 @@
-"""What machine and what versions a run's figures come from."""
+"""What machine and what versions figures come from."""
 
 from __future__ import annotations
 
+import datetime
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -11,18 +12,17 @@ import torch
 
 from packed_attn import __version__
 
-PACKAGES = ("torch", "transformers", "triton", "datasets", "tokenizers", "numpy")
 
-
-def machine_facts() -> dict[str, str]:
-    """Processor, GPU, system and versions, as text."""
+def machine_facts(*packages: str) -> dict[str, str]:
+    """Processor, GPU, system, the versions of the named packages and the date, as text."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return {
         "processor": f"{_processor()}, {os.cpu_count()} cores",
         "gpu": gpu,
         "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
         "packed-attn": __version__,
-        **{name: _version(name) for name in PACKAGES},
+        **{name: _version(name) for name in packages},
+        "date": datetime.date.today().isoformat(),
     }
 
 
