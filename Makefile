@@ -30,7 +30,7 @@ test-all: lint
 lint: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/pyright
+	$(VENV)/bin/pyright --pythonpath $(PY)
 
 # On a machine with its own torch and no network: make gpu-test PY=python3 READY=
 gpu-test: $(READY)
