@@ -215,6 +215,14 @@ def test_the_patch_is_not_saved(tmp_path: Any) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path).config._attn_implementation == "sdpa"
 
 
+def test_sdpa_without_softcap_is_refused() -> None:
+    """transformers 5.17 lets gemma2 run on sdpa, which has no softcap."""
+    model = tiny_model("gemma2")
+    model.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(NotImplementedError, match="sdpa leaves out its softcap"):
+        patch_model(model)
+
+
 class OwnConfig(LlamaConfig):
     model_type = "own"
 

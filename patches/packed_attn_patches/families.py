@@ -40,10 +40,12 @@ INTERFACE = frozenset({
 UNPACK_CAUSAL = frozenset({
     "axk2", "bailing_hybrid", "bamba", "bart", "big_bird", "bigbird_pegasus", "blenderbot",
     "blenderbot-small", "bloom", "camembert", "codegen", "data2vec-text", "deepseek_v32",
-    "deepseek_v4", "doge", "falcon", "falcon_h1", "gemma4_text", "gemma4_unified_text",
-    "glm_moe_dsa", "gpt_neo", "gpt_neox_japanese", "gptj", "granitemoehybrid", "hy_v4",
-    "inkling2_text", "inkling_text", "jamba", "kimi_linear", "lfm2", "lfm2_moe", "mamba",
-    "mamba2", "marian", "mbart", "megatron-bert", "minimax", "minimax_m3_vl_text", "mpt",
+    "deepseek_v4", "doge", "dots3_note_text", "falcon", "falcon_h1", "gemma4_text",
+    "gemma4_unified_text", "glm_moe_dsa", "gpt_neo", "gpt_neox_japanese", "gptj",
+    "granitemoehybrid", "hy_v4", "inkling2_text", "inkling_text", "jamba", "kimi_linear",
+    "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "marian", "mbart", "megatron-bert",
+    "minimax", "minimax_m3_vl_text", "mpt", "mvp", "nemotron_h", "olmo_hybrid", "openai-gpt",
+    "pegasus", "plbart", "qwen3_5_text",
 })
 # fmt: on
 
@@ -64,6 +66,12 @@ def route(model: nn.Module, on_unknown: str) -> Route:
         if stock not in NAMES:
             known = ", ".join(NAMES)
             raise _refused(model, f"its attention implementation {stock!r} is not one of {known}")
+        if stock == "sdpa" and getattr(model.config, "attn_logit_softcapping", None) is not None:
+            raise _refused(
+                model,
+                "sdpa leaves out its softcap, so no document alone has the logits that it should; "
+                "load it with attn_implementation='eager'",
+            )
         return Route.INTERFACE
     if model_type in UNPACK_CAUSAL:
         return Route.UNPACK_CAUSAL
