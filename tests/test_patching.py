@@ -185,6 +185,19 @@ def test_patching_twice_is_patching_once() -> None:
         unpatch_model(model)
 
 
+def test_a_failure_leaves_the_model_as_it_was() -> None:
+    model = tiny_model("llama")
+    config = model.config
+    model.model.layers[0].self_attn.config = copy.deepcopy(config)
+    model.model.layers[0].self_attn.config._attn_implementation_internal = "paged|eager"
+    with pytest.raises(KeyError):
+        patch_model(model)
+    assert model.config is config
+    assert not model._forward_pre_hooks
+    with pytest.raises(ValueError, match="is not patched"):
+        unpatch_model(model)
+
+
 def test_two_models_from_one_config_object() -> None:
     config = tiny_config("llama")
     first = AutoModelForCausalLM.from_config(config)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from packed_attn import PackedCollator, audit, patch_model, unpatch_model
 from tests.exactness import (
@@ -22,7 +23,7 @@ from tests.exactness import (
     stock_results,
     token_mean,
 )
-from tests.models import UNPACKED, tiny_model
+from tests.models import UNPACKED, tiny_config, tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -114,6 +115,15 @@ def test_hidden_states_come_back_in_stream_order(mamba: nn.Module) -> None:
             ]
         )
         assert close(state[0], want)
+
+
+def test_outputs_without_rows_are_refused_and_not_dropped() -> None:
+    torch.manual_seed(0)
+    config = tiny_config("bart")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    patch_model(model)
+    with pytest.raises(NotImplementedError, match="the output attentions has no rows"):
+        model(**packed(documents()), output_attentions=True)
 
 
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])

@@ -49,15 +49,16 @@ def patch(model: nn.Module, backend: str = "auto", on_unknown: str = "raise") ->
     assert isinstance(model, PreTrainedModel)
     _warn_untested()
     if chosen is Route.INTERFACE:
-        model.__dict__[_RECORD] = PatchRecord(backend, _configs(model))
-        _replace_configs(model)
+        record = PatchRecord(backend, _configs(model))
+        _replace_configs(model, record)
     else:
-        model.__dict__[_RECORD] = PatchRecord(backend, ())
+        record = PatchRecord(backend, ())
         for module in _entrances(model):
             module.forward = UnpackedForward(module, causal=chosen is Route.UNPACK_CAUSAL)
     for module in _entrances(model):
         hook = LayoutHook(backend, unpacked=chosen is not Route.INTERFACE)
         module.register_forward_pre_hook(hook, with_kwargs=True)
+    model.__dict__[_RECORD] = record
     return model
 
 
@@ -97,10 +98,9 @@ def _configs(model: nn.Module) -> tuple[tuple[str, str, PreTrainedConfig], ...]:
     )
 
 
-def _replace_configs(model: PreTrainedModel) -> None:
+def _replace_configs(model: PreTrainedModel, record: PatchRecord) -> None:
     """Gives the model copies of its configs with our attention: other models built from the same
     object keep theirs. Copies are made before anything changes, so a failure changes nothing."""
-    record: PatchRecord = model.__dict__[_RECORD]
     memo: dict[int, Any] = {}
     copies = {id(c): copy.deepcopy(c, memo) for _, _, c in record.configs}
     for _, _, config in record.configs:

@@ -127,6 +127,11 @@ class _Unpacked:
                 joined[name] = tuple(
                     self._stream([(b, o[name][i]) for b, o in parts]) for i in layers
                 )
+            elif isinstance(value, tuple):
+                raise NotImplementedError(
+                    f"the output {name} has no rows per token to put back: do not ask for it in a "
+                    "packed forward"
+                )
         return type(parts[0][1])(**joined)
 
     def _stream(self, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
