@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import types
 from typing import Any
 
 import pytest
@@ -303,6 +304,19 @@ def test_bad_boundaries_are_named(llama: nn.Module, change: dict, words: str) ->
     kwargs = {k: batch[k] for k in ("input_ids", "position_ids")}
     with pytest.raises(ValueError, match=words):
         llama(**{**kwargs, **change})
+
+
+def test_rotary_ids_that_restart_need_boundaries() -> None:
+    from packed_attn_patches.inputs import packed_layout
+
+    batch = packed(documents())
+    shape = types.SimpleNamespace(rows=1, tokens=65, device=torch.device("cpu"))
+    rotary = batch["position_ids"].expand(3, 1, -1)
+    with pytest.raises(ValueError, match="go back to 0, as packed documents do"):
+        packed_layout(shape, {"position_ids": rotary})
+    assert packed_layout(shape, {"position_ids": torch.arange(65).expand(3, 1, -1)}) is None
+    given = packed_layout(shape, {"position_ids": rotary, "layout": batch["layout"]})
+    assert given is batch["layout"]
 
 
 def test_a_filled_cache_is_refused(llama: nn.Module) -> None:

@@ -103,6 +103,7 @@ def packed_layout(batch: Any, kwargs: Mapping[str, Any]) -> DocumentLayout | Non
     found = {name: read(batch, kwargs) for name, read in _CONVENTIONS.items()}
     found = {name: layout for name, layout in found.items() if layout is not None}
     if not found:
+        _refuse_restarts_of_rotary_ids(kwargs)
         return None
     name, layout = next(iter(found.items()))
     if layout.total_tokens != batch.rows * batch.tokens:
@@ -168,6 +169,18 @@ def _from_position_ids(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayo
     starts[:, 1:] = (restarts & real[:, 1:]) | (real[:, 1:] != real[:, :-1])
     ids = starts.flatten().cumsum(0).view_as(rows)
     return DocumentLayout.from_document_ids(torch.where(real, ids, -1))
+
+
+def _refuse_restarts_of_rotary_ids(kwargs: Mapping[str, Any]) -> None:
+    """Rotary ids `[3 or 4, B, T]` that go back to 0 may be packs: a guess could leak."""
+    ids = kwargs.get("position_ids")
+    if ids is None or ids.ndim != 3 or _plain_mask(kwargs) is not None or ids.shape[-1] < 2:
+        return
+    if bool(((ids[0, :, 1:] == 0) & (ids[0, :, :-1] != 0)).any()):
+        raise ValueError(
+            f"position_ids of shape {list(ids.shape)} go back to 0, as packed documents do: "
+            "give their boundaries as layout, cu_seq_lens_q or seq_idx"
+        )
 
 
 # In the order in which they are believed; all that are present must agree.
