@@ -14,6 +14,7 @@ def patch_model(
     *,
     backend: str = "auto",
     on_unknown: Literal["raise", "unpack"] = "raise",
+    padding_free: bool = False,
     verify: bool = False,
 ) -> Model:
     """Makes a transformers model respect document boundaries in packed batches.
@@ -31,6 +32,9 @@ def patch_model(
         backend: "auto", or a name of `packed_attn.backends.BACKENDS`.
         on_unknown: for an architecture that is not known to be exact: "raise" refuses it,
             "unpack" runs it on documents batched by equal length, exact and slower.
+        padding_free: also run padded batches (rows beside a 0/1 mask, as DPO and reward trainers
+            make them) without their padding: the backbone computes their real tokens as one pack
+            and returns rows, with zeros at padding. Generation stays as it is.
         verify: run `audit` on the patched model, and undo the patch if it leaks.
 
     Returns:
@@ -44,7 +48,7 @@ def patch_model(
         raise ValueError(f"on_unknown must be 'raise' or 'unpack', got {on_unknown!r}")
     from packed_attn_patches import patch, unpatch
 
-    patch(model, backend, on_unknown)
+    patch(model, backend, on_unknown, padding_free)
     if verify:
         from packed_attn.audit import audit
 

@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from packed_attn_patches.families import Route, route
 from packed_attn_patches.inputs import LayoutHook
 from packed_attn_patches.interface import NAMES
+from packed_attn_patches.padding_free import PackRows, PadRows
 from packed_attn_patches.unpack import UnpackedForward
 
 TESTED = (Version("5.17"), Version("5.24"))  # the second is the first version not tested
@@ -30,18 +31,24 @@ class PatchRecord:
     """What `unpatch` needs, held by the model itself so that it is copied and pickled with it.
 
     Attributes:
-        backend: as given to `patch_model`.
+        backend, padding_free: as given to `patch_model`.
         configs: (module path, attribute, original config) of every config that was replaced.
     """
 
     backend: str
+    padding_free: bool
     configs: tuple[tuple[str, str, PreTrainedConfig], ...]
 
 
-def patch(model: nn.Module, backend: str = "auto", on_unknown: str = "raise") -> nn.Module:
+def patch(
+    model: nn.Module,
+    backend: str = "auto",
+    on_unknown: str = "raise",
+    padding_free: bool = False,
+) -> nn.Module:
     """Makes `model` respect document boundaries; see `packed_attn.patch_model`."""
     record = model.__dict__.get(_RECORD)
-    if record is not None and record.backend == backend:
+    if record is not None and (record.backend, record.padding_free) == (backend, padding_free):
         return model
     if record is not None:
         unpatch(model)
@@ -49,12 +56,16 @@ def patch(model: nn.Module, backend: str = "auto", on_unknown: str = "raise") ->
     assert isinstance(model, PreTrainedModel)
     _warn_untested()
     if chosen is Route.INTERFACE:
-        record = PatchRecord(backend, _configs(model))
+        record = PatchRecord(backend, padding_free, _configs(model))
         _replace_configs(model, record)
     else:
-        record = PatchRecord(backend, ())
+        record = PatchRecord(backend, padding_free, ())
         for module in _entrances(model):
             module.forward = UnpackedForward(module, causal=chosen is Route.UNPACK_CAUSAL)
+    if padding_free:
+        backbone = _entrances(model)[-1]
+        backbone.register_forward_pre_hook(PackRows(), with_kwargs=True)
+        backbone.register_forward_hook(PadRows(), with_kwargs=True)
     for module in _entrances(model):
         hook = LayoutHook(backend, unpacked=chosen is not Route.INTERFACE)
         module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -73,9 +84,13 @@ def unpatch(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} is not patched by packed-attn")
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, LayoutHook):
+            if isinstance(hook, LayoutHook | PackRows):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+        for key, hook in list(module._forward_hooks.items()):
+            if isinstance(hook, PadRows):
+                del module._forward_hooks[key]
+                module._forward_hooks_with_kwargs.pop(key, None)
         if isinstance(vars(module).get("forward"), UnpackedForward):
             del module.forward
     for path, name, config in record.configs:

@@ -31,6 +31,10 @@ BOUNDARY_NAMES = (
 )
 
 
+# transformers 5.24 renamed the argument.
+CACHE_NAMES = ("past_key_values", "cache")
+
+
 @dataclass(frozen=True)
 class LayoutHook:
     """Registered on a patched model and its inner models; module-level and picklable.
@@ -49,7 +53,7 @@ class LayoutHook:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         if is_empty_mask(kwargs.get("attention_mask")) and kwargs.get("layout") is not None:
             return None  # an outer model's hook has done it
-        kwargs = _named(module, args, kwargs)
+        kwargs = named(module, args, kwargs)
         batch = _Batch.of(kwargs)
         layout = None if batch is None else packed_layout(batch, kwargs)
         if batch is None or layout is None:
@@ -66,7 +70,7 @@ class LayoutHook:
         if not self.unpacked:
             packed["packed_attn_backend"] = self.backend
             packed["attention_mask"] = empty_mask(batch.rows, layout, self.backend)
-            packed["past_key_values"] = None
+            packed.update((name, None) for name in CACHE_NAMES if name in packed)
             if packed.get("position_ids") is None:
                 packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
         if packed.get("labels") is not None:
@@ -113,9 +117,10 @@ def packed_layout(batch: Any, kwargs: Mapping[str, Any]) -> DocumentLayout | Non
         )
     _check_rows(name, layout, batch)
     _check_agreement(name, layout, found, batch, kwargs)
-    cache = kwargs.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise ValueError(f"{name} packs documents, but past_key_values already holds tokens")
+    for cache_name in CACHE_NAMES:
+        cache = kwargs.get(cache_name)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise ValueError(f"{name} packs documents, but {cache_name} already holds tokens")
     return layout
 
 
@@ -263,7 +268,7 @@ def _without_last_labels(shift_labels: Tensor, layout: DocumentLayout) -> Tensor
     return shift_labels.masked_fill(last, IGNORE_INDEX)
 
 
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Positional arguments under the names that forward gives them."""
     if not args:
         return dict(kwargs)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from packed_attn.buckets import Bucket, plan_buckets
 from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
+from packed_attn_patches.inputs import CACHE_NAMES
 
 # Tokens in one forward: beyond it a batch is as efficient as it gets, and only memory grows.
 CALL_TOKENS = 1 << 16
@@ -82,7 +83,7 @@ class _Unpacked:
         per_token = {}
         for name, value in kwargs.items():
             # Each document counts its own positions and sees all of itself.
-            if name in ("position_ids", "attention_mask", "past_key_values", "use_cache"):
+            if name in ("position_ids", "attention_mask", "use_cache", *CACHE_NAMES):
                 continue
             if name == "num_items_in_batch":
                 continue
