@@ -15,6 +15,7 @@ def patch_model(
     backend: str = "auto",
     on_unknown: Literal["raise", "unpack"] = "raise",
     padding_free: bool = False,
+    share_prefixes: bool = False,
     verify: bool = False,
 ) -> Model:
     """Makes a transformers model respect document boundaries in packed batches.
@@ -35,6 +36,8 @@ def patch_model(
         padding_free: also run padded batches (rows beside a 0/1 mask, as DPO and reward trainers
             make them) without their padding: the backbone computes their real tokens as one pack
             and returns rows, with zeros at padding. Generation stays as it is.
+        share_prefixes: with `padding_free`, compute once what rows of a batch begin with in common
+            (the prompt of a preference pair, of a group of rollouts), as a forest.
         verify: run `audit` on the patched model, and undo the patch if it leaks.
 
     Returns:
@@ -46,9 +49,11 @@ def patch_model(
     """
     if on_unknown not in ("raise", "unpack"):
         raise ValueError(f"on_unknown must be 'raise' or 'unpack', got {on_unknown!r}")
+    if share_prefixes and not padding_free:
+        raise ValueError("share_prefixes=True needs padding_free=True: it is about padded rows")
     from packed_attn_patches import patch, unpatch
 
-    patch(model, backend, on_unknown, padding_free)
+    patch(model, backend, on_unknown, padding_free, share_prefixes)
     if verify:
         from packed_attn.audit import audit
 

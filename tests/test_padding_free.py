@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification
 
-from packed_attn import patch_model, unpatch_model
+from packed_attn import DocumentLayout, patch_model, unpatch_model
 from tests.exactness import gradients, relative
 from tests.models import tiny_config, tiny_model
 
@@ -144,3 +144,68 @@ def test_checkpointing_gives_the_same_bits() -> None:
     _, loss, got = run(model, batch)
     assert torch.equal(loss, want_loss)
     assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def pair_rows(side: str) -> dict[str, Tensor]:
+    """Two prompts of 20 and 25 tokens with 3 and 2 answers, one row equal to its prompt, one alone;
+    the completions have labels."""
+    generator = torch.Generator().manual_seed(4)
+
+    def draw(n: int) -> list[int]:
+        return torch.randint(3, 150, (n,), generator=generator).tolist()
+
+    prompts = [draw(20), draw(25)]
+    answers = [(0, draw(6)), (1, draw(1)), (0, draw(9)), (1, []), (0, draw(3)), (1, draw(30))]
+    rows = [(len(prompts[p]), prompts[p] + answer) for p, answer in answers] + [(0, draw(4))]
+    width = max(len(ids) for _, ids in rows)
+    batch = {
+        "input_ids": torch.zeros(len(rows), width, dtype=torch.long),
+        "attention_mask": torch.zeros(len(rows), width, dtype=torch.long),
+        "labels": torch.full((len(rows), width), -100),
+    }
+    for row, (prompt, ids) in enumerate(rows):
+        at = 0 if side == "right" else width - len(ids)
+        batch["input_ids"][row, at : at + len(ids)] = torch.tensor(ids)
+        batch["attention_mask"][row, at : at + len(ids)] = 1
+        batch["labels"][row, at + prompt : at + len(ids)] = torch.tensor(ids[prompt:])
+    if side == "left":
+        batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    return batch
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "mixtral"])
+def test_shared_prefixes_give_the_same_loss_and_gradients(family: str, side: str) -> None:
+    model, batch = tiny_model(family).train(), pair_rows(side)
+    want_logits, want_loss, want = run(model, batch)
+    patch_model(model, padding_free=True, share_prefixes=True)
+    seen: list[int] = []
+    layer = model.model.layers[0]
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    logits, loss, got = run(model, batch)
+    assert seen[0] == 20 + 25 + 6 + 1 + 9 + 3 + 30 + 4, "each prompt is computed once"
+    assert relative({"logits": logits}, {"logits": want_logits}) <= 1e-5
+    assert loss.item() == pytest.approx(want_loss.item(), rel=1e-6)
+    assert relative(got, want) <= 1e-5
+
+
+def test_positions_must_agree_where_tokens_are_shared() -> None:
+    model = patch_model(tiny_model("llama"), padding_free=True, share_prefixes=True).train()
+    batch = pair_rows("left")
+    batch["position_ids"][2] += 1
+    with pytest.raises(ValueError, match="position_ids differs between rows that share a prefix"):
+        model(**batch)
+
+
+def test_models_that_cannot_share_are_refused() -> None:
+    with pytest.raises(NotImplementedError, match="share_prefixes: MambaForCausalLM runs on doc"):
+        patch_model(tiny_model("mamba"), padding_free=True, share_prefixes=True)
+    with pytest.raises(ValueError, match="needs padding_free=True"):
+        patch_model(tiny_model("llama"), share_prefixes=True)
+
+
+def test_a_forest_is_refused_where_a_document_cannot_go_on() -> None:
+    layout = DocumentLayout.from_lengths([3, 2], parents=[-1, 0])
+    model = patch_model(tiny_model("mamba"))
+    with pytest.raises(NotImplementedError, match="plain packs, but no forest"):
+        model(input_ids=torch.arange(3, 8)[None], layout=layout)

@@ -31,12 +31,13 @@ class PatchRecord:
     """What `unpatch` needs, held by the model itself so that it is copied and pickled with it.
 
     Attributes:
-        backend, padding_free: as given to `patch_model`.
+        backend, padding_free, share_prefixes: as given to `patch_model`.
         configs: (module path, attribute, original config) of every config that was replaced.
     """
 
     backend: str
     padding_free: bool
+    share_prefixes: bool
     configs: tuple[tuple[str, str, PreTrainedConfig], ...]
 
 
@@ -45,26 +46,37 @@ def patch(
     backend: str = "auto",
     on_unknown: str = "raise",
     padding_free: bool = False,
+    share_prefixes: bool = False,
 ) -> nn.Module:
     """Makes `model` respect document boundaries; see `packed_attn.patch_model`."""
     record = model.__dict__.get(_RECORD)
-    if record is not None and (record.backend, record.padding_free) == (backend, padding_free):
+    settings = (backend, padding_free, share_prefixes)
+    if record is not None and settings == (
+        record.backend,
+        record.padding_free,
+        record.share_prefixes,
+    ):
         return model
     if record is not None:
         unpatch(model)
     chosen = route(model, on_unknown)
     assert isinstance(model, PreTrainedModel)
+    if share_prefixes and chosen is not Route.INTERFACE:
+        raise NotImplementedError(
+            f"share_prefixes: {type(model).__name__} runs on documents batched by length, where a "
+            "document cannot go on from another; without it plain packs work"
+        )
     _warn_untested()
     if chosen is Route.INTERFACE:
-        record = PatchRecord(backend, padding_free, _configs(model))
+        record = PatchRecord(*settings, _configs(model))
         _replace_configs(model, record)
     else:
-        record = PatchRecord(backend, padding_free, ())
+        record = PatchRecord(*settings, ())
         for module in _entrances(model):
             module.forward = UnpackedForward(module, causal=chosen is Route.UNPACK_CAUSAL)
     if padding_free:
         backbone = _entrances(model)[-1]
-        backbone.register_forward_pre_hook(PackRows(), with_kwargs=True)
+        backbone.register_forward_pre_hook(PackRows(share_prefixes), with_kwargs=True)
         backbone.register_forward_hook(PadRows(), with_kwargs=True)
     for module in _entrances(model):
         hook = LayoutHook(backend, unpacked=chosen is not Route.INTERFACE)

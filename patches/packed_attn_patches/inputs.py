@@ -63,6 +63,11 @@ class LayoutHook:
     def _packed(
         self, kwargs: dict[str, Any], batch: _Batch, layout: DocumentLayout
     ) -> dict[str, Any]:
+        if self.unpacked and layout.is_forest:
+            raise NotImplementedError(
+                "this model runs on documents batched by length, where a document cannot go on "
+                "from another: it takes plain packs, but no forest (parents)"
+            )
         layout = layout.to(batch.device)
         packed = {k: v for k, v in kwargs.items() if k not in BOUNDARY_NAMES}
         packed["layout"] = layout

@@ -91,13 +91,19 @@ def packed_attention_forward(
             "this model does not pass it on to its attention layers"
         )
     batch, num_heads, tokens, _ = query.shape
+    options = _translated(module, kwargs)
+    if layout.is_forest and not options["causal"]:
+        raise NotImplementedError(
+            f"packed-attn: {type(module).__name__} looks both ways, so a shared prefix would see "
+            "what follows it: it takes plain packs, but no forest (parents)"
+        )
     out = attention(
         _stream(query),
         _stream(key),
         _stream(value),
         layout,
         backend=packed_attn_backend,
-        **_translated(module, kwargs),
+        **options,
     )
     return out.view(batch, tokens, num_heads, out.shape[-1]), None
 

@@ -6,6 +6,10 @@ backbone's outputs back at the rows' places. Heads, losses and trainers see the 
 made, so none of them changes.
 
 Only the backbone packs: labels, pooling and log-probabilities stay with the code that owns them.
+
+Rows that begin alike (a prompt with its chosen and rejected answer, a group of rollouts) can share
+that beginning: the pack is then a forest, and every row that goes through a token gets its output,
+so gradients of all of them add up in it.
 """
 
 from __future__ import annotations
@@ -14,14 +18,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
 from packed_attn.layout import DocumentLayout
+from packed_attn.packing.forest import plan_forest
 from packed_attn_patches.inputs import CACHE_NAMES, named
 
 ROWS = "packed_attn_rows"
+# Tokens that sharing a beginning must save: every document costs edge tiles of its own.
+MIN_SHARED = 16
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +37,7 @@ class PaddedRows:
     """Where the tokens of padded rows stand in the stream, and back.
 
     Attributes:
-        layout: the documents, one a row, of `num_tokens` tokens.
+        layout: the documents, `num_tokens` tokens: one a row, or a forest of shared beginnings.
         tokens: int64 `[num_tokens]`: the place in the flattened rows that each token is read from.
         source: int64 `[B * T]`: the token that each place gets back; `num_tokens` is padding.
         rows, width: B and T.
@@ -60,6 +68,35 @@ class PaddedRows:
         source[tokens] = torch.arange(tokens.numel(), device=mask.device)
         return PaddedRows(layout, tokens, source, *mask.shape)
 
+    @staticmethod
+    def sharing(mask: Tensor, input_ids: Tensor, min_shared: int) -> PaddedRows:
+        """A forest in which rows share the tokens that they begin with.
+
+        Args:
+            mask: as for `of`.
+            input_ids: `[B, T]`.
+            min_shared: tokens that sharing a beginning must save.
+        """
+        alone = PaddedRows.of(mask)
+        host = input_ids.flatten()[alone.tokens].cpu().numpy()
+        lengths, begins = np.array(alone.layout.lengths), np.array(alone.layout.starts)
+        plan = plan_forest(np.split(host, begins[1:]), min_shared=min_shared)
+        # Of each document: its place among all rows' tokens, and in the forest.
+        read = np.repeat(begins[plan.lists] + plan.starts, plan.lengths) + _counted(plan.lengths)
+        document_starts = np.cumsum(plan.lengths) - plan.lengths
+        token_of = np.empty(host.size, dtype=np.int64)
+        for row, begin in enumerate(begins[lengths > 0]):
+            for d in plan.path(int(np.flatnonzero(lengths > 0)[row])):
+                span = slice(begin + plan.starts[d], begin + plan.starts[d] + plan.lengths[d])
+                token_of[span] = document_starts[d] + np.arange(plan.lengths[d])
+        layout = DocumentLayout.from_lengths(
+            plan.lengths.tolist(), parents=plan.parents.tolist(), device=mask.device
+        )
+        source = torch.full((mask.numel(),), layout.total_tokens, device=mask.device)
+        source[alone.tokens] = torch.from_numpy(token_of).to(mask.device)
+        tokens = alone.tokens[torch.from_numpy(read).to(mask.device)]
+        return PaddedRows(layout, tokens, source, *mask.shape)
+
     def packed(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` -> `[1, num_tokens, ...]`."""
         return x.flatten(0, 1).index_select(0, self.tokens)[None]
@@ -77,13 +114,26 @@ class PaddedRows:
             return self._at_places(x)
         return x
 
+    def require_shared(self, name: str, x: Tensor) -> None:
+        """Raises a ValueError unless rows that share tokens agree in x `[B, T, ...]` there."""
+        real = self.source < self.layout.total_tokens
+        agree = self._at_places(self.packed(x)[0])[real] == x.flatten(0, 1)[real]
+        if not bool(agree.all()):
+            raise ValueError(f"{name} differs between rows that share a prefix of input_ids")
+
     def _at_places(self, x: Tensor) -> Tensor:
         return torch.cat([x, x.new_zeros(1, *x.shape[1:])]).index_select(0, self.source)
 
 
 @dataclass(frozen=True)
 class PackRows:
-    """Forward pre-hook of a backbone: padded rows become one packed stream."""
+    """Forward pre-hook of a backbone: padded rows become one packed stream.
+
+    Attributes:
+        share_prefixes: whether rows share the tokens that they begin with.
+    """
+
+    share_prefixes: bool = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -92,7 +142,7 @@ class PackRows:
         mask = kwargs.get("attention_mask")
         if not _is_padded_training(module, kwargs) or not isinstance(mask, Tensor):
             return None
-        rows = PaddedRows.of(mask)
+        rows = self._rows(mask, kwargs)
         if not rows.tokens.numel():
             return None
         packed = {
@@ -103,6 +153,15 @@ class PackRows:
         if packed.get("position_ids") is None:
             packed["position_ids"] = rows.layout.position_ids[None]
         return (), {**packed, "layout": rows.layout, "use_cache": False, ROWS: rows}
+
+    def _rows(self, mask: Tensor, kwargs: Mapping[str, Any]) -> PaddedRows:
+        if not self.share_prefixes or kwargs.get("input_ids") is None:
+            return PaddedRows.of(mask)
+        rows = PaddedRows.sharing(mask, kwargs["input_ids"], MIN_SHARED)
+        for name, value in kwargs.items():
+            if _is_per_token(value, mask) and name != "attention_mask":
+                rows.require_shared(name, value)
+        return rows
 
 
 @dataclass(frozen=True)
@@ -129,6 +188,11 @@ def _is_padded_training(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     fills_a_cache |= not module.training and kwargs.get("use_cache") is not False
     # A mask of integer segments says more than real or not; the layout hook reads it.
     return not fills_a_cache and bool((mask == 0).any()) and bool((mask <= 1).all())
+
+
+def _counted(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, 2, ... inside each document."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
 
 
 def _is_per_token(value: Any, mask: Tensor) -> bool:
