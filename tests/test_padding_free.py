@@ -167,6 +167,8 @@ def pair_rows(side: str) -> dict[str, Tensor]:
         at = 0 if side == "right" else width - len(ids)
         batch["input_ids"][row, at : at + len(ids)] = torch.tensor(ids)
         batch["attention_mask"][row, at : at + len(ids)] = 1
+        # Nothing predicts a row's first token but the padding on its left.
+        prompt = max(prompt, 1)
         batch["labels"][row, at + prompt : at + len(ids)] = torch.tensor(ids[prompt:])
     if side == "left":
         batch["position_ids"] = (batch["attention_mask"].cumsum(1) - 1).clamp(min=0)

@@ -79,16 +79,16 @@ class PaddedRows:
         """
         alone = PaddedRows.of(mask)
         host = input_ids.flatten()[alone.tokens].cpu().numpy()
-        lengths, begins = np.array(alone.layout.lengths), np.array(alone.layout.starts)
+        begins = np.array(alone.layout.starts)
         plan = plan_forest(np.split(host, begins[1:]), min_shared=min_shared)
         # Of each document: its place among all rows' tokens, and in the forest.
         read = np.repeat(begins[plan.lists] + plan.starts, plan.lengths) + _counted(plan.lengths)
         document_starts = np.cumsum(plan.lengths) - plan.lengths
         token_of = np.empty(host.size, dtype=np.int64)
-        for row, begin in enumerate(begins[lengths > 0]):
-            for d in plan.path(int(np.flatnonzero(lengths > 0)[row])):
-                span = slice(begin + plan.starts[d], begin + plan.starts[d] + plan.lengths[d])
-                token_of[span] = document_starts[d] + np.arange(plan.lengths[d])
+        for row, begin in enumerate(begins):
+            for d in plan.path(row):
+                at = begin + plan.starts[d] + np.arange(plan.lengths[d])
+                token_of[at] = document_starts[d] + np.arange(plan.lengths[d])
         layout = DocumentLayout.from_lengths(
             plan.lengths.tolist(), parents=plan.parents.tolist(), device=mask.device
         )
