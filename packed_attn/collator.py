@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,6 +12,7 @@ from torch import Tensor
 from packed_attn.layout import DocumentLayout
 
 IGNORE_INDEX = -100
+LossWeighting = Literal["token", "document"]
 # A token is learned where its mask is 1: TRL's names, in the order in which they apply.
 LOSS_MASKS = ("completion_mask", "assistant_masks")
 
@@ -28,6 +29,9 @@ class PackedCollator:
         pad_to_multiple_of: pad the row to a multiple of this many tokens.
         capacity: pad the row to this many tokens per feature, so that every batch has one shape.
         pad_token_id: what padding is made of.
+        loss_weighting: what the loss is a mean over. `"document"` adds `shift_labels`, int64
+            `[num_documents]`, 1 where a document has something to learn and else -100, by which
+            Trainer counts documents instead of tokens; `PackedLoss` then weighs them.
 
     Padding is one last document with labels -100 that sees nothing and is seen by nobody. The
     first label of each document is -100, so that the shifted loss never crosses a boundary.
@@ -49,8 +53,13 @@ class PackedCollator:
     pad_to_multiple_of: int | None = None
     capacity: int | None = None
     pad_token_id: int = 0
+    loss_weighting: LossWeighting = "token"
 
     def __post_init__(self) -> None:
+        if self.loss_weighting not in get_args(LossWeighting):
+            raise ValueError(
+                f"loss_weighting must be 'token' or 'document', got {self.loss_weighting!r}"
+            )
         if self.features not in ("packs", "documents"):
             raise ValueError(f"features must be 'packs' or 'documents', got {self.features!r}")
         for name in ("pad_to_multiple_of", "capacity"):
@@ -70,7 +79,7 @@ class PackedCollator:
         padding = [False] * len(lengths) + [True] * bool(beyond)
         layout = DocumentLayout.from_lengths(lengths + [beyond] * bool(beyond), padding=padding)
         labels = without_first_labels(labels, layout)
-        return {
+        batch = {
             "input_ids": input_ids[None],
             "labels": labels[None],
             "position_ids": layout.position_ids[None],
@@ -81,6 +90,9 @@ class PackedCollator:
             "seq_idx": layout.document_ids[None],
             "layout": layout,
         }
+        if self.loss_weighting == "document":
+            batch["shift_labels"] = _document_counts(labels, layout)
+        return batch
 
     def _row(self, index: int, feature: Mapping[str, Any]) -> _Row:
         if "input_ids" not in feature:
@@ -123,6 +135,13 @@ def without_first_labels(labels: Tensor, layout: DocumentLayout) -> Tensor:
     """
     first = layout.document_starts.view(labels.shape)
     return labels.masked_fill(first, IGNORE_INDEX)
+
+
+def _document_counts(labels: Tensor, layout: DocumentLayout) -> Tensor:
+    """int64 `[num_documents]`: 1 where a document has a label, else -100."""
+    learned = torch.zeros(layout.num_documents, dtype=torch.long)
+    learned[layout.document_ids[labels != IGNORE_INDEX].long()] = 1
+    return learned.masked_fill(learned == 0, IGNORE_INDEX)
 
 
 @dataclass(frozen=True, eq=False)

@@ -160,7 +160,8 @@ def _emitted(tree: _Tree, leaf_of: list[int], min_shared: int) -> ForestPlan:
         todo += [(child, *below) for child in reversed(children)]
     table = np.array(documents, dtype=np.int64).reshape(-1, 4)
     ends = np.array([-1 if leaf < 0 else document_of[leaf] for leaf in leaf_of], dtype=np.int64)
-    return ForestPlan(*(np.ascontiguousarray(column) for column in table.T), ends)
+    lengths, parents, lists, starts = (np.ascontiguousarray(column) for column in table.T)
+    return ForestPlan(lengths, parents, lists, starts, ends)
 
 
 def _postorder(nodes: list[_Node]) -> list[int]:

@@ -9,6 +9,6 @@ Importing this package imports transformers and registers the attention names; `
 imports it only when a model is patched.
 """
 
-from packed_attn_patches.apply import is_patched, patch, unpatch
+from packed_attn_patches.apply import is_patched, patch, patched_module, unpatch
 
-__all__ = ["is_patched", "patch", "unpatch"]
+__all__ = ["is_patched", "patch", "patched_module", "unpatch"]

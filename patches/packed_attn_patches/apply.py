@@ -116,6 +116,18 @@ def is_patched(model: nn.Module) -> bool:
     return _RECORD in model.__dict__
 
 
+def patched_module(model: nn.Module) -> nn.Module:
+    """The patched model inside `model`, which may be itself or a wrapper around it.
+
+    Raises:
+        ValueError: nothing in it is patched.
+    """
+    for module in model.modules():
+        if is_patched(module):
+            return module
+    raise ValueError(f"{type(model).__name__} is not patched: call patch_model(model) first")
+
+
 def _configs(model: nn.Module) -> tuple[tuple[str, str, PreTrainedConfig], ...]:
     return tuple(
         (path, name, value)

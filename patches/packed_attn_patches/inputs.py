@@ -81,7 +81,7 @@ class LayoutHook:
         if packed.get("labels") is not None:
             packed["labels"] = without_first_labels(packed["labels"], layout)
         if packed.get("shift_labels") is not None:
-            packed["shift_labels"] = _without_last_labels(packed["shift_labels"], layout)
+            packed.update(_shift_labels(packed["shift_labels"], packed.get("labels"), layout))
         return packed
 
 
@@ -265,6 +265,22 @@ def _check_positions(
         torch.ops.aten._assert_async.msg(agree.all(), message)
     elif not bool(agree.all()):
         raise ValueError(message)
+
+
+def _shift_labels(
+    shift_labels: Tensor, labels: Tensor | None, layout: DocumentLayout
+) -> dict[str, Tensor | None]:
+    """Labels that were shifted already, or the collator's counts of documents, which a model that
+    computes the loss itself would take for its divisor."""
+    if shift_labels.ndim > 1:
+        return {"shift_labels": _without_last_labels(shift_labels, layout)}
+    if labels is not None:
+        raise ValueError(
+            "the batch counts documents (PackedCollator(loss_weighting='document')), but the model "
+            "was given labels to compute a token mean: pass compute_loss_func=PackedLoss(model, "
+            "'document') to the Trainer"
+        )
+    return {"shift_labels": None}
 
 
 def _without_last_labels(shift_labels: Tensor, layout: DocumentLayout) -> Tensor:
