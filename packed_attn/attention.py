@@ -8,6 +8,7 @@ from typing import Literal, overload
 from torch import Tensor
 
 from packed_attn import backends
+from packed_attn.distributed import ShardedLayout
 from packed_attn.layout import DocumentLayout
 from packed_attn.request import checked_request
 
@@ -110,25 +111,25 @@ def attention(
         ValueError: arguments that disagree; the message names argument, rule and value.
         NotImplementedError: no backend, or not the named one, can run this, with the reasons.
     """
-    request = checked_request(
-        q,
-        k,
-        v,
-        layout,
-        key_layout=key_layout,
-        causal=causal,
-        window_size=window_size,
-        chunk_size=chunk_size,
-        prefix_lengths=prefix_lengths,
-        softmax_scale=softmax_scale,
-        softcap=softcap,
-        sinks=sinks,
-        alibi_slopes=alibi_slopes,
-        dropout_p=dropout_p,
-        deterministic=deterministic,
-        return_lse=return_lse,
-        confine_nonfinite=confine_nonfinite,
-    )
+    options = {
+        "key_layout": key_layout,
+        "causal": causal,
+        "window_size": window_size,
+        "chunk_size": chunk_size,
+        "prefix_lengths": prefix_lengths,
+        "softmax_scale": softmax_scale,
+        "softcap": softcap,
+        "sinks": sinks,
+        "alibi_slopes": alibi_slopes,
+        "dropout_p": dropout_p,
+        "deterministic": deterministic,
+        "return_lse": return_lse,
+        "confine_nonfinite": confine_nonfinite,
+    }
+    if isinstance(layout, ShardedLayout):
+        # This rank's tokens of a pack over several: the exchange calls back with whole documents.
+        return layout.attention(q, k, v, {**options, "backend": backend})
+    request = checked_request(q, k, v, layout, **options)
     out, lse = backends.select(backend, request).run(request)
     if not return_lse:
         return out

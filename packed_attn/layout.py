@@ -267,6 +267,11 @@ class DocumentLayout:
         return self._once("document_starts", self._document_starts)
 
     @property
+    def document_ends(self) -> Tensor:
+        """bool `[total_tokens]`: whether a token is the last of its document."""
+        return self._once("document_ends", self._document_ends)
+
+    @property
     def padding_tokens(self) -> Tensor | None:
         """bool `[total_tokens]`, or None where nothing is padding."""
         if self.padding is None:
@@ -389,6 +394,10 @@ class DocumentLayout:
         starts = torch.ones_like(ids, dtype=torch.bool)
         starts[1:] = ids[1:] != ids[:-1]
         return starts
+
+    def _document_ends(self) -> Tensor:
+        # The token before a document's first; the stream's last token ends its last document.
+        return self.document_starts.roll(-1)
 
     def _forest(self) -> _Forest:
         links = [] if self.parents is None else self.parents

@@ -285,7 +285,7 @@ def _shift_labels(
 
 def _without_last_labels(shift_labels: Tensor, layout: DocumentLayout) -> Tensor:
     """Labels that were shifted already: a document's last token predicts nothing."""
-    last = layout.document_starts.roll(-1).view(shift_labels.shape)
+    last = layout.document_ends.view(shift_labels.shape)
     return shift_labels.masked_fill(last, IGNORE_INDEX)
 
 
