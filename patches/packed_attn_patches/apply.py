@@ -16,12 +16,12 @@ from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from packed_attn_patches.families import Route, route
+from packed_attn_patches.families import Route, first_position, head_of, route
 from packed_attn_patches.inputs import LayoutHook
 from packed_attn_patches.interface import NAMES
 from packed_attn_patches.unpack import UnpackedForward
 
-TESTED = (Version("5.17"), Version("5.24"))  # the second is the first version not tested
+TESTED = (Version("5.17"), Version("5.25"))  # the second is the first version not tested
 _RECORD = "_packed_attn_record"
 
 
@@ -31,10 +31,12 @@ class PatchRecord:
 
     Attributes:
         backend: as given to `patch_model`.
+        route: how the model was made exact.
         configs: (module path, attribute, original config) of every config that was replaced.
     """
 
     backend: str
+    route: Route
     configs: tuple[tuple[str, str, PreTrainedConfig], ...]
 
 
@@ -49,14 +51,19 @@ def patch(model: nn.Module, backend: str = "auto", on_unknown: str = "raise") ->
     assert isinstance(model, PreTrainedModel)
     _warn_untested()
     if chosen is Route.INTERFACE:
-        record = PatchRecord(backend, _configs(model))
+        record = PatchRecord(backend, chosen, _configs(model))
         _replace_configs(model, record)
     else:
-        record = PatchRecord(backend, ())
+        record = PatchRecord(backend, chosen, ())
         for module in _entrances(model):
-            module.forward = UnpackedForward(module, causal=chosen is Route.UNPACK_CAUSAL)
+            module.forward = UnpackedForward(module, chosen, head_of(module))
     for module in _entrances(model):
-        hook = LayoutHook(backend, unpacked=chosen is not Route.INTERFACE)
+        hook = LayoutHook(
+            backend,
+            unpacked=chosen is not Route.INTERFACE,
+            shifts=head_of(module).shifts,
+            first_position=first_position(model),
+        )
         module.register_forward_pre_hook(hook, with_kwargs=True)
     model.__dict__[_RECORD] = record
     return model
@@ -87,6 +94,12 @@ def unpatch(model: nn.Module) -> nn.Module:
 def is_patched(model: nn.Module) -> bool:
     """Whether `patch` holds on this instance."""
     return _RECORD in model.__dict__
+
+
+def route_of(model: nn.Module) -> Route:
+    """How a patched model was made exact."""
+    record: PatchRecord = model.__dict__[_RECORD]
+    return record.route
 
 
 def _configs(model: nn.Module) -> tuple[tuple[str, str, PreTrainedConfig], ...]:
