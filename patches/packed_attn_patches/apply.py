@@ -16,13 +16,13 @@ from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from packed_attn_patches.families import Route, route
+from packed_attn_patches.families import Route, first_position, head_of, route
 from packed_attn_patches.inputs import LayoutHook
 from packed_attn_patches.interface import NAMES
 from packed_attn_patches.padding_free import PackRows, PadRows
 from packed_attn_patches.unpack import UnpackedForward
 
-TESTED = (Version("5.17"), Version("5.24"))  # the second is the first version not tested
+TESTED = (Version("5.17"), Version("5.25"))  # the second is the first version not tested
 _RECORD = "_packed_attn_record"
 
 
@@ -32,12 +32,14 @@ class PatchRecord:
 
     Attributes:
         backend, padding_free, share_prefixes: as given to `patch_model`.
+        route: how the model was made exact.
         configs: (module path, attribute, original config) of every config that was replaced.
     """
 
     backend: str
     padding_free: bool
     share_prefixes: bool
+    route: Route
     configs: tuple[tuple[str, str, PreTrainedConfig], ...]
 
 
@@ -68,18 +70,23 @@ def patch(
         )
     _warn_untested()
     if chosen is Route.INTERFACE:
-        record = PatchRecord(*settings, _configs(model))
+        record = PatchRecord(*settings, chosen, _configs(model))
         _replace_configs(model, record)
     else:
-        record = PatchRecord(*settings, ())
+        record = PatchRecord(*settings, chosen, ())
         for module in _entrances(model):
-            module.forward = UnpackedForward(module, causal=chosen is Route.UNPACK_CAUSAL)
+            module.forward = UnpackedForward(module, chosen, head_of(module))
     if padding_free:
         backbone = _entrances(model)[-1]
         backbone.register_forward_pre_hook(PackRows(share_prefixes), with_kwargs=True)
         backbone.register_forward_hook(PadRows(), with_kwargs=True)
     for module in _entrances(model):
-        hook = LayoutHook(backend, unpacked=chosen is not Route.INTERFACE)
+        hook = LayoutHook(
+            backend,
+            unpacked=chosen is not Route.INTERFACE,
+            shifts=head_of(module).shifts,
+            first_position=first_position(model),
+        )
         module.register_forward_pre_hook(hook, with_kwargs=True)
     model.__dict__[_RECORD] = record
     return model
@@ -126,6 +133,12 @@ def patched_module(model: nn.Module) -> nn.Module:
         if is_patched(module):
             return module
     raise ValueError(f"{type(model).__name__} is not patched: call patch_model(model) first")
+
+
+def route_of(model: nn.Module) -> Route:
+    """How a patched model was made exact."""
+    record: PatchRecord = model.__dict__[_RECORD]
+    return record.route
 
 
 def _configs(model: nn.Module) -> tuple[tuple[str, str, PreTrainedConfig], ...]:
