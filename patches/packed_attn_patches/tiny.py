@@ -1,0 +1,242 @@
+"""Tiny random models of any model type that the installed transformers has, without a download.
+
+Every width, depth and count that a config class has becomes small, windows and chunks become short
+enough to matter beside an audit's documents, each kind of layer appears once, and dropout is off.
+Some types have sizes that no table knows, and a library default may ask for 23 GB: build a type
+that was never tried in a child process with a memory limit (`children.py`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+VOCABULARY = 199
+LAYERS = 2
+
+_DEPTHS = (
+    "num_hidden_layers n_layer n_layers num_layers decoder_layers num_decoder_layers num_blocks "
+    "depth"
+)
+# Values, and the names of what has this size, in any config class.
+# fmt: off
+_SIZES: tuple[tuple[Any, str], ...] = (
+    (VOCABULARY,
+     "vocab_size decoder_vocab_size vocab_size_per_layer_input unpadded_vocab_size"),
+    (64,
+     "hidden_size d_model n_embd emb_dim dim_model embed_dim embedding_size embedding_dim "
+     "word_embed_proj_dim lru_width dim backbone_hidden_size out_hidden_size "
+     "vision_output_dim adapter_in_dim adapter_out_dim adapter_input_size "
+     "encoder_hash_byte_group_vocab projection_dim input_embedding_size "
+     "output_embedding_size"),
+    (LAYERS, _DEPTHS),
+    (1,
+     "encoder_layers num_encoder_layers n_shared_experts num_shared_experts "
+     "moe_num_shared_experts n_group topk_group first_k_dense_replace num_dense_layers "
+     "index_local_blocks indexer_kv_heads conf_num_hidden_layers"),
+    (4,
+     "num_attention_heads n_head n_heads num_heads decoder_attention_heads "
+     "encoder_attention_heads num_decoder_attention_heads num_encoder_attention_heads "
+     "attention_heads num_local_experts num_experts "
+     "n_routed_experts moe_num_experts mamba_d_conv mamba_dt_rank time_step_rank "
+     "linear_num_value_heads linear_num_heads index_block_size indexer_compress_ratio "
+     "mm_tokens_per_image hc_sinkhorn_iters"),
+    (2,
+     "num_key_value_heads num_kv_heads num_experts_per_tok "
+     "moe_topk moe_k top_k_experts zero_expert_num mamba_expand mamba_n_groups n_groups "
+     "mamba_ngroups expand linear_num_key_heads index_topk_blocks max_window_layers "
+     "type_vocab_size"),
+    (16,
+     "head_dim d_head dim_head d_kv kv_channels attention_head_size attention_head_dim "
+     "v_head_dim qk_nope_head_dim o_lora_rank index_head_dim index_n_heads "
+     "indexer_head_dim indexer_n_heads mamba_d_state mamba_d_head mamba_head_dim "
+     "ssm_state_size state_size mamba_chunk_size chunk_size linear_key_head_dim "
+     "linear_value_head_dim linear_head_dim hidden_size_per_layer_input "
+     "attention_chunk_size block_size query_pre_attn_scalar num_position_embeddings "
+     "rel_extent ngram_vocab_size_base split_ngram_parts hc_lowrank adapter_rank "
+     "loop_gate_rank gated_norm_rank"),
+    (8,
+     "qk_rope_head_dim index_topk indexer_budget mamba_n_heads mamba_num_heads "
+     "n_mamba_heads sliding_window sliding_window_size attention_window_size window_size "
+     "local_attention rotary_dim num_buckets laurel_rank local_attn_chunk_length "
+     "lsh_attn_chunk_length"),
+    (24,
+     "q_lora_rank kv_lora_rank qk_head_dim"),
+    (32,
+     "moe_intermediate_size shared_intermediate_size shared_expert_intermediate_size "
+     "shared_experts_intermediate_size moe_shared_expert_intermediate_size "
+     "expert_ffn_hidden_size router_hidden_size pronunciation_embed_dim shape_embed_dim"),
+    (96,
+     "intermediate_size n_inner ffn_dim decoder_ffn_dim encoder_ffn_dim dff dim_ff d_inner "
+     "d_ff hidden_dim ffn_hidden_size intermediate_size_mlp dense_intermediate_size "
+     "feed_forward_size"),
+    (128,
+     "max_position_embeddings n_positions n_ctx max_seq_len context_length "
+     "original_max_position_embeddings mamba_d_ssm max_target_positions "
+     "max_source_positions position_bias_max_distance"),
+    (14,
+     "patch_size"),
+    (28,
+     "image_size"),
+    (0,
+     "num_kv_shared_layers num_mtp_layers num_nextn_predict_layers pad_token_id"),
+    (3,
+     "bos_token_id eos_token_id decoder_start_token_id cls_token_id sep_token_id "
+     "conv_L_cache"),
+    (195,
+     "image_token_id image_token_index"),
+    (196,
+     "video_token_id video_token_index audio_token_id"),
+    (197,
+     "vision_start_token_id vision_end_token_id boi_token_id eoi_token_id boi_token_index "
+     "eoi_token_index boa_token_id eoa_token_id eoa_token_index"),
+    (True,
+     "use_sliding_window"),
+    (False,
+     "use_mamba_kernels use_mambapy tie_word_embeddings output_router_logits"),
+    # Larger weights than a fresh model's: attention that is near uniform would hide a leak.
+    (0.08,
+     "initializer_range init_std init_scale"),
+)
+# fmt: on
+_VALUES = {name: value for value, names in _SIZES for name in names.split()}
+_DEFAULT = object()
+
+_WINDOWED = ["sliding_attention", "full_attention"]
+_ROPE_3D = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_MIXED = ["linear_attention", "full_attention"]
+
+# What is special about a type, after the table of sizes; `_DEFAULT` leaves a field to its class.
+_SPECIAL: dict[str, dict[str, Any]] = {
+    "bamba": {"attn_layer_indices": [1], "layer_types": _DEFAULT},
+    "cohere_compass_text": {"rope_parameters": dict.fromkeys(_WINDOWED, _ROPE_3D)},
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "dory": {
+        "layer_types": _WINDOWED * 2,
+        "num_hidden_layers": 4,
+        "n_input_layers": 1,
+        "n_output_layers": 1,
+    },
+    "dots3_note_text": {
+        "num_key_value_heads": 4,
+        "swa_num_attention_heads": 4,
+        "swa_num_key_value_heads": 4,
+        "swa_q_lora_rank": 24,
+        "swa_kv_lora_rank": 24,
+        "swa_head_dim": 24,
+        "swa_qk_nope_head_dim": 16,
+        "swa_v_head_dim": 16,
+    },
+    "falcon_h1": {"layer_types": _DEFAULT},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granitemoehybrid": {"layer_types": _MIXED},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 2,
+        "expert_layer_offset": 1,
+        "layer_types": _DEFAULT,
+    },
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "longcat_flash": {"head_dim": 8},
+    "mamba2": {"num_heads": 8},
+    "minimax_m3_vl_text": {
+        "index_n_heads": 2,
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+    },
+    "prophetnet": {"num_encoder_layers": LAYERS},
+    "recurrent_gemma": {"layer_types": _DEFAULT, "num_hidden_layers": 3, "head_dim": _DEFAULT},
+    "reformer": {
+        "axial_pos_embds": False,
+        "attn_layers": ["local", "lsh"],
+    },
+    "rembert": {"input_embedding_size": 32, "output_embedding_size": 48},
+    "roc_bert": {"pronunciation_vocab_size": 50, "shape_vocab_size": 50},
+    "xlstm": {"qk_dim_factor": 1.0},
+    "xmod": {"default_language": "en_XX"},
+    "zamba": {"layers_block_type": ["linear_attention", "hybrid"], "layer_types": _DEFAULT},
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid"],
+        "layer_types": _DEFAULT,
+        "num_mem_blocks": 1,
+        "attention_head_dim": _DEFAULT,
+        "head_dim": _DEFAULT,
+        "use_mem_rope": True,
+    },
+    "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"]},
+}
+
+
+def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
+    """The config of a tiny model of `model_type`.
+
+    Args:
+        overrides: fields to set as they are, last.
+
+    Raises:
+        KeyError: transformers has no such model type.
+    """
+    return _tiny(CONFIG_MAPPING[model_type], {**_SPECIAL.get(model_type, {}), **overrides})
+
+
+def tiny_model(
+    model_type: str,
+    *,
+    auto_class: Any = AutoModelForCausalLM,
+    attn_implementation: str | None = None,
+    seed: int = 0,
+    **overrides: Any,
+) -> PreTrainedModel:
+    """A tiny random model in evaluation mode, float32 on the CPU, the same for the same seed.
+
+    Args:
+        auto_class: the auto class that knows the head.
+        attn_implementation: as for `from_pretrained`; None takes the model's own choice.
+        overrides: fields of the config.
+    """
+    # Encoders look both ways unless they are used as decoders.
+    decoder = {"is_decoder": True} if auto_class is AutoModelForCausalLM else {}
+    config = tiny_config(model_type, **{**decoder, **overrides})
+    torch.manual_seed(seed)
+    return auto_class.from_config(config, attn_implementation=attn_implementation).eval()
+
+
+def _tiny(cls: type[Any], special: dict[str, Any]) -> PreTrainedConfig:
+    default: Any = cls()
+    known = {**{n: getattr(default, n, None) for n in cls.attribute_map}, **vars(default)}
+    values: dict[str, Any] = {name: _VALUES[name] for name in known if name in _VALUES}
+    values |= {name: 0.0 for name, value in known.items() if _is_dropout(name, value)}
+    values |= _layer_types(known)
+    for name in cls.sub_configs:
+        part = known.get(name)
+        if isinstance(part, PreTrainedConfig):
+            values[name] = _tiny(type(part), _SPECIAL.get(part.model_type, {}))
+    if "qk_rope_head_dim" in known:  # latent attention: a key of its own for every query head
+        values["num_key_value_heads"] = values["num_attention_heads"]
+        values.pop("head_dim", None)
+    values |= special
+    return cls(**{name: value for name, value in values.items() if value is not _DEFAULT})
+
+
+def _is_dropout(name: str, value: Any) -> bool:
+    return "drop" in name.lower() and isinstance(value, float)
+
+
+def _layer_types(known: dict[str, Any]) -> dict[str, Any]:
+    """Every kind of layer of the default config in turn, one layer for each."""
+    names = ("layer_types", "mlp_layer_types")
+    kinds = {n: list(dict.fromkeys(known[n])) for n in names if known.get(n)}
+    if not kinds:
+        return {}
+    if kinds.get("layer_types") == ["full_attention"] and "sliding_window" in known:
+        kinds["layer_types"] = _WINDOWED
+    count = max(LAYERS, *map(len, kinds.values()))
+    layers = {name: (found * count)[:count] for name, found in kinds.items()}
+    depths = [n for n in _DEPTHS.split() if n in known]
+    return {**layers, **dict.fromkeys(depths, count)}
