@@ -40,6 +40,21 @@ def gradient_alone(subject: Subject, index: int) -> Tensor:
         return _own_and_others(embeddings.gradients(loss), subject.pools, index)[0]
 
 
+def reached(subject: Subject, own: Sequence[Tensor]) -> float:
+    """The largest gradient of a document's outputs in its own embeddings.
+
+    Raises:
+        NotImplementedError: there is none, so a gradient of 0 elsewhere would prove nothing.
+    """
+    scale = max(map(largest, own))
+    if scale == 0:
+        raise NotImplementedError(
+            f"no gradient of {type(subject.model).__name__} reaches its embeddings: an audit "
+            "cannot tell what its outputs depend on"
+        )
+    return scale
+
+
 def _own_and_others(
     parts: Sequence[tuple[Tensor, Tensor]], pools: Sequence[Tensor], index: int
 ) -> tuple[Tensor, Tensor]:

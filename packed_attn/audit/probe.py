@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from packed_attn.audit.conventions import CONVENTIONS, AuditBatch
-from packed_attn.audit.gradients import gradients_by_document, largest
+from packed_attn.audit.gradients import gradients_by_document, largest, reached
 from packed_attn.audit.modes import as_it_is, mode
 from packed_attn.audit.subject import LENGTHS, Subject, replaced
 from packed_attn.audit.trace import Trace, first_parting
@@ -27,8 +27,8 @@ class Leak:
 
     Attributes:
         document: index in the batch of the document whose outputs do.
-        gradient: the largest gradient in another document's embeddings, relative to the largest in
-            its own.
+        gradient: the largest gradient in another document's embeddings, relative to the largest
+            of a document in its own.
         module: path of the first module whose inputs for a document were clean and whose outputs
             were not; None where no single one could be told.
         module_class: its class.
@@ -43,7 +43,7 @@ class Leak:
         where = "" if self.module is None else f"; first in {self.module} ({self.module_class})"
         return (
             f"the outputs of document {self.document} have a gradient of {self.gradient:.1e} in "
-            f"another document's embeddings (1 is the largest in its own){where}"
+            f"another document's embeddings, relative to the largest in its own{where}"
         )
 
 
@@ -88,7 +88,8 @@ def leaks_between_documents(
 
 def _worst(subject: Subject, batch: AuditBatch) -> Leak | None:
     found = gradients_by_document(subject, batch)
-    figures = [largest(others) / max(largest(own), 1e-30) for own, others in found]
+    scale = reached(subject, [own for own, _ in found])
+    figures = [largest(others) / scale for _, others in found]
     index = max(range(len(figures)), key=figures.__getitem__)
     if figures[index] == 0:
         return None
@@ -163,7 +164,8 @@ def _layout(batch: Mapping[str, Any]) -> DocumentLayout:
     from packed_attn_patches.inputs import packed_layout
 
     ids: Tensor = batch["input_ids"]
-    layout = packed_layout(SimpleNamespace(rows=ids.shape[0], tokens=ids.shape[1]), batch)
+    shape = SimpleNamespace(rows=ids.shape[0], tokens=ids.shape[1], device=ids.device)
+    layout = packed_layout(shape, batch)
     if layout is None:
         raise ValueError(
             f"the batch tells no documents apart, it has {sorted(batch)}: give layout, "

@@ -10,7 +10,13 @@ from torch import Tensor, nn
 
 from packed_attn.audit.conventions import CONVENTIONS, AuditBatch
 from packed_attn.audit.embeddings import Embeddings
-from packed_attn.audit.gradients import difference, gradient_alone, gradients_by_document, largest
+from packed_attn.audit.gradients import (
+    difference,
+    gradient_alone,
+    gradients_by_document,
+    largest,
+    reached,
+)
 from packed_attn.audit.modes import NotOffered, drops, mode
 from packed_attn.audit.report import NONFINITE, Check, IsolationReport, Verdict
 from packed_attn.audit.subject import LENGTHS, NoRowPerDocument, Subject, is_compiled
@@ -246,12 +252,7 @@ class _Proof:
         """Of each document's logits in the embeddings of all others, and in its own."""
         worst = apart = 0.0
         found = gradients_by_document(self.subject, self.batch)
-        scale = max(largest(own) for own, _ in found)
-        if scale == 0:
-            raise NotImplementedError(
-                f"no gradient of {type(self.subject.model).__name__} reaches its embeddings: "
-                "an audit cannot tell what its outputs depend on"
-            )
+        scale = reached(self.subject, [own for own, _ in found])
         for index, (own, others) in enumerate(found):
             worst = max(worst, largest(others))
             if self.convention.training:
