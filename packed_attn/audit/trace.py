@@ -14,11 +14,12 @@ class Trace:
 
     Args:
         model: the model whose modules are watched.
-        tokens: T; only tensors with a dimension of this size can be compared by token.
+        rows, tokens: shape of the batch; only tensors with a dimension of `rows * tokens`, or a
+            first one of `rows` and another of `tokens`, can be compared by token.
     """
 
-    def __init__(self, model: nn.Module, tokens: int) -> None:
-        self.tokens = tokens
+    def __init__(self, model: nn.Module, rows: int, tokens: int) -> None:
+        self.rows, self.tokens = rows, tokens
         self.calls: list[tuple[str, list[Tensor], list[Tensor]]] = []
         self._model = model
         self._handles: list[Any] = []
@@ -35,6 +36,14 @@ class Trace:
             handle.remove()
         self._handles.clear()
 
+    def by_token(self, x: Tensor) -> Tensor | None:
+        """`x` with the stream of tokens as its first dimension, a view; None where it has none."""
+        if self.rows * self.tokens in x.shape:
+            return x.movedim(x.shape.index(self.rows * self.tokens), 0)
+        if self.rows > 1 and x.shape[:1] == (self.rows,) and self.tokens in x.shape[1:]:
+            return x.movedim(x.shape.index(self.tokens, 1), 1).flatten(0, 1)
+        return None
+
 
 class _Recorder:
     """A forward hook that writes one module's calls into a trace."""
@@ -44,17 +53,19 @@ class _Recorder:
         self.name = name
 
     def __call__(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        inputs = [t.detach().clone() for t in _tensors((args, kwargs), self.trace.tokens)]
-        outputs = [t.detach().clone() for t in _tensors(output, self.trace.tokens)]
-        self.trace.calls.append((self.name, inputs, outputs))
+        self.trace.calls.append((self.name, self._copies((args, kwargs)), self._copies(output)))
+
+    def _copies(self, value: Any) -> list[Tensor]:
+        found = (self.trace.by_token(x) for x in _floats(value))
+        return [x.detach().clone() for x in found if x is not None]
 
 
-def first_leak(clean: Trace, changed: Trace, tokens: Tensor) -> str | None:
+def first_parting(clean: Trace, changed: Trace, tokens: Tensor) -> str | None:
     """The first module to end whose inputs at `tokens` agree in both traces and outputs do not.
 
     Args:
         clean, changed: traces of two runs that differ outside `tokens`.
-        tokens: bool `[T]`, the tokens whose values should not have changed.
+        tokens: bool `[rows * tokens]`, the tokens whose values should not have changed.
     """
     for (name, inputs, outputs), (_, inputs_2, outputs_2) in zip(clean.calls, changed.calls):
         if _agree(inputs, inputs_2, tokens) and not _agree(outputs, outputs_2, tokens):
@@ -69,19 +80,18 @@ def _agree(xs: Sequence[Tensor], ys: Sequence[Tensor], tokens: Tensor) -> bool:
 def _equal_at(x: Tensor, y: Tensor, tokens: Tensor) -> bool:
     if x.shape != y.shape:
         return True  # grouped by content: not comparable token by token
-    dim = list(x.shape).index(tokens.numel())
     index = tokens.to(x.device).nonzero().flatten()
-    return torch.equal(x.index_select(dim, index), y.index_select(dim, index))
+    return torch.equal(x.index_select(0, index), y.index_select(0, index))
 
 
-def _tensors(value: Any, tokens: int) -> Iterator[Tensor]:
-    """Floating tensors with a dimension of `tokens`, inside tuples, lists and mappings."""
+def _floats(value: Any) -> Iterator[Tensor]:
+    """Floating tensors inside tuples, lists and mappings."""
     if isinstance(value, Tensor):
-        if value.is_floating_point() and tokens in value.shape:
+        if value.is_floating_point():
             yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _tensors(item, tokens)
+            yield from _floats(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _tensors(item, tokens)
+            yield from _floats(item)

@@ -1,0 +1,142 @@
+"""Which boundaries an audited batch carries, and in which mode the model runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from packed_attn.layout import DocumentLayout
+
+# Tokens of padding behind each row of a padded batch.
+TAIL = 7
+_CU_SEQ_LENS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+@dataclass(frozen=True)
+class Convention:
+    """One way in which a batch may tell its documents.
+
+    Attributes:
+        columns: what the batch carries beside input_ids, by the names of `_columns`.
+        rows: rows of the batch; documents end at row ends.
+        tail: tokens of padding behind each row, hidden by the mask where there is one.
+        use_cache: passed on; None leaves it at the model's default.
+        training: whether the model runs in train mode.
+        checkpointing: whether it runs with gradient checkpointing.
+    """
+
+    columns: tuple[str, ...]
+    rows: int = 1
+    tail: int = 0
+    use_cache: bool | None = None
+    training: bool = False
+    checkpointing: bool = False
+
+
+CONVENTIONS: dict[str, Convention] = {
+    "packed batch": Convention(("position_ids", *_CU_SEQ_LENS, "seq_idx", "layout")),
+    "position_ids, no cache": Convention(("position_ids",), use_cache=False),
+    "position_ids": Convention(("position_ids",)),
+    "position_ids and a mask of ones": Convention(("position_ids", "attention_mask")),
+    "cu_seq_lens": Convention(("position_ids", *_CU_SEQ_LENS), use_cache=False),
+    "cu_seq_lens and seq_idx": Convention(
+        ("position_ids", *_CU_SEQ_LENS, "seq_idx"), use_cache=False
+    ),
+    "segment mask": Convention(("segment_mask",)),
+    "two rows": Convention(("position_ids",), rows=2, use_cache=False),
+    "padded tail": Convention(("position_ids", "attention_mask"), tail=TAIL),
+    "train mode": Convention(("position_ids",), training=True),
+    "checkpointing": Convention(("position_ids",), training=True, checkpointing=True),
+    "no boundaries": Convention(()),
+}
+# What a matrix shows: every convention that tells the documents.
+TELLING = tuple(name for name in CONVENTIONS if name != "no boundaries")
+
+
+@dataclass(frozen=True)
+class AuditBatch:
+    """One packed batch.
+
+    Attributes:
+        kwargs: what the model is called with.
+        layout: its documents, of the batch's `rows * tokens` tokens, on the CPU.
+        rows, tokens: shape of input_ids.
+        places: for each document given, its index in `layout`.
+    """
+
+    kwargs: dict[str, Any]
+    layout: DocumentLayout
+    rows: int
+    tokens: int
+    places: tuple[int, ...]
+
+    @property
+    def spans(self) -> list[tuple[int, int]]:
+        """(start, stop) of each document given, in the stream of tokens."""
+        starts, lengths = self.layout.starts, self.layout.lengths
+        return [(starts[p], starts[p] + lengths[p]) for p in self.places]
+
+
+def packed_batch(
+    documents: Sequence[Tensor], filler: Tensor, pad_token: int, convention: Convention
+) -> AuditBatch:
+    """The batch of `documents` by `convention`.
+
+    Args:
+        documents: int64 `[length]` each, on the model's device.
+        filler: token ids that no document has; where rows differ in length, a document made of
+            them completes the shorter.
+        pad_token: what padding is made of.
+    """
+    rows: list[list[int]] = [
+        list(range(r, len(documents), convention.rows)) for r in range(convention.rows)
+    ]
+    width = max(sum(len(documents[d]) for d in row) for row in rows)
+    parts: list[Tensor] = []
+    padding: list[bool] = []
+    places = [0] * len(documents)
+    for row in rows:
+        missing = width - sum(len(documents[d]) for d in row)
+        for d in row:
+            places[d] = len(parts)
+            parts.append(documents[d])
+            padding.append(False)
+        if missing:
+            parts.append(filler[torch.arange(missing) % len(filler)])
+            padding.append(False)
+        if convention.tail:
+            parts.append(filler.new_full((convention.tail,), pad_token))
+            padding.append(True)
+    layout = DocumentLayout.from_lengths([len(part) for part in parts], padding=padding)
+    shape = (convention.rows, width + convention.tail)
+    kwargs: dict[str, Any] = {"input_ids": torch.cat(parts).view(shape)}
+    device = kwargs["input_ids"].device
+    columns = _columns(layout, shape)
+    for name in convention.columns:
+        value = columns[name]
+        key = "attention_mask" if name == "segment_mask" else name
+        kwargs[key] = value if isinstance(value, int) else value.to(device)
+    if convention.use_cache is not None:
+        kwargs["use_cache"] = convention.use_cache
+    return AuditBatch(kwargs, layout, *shape, tuple(places))
+
+
+def _columns(layout: DocumentLayout, shape: tuple[int, int]) -> dict[str, Any]:
+    """Everything that a batch may carry to tell its documents."""
+    padding = layout.padding_tokens
+    hidden = torch.zeros(shape, dtype=torch.bool) if padding is None else padding.view(shape)
+    return {
+        "position_ids": layout.position_ids.view(shape),
+        "cu_seq_lens_q": layout.cu_seqlens,
+        "cu_seq_lens_k": layout.cu_seqlens,
+        "max_length_q": layout.max_seqlen,
+        "max_length_k": layout.max_seqlen,
+        "seq_idx": layout.document_ids.view(shape),
+        "layout": layout,
+        "attention_mask": (~hidden).long(),
+        "segment_mask": (layout.document_ids.view(shape).long() + 1).masked_fill(hidden, 0),
+    }

@@ -1,0 +1,85 @@
+"""The input embeddings of a model: as autograd leaves, or poisoned, for the tokens of one document.
+
+A forward may embed its tokens in several calls and any order, so tokens are known by their ids,
+which no two documents of an audit share.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Embeddings:
+    """A context in which embeddings are autograd leaves, and those of some token ids a value.
+
+    Args:
+        model: the model whose input embeddings are watched.
+        poison: (ids, value) of the tokens whose embeddings become `value`.
+
+    Raises (on leaving):
+        NotImplementedError: the model embedded no token through its input embeddings.
+    """
+
+    def __init__(self, model: nn.Module, poison: tuple[Tensor, float] | None = None) -> None:
+        self._model = model
+        self._module = input_embeddings(model)
+        self._poison = poison
+        self._calls: list[tuple[Tensor, Tensor]] = []
+
+    def __enter__(self) -> Embeddings:
+        self._handle = self._module.register_forward_hook(self._replace, with_kwargs=True)
+        return self
+
+    def __exit__(self, kind: object, *exception: object) -> None:
+        self._handle.remove()
+        if kind is None and not self._calls:
+            raise NotImplementedError(
+                f"{type(self._model).__name__} does not call its input embeddings "
+                f"({type(self._module).__name__}): an audit cannot follow its tokens"
+            )
+
+    def gradients(self, loss: Tensor, *, retain_graph: bool = False) -> list[tuple[Tensor, Tensor]]:
+        """(ids, gradient) of each embedding call that the loss depends on."""
+        gradients = torch.autograd.grad(
+            loss,
+            [leaf for _, leaf in self._calls],
+            allow_unused=True,
+            retain_graph=retain_graph,
+        )
+        return [(ids, g) for (ids, _), g in zip(self._calls, gradients) if g is not None]
+
+    def _replace(self, module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+        ids = args[0] if args else next(iter(kwargs.values()))
+        leaf = output.detach().clone()
+        if self._poison is not None:
+            poisoned, value = self._poison
+            leaf[torch.isin(ids, poisoned)] = value
+        leaf.requires_grad_(torch.is_grad_enabled())
+        self._calls.append((ids, leaf))
+        return leaf
+
+
+def input_embeddings(model: nn.Module) -> nn.Module:
+    """The module that embeds token ids: `get_input_embeddings()`, else the first nn.Embedding.
+
+    Raises:
+        ValueError: there is none.
+    """
+    getter = getattr(model, "get_input_embeddings", None)
+    if getter is not None:
+        try:
+            found = getter()
+        except NotImplementedError:
+            found = None
+        if isinstance(found, nn.Module):
+            return found
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            return module
+    raise ValueError(
+        f"an audit needs a model with token embeddings, but {type(model).__name__} has none: "
+        "a model without a text path packs no documents"
+    )

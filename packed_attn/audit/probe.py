@@ -1,0 +1,178 @@
+"""The gradient check by itself: one forward, a few backwards, on a live model and batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from packed_attn.audit.conventions import CONVENTIONS, AuditBatch
+from packed_attn.audit.gradients import gradients_by_document, largest, reached
+from packed_attn.audit.modes import as_it_is, mode
+from packed_attn.audit.subject import LENGTHS, Subject, replaced
+from packed_attn.audit.trace import Trace, first_parting
+from packed_attn.layout import DocumentLayout
+
+# Documents of a live batch whose outputs are differentiated: each costs a backward.
+PROBED = 4
+
+
+@dataclass(frozen=True)
+class Leak:
+    """One document's outputs depend on another document.
+
+    Attributes:
+        document: index in the batch of the document whose outputs do.
+        gradient: the largest gradient in another document's embeddings, relative to the largest
+            of a document in its own.
+        module: path of the first module whose inputs for a document were clean and whose outputs
+            were not; None where no single one could be told.
+        module_class: its class.
+    """
+
+    document: int
+    gradient: float
+    module: str | None
+    module_class: str | None
+
+    def __str__(self) -> str:
+        where = "" if self.module is None else f"; first in {self.module} ({self.module_class})"
+        return (
+            f"the outputs of document {self.document} have a gradient of {self.gradient:.1e} in "
+            f"another document's embeddings, relative to the largest in its own{where}"
+        )
+
+
+def leaks_between_documents(
+    model: nn.Module,
+    batch: Mapping[str, Any] | None = None,
+    *,
+    convention: str | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    seed: int = 0,
+) -> Leak | None:
+    """The worst dependence of one document on another, or None where there is none.
+
+    Costs one forward and a backward a document (at most `PROBED` of a given batch); modules are
+    watched, in more forwards, only where something leaks. Parameters get no gradient and the model
+    is left as it was.
+
+    Args:
+        model: any model that `audit` takes.
+        batch: a live packed batch, as the model gets it in training: the model runs on it in its
+            own mode, with random tokens in place of its input_ids (tokens that the config names,
+            such as padding and images, stay). None makes a small batch and runs it in evaluation
+            mode.
+        convention: of the small batch; as in `audit`.
+        lengths, seed: of the small batch.
+
+    Raises:
+        ValueError: as `audit`; or a batch without input_ids, boundaries or two documents.
+    """
+    if batch is not None:
+        subject, live = _live(model, batch, seed)
+        with as_it_is(subject.model), subject.hooked():
+            return _worst(subject, live)
+    subject = Subject(model, lengths, seed)
+    if convention is None:
+        convention = "packed batch" if subject.patched else "position_ids"
+    if convention not in CONVENTIONS:
+        raise ValueError(f"convention must be one of {list(CONVENTIONS)}, got {convention!r}")
+    with mode(subject.model, training=False, checkpointing=False), subject.hooked():
+        return _worst(subject, subject.batch(subject.documents, CONVENTIONS[convention]))
+
+
+def _worst(subject: Subject, batch: AuditBatch) -> Leak | None:
+    found = gradients_by_document(subject, batch)
+    scale = reached(subject, [own for own, _ in found])
+    figures = [largest(others) / scale for _, others in found]
+    index = max(range(len(figures)), key=figures.__getitem__)
+    if figures[index] == 0:
+        return None
+    path, kind = _named(_first_module(subject, batch, index))
+    return Leak(batch.places[index], figures[index], path, kind)
+
+
+def _first_module(subject: Subject, batch: AuditBatch, index: int) -> str | None:
+    """Where document `index` first takes up other tokens in all other documents."""
+    clean = _trace(subject, batch)
+    a, b = batch.spans[index]
+    inside = torch.zeros(batch.rows * batch.tokens, dtype=torch.bool)
+    inside[a:b] = True
+    tokens: Tensor = batch.kwargs["input_ids"].flatten().clone()
+    for other, pool in enumerate(subject.pools):
+        if other != index:
+            places = torch.isin(tokens, pool)
+            tokens[places] = replaced(tokens[places], pool, subject.seed + 1)
+    kwargs = {**batch.kwargs, "input_ids": tokens.view_as(batch.kwargs["input_ids"])}
+    changed = AuditBatch(kwargs, batch.layout, batch.rows, batch.tokens, batch.places)
+    return first_parting(clean, _trace(subject, changed), inside)
+
+
+def _trace(subject: Subject, batch: AuditBatch) -> Trace:
+    with Trace(subject.model, batch.rows, batch.tokens) as trace:
+        subject.run(batch.kwargs)
+    return trace
+
+
+def _named(name: str | None) -> tuple[str | None, str | None]:
+    if name is None:
+        return None, None
+    path, _, kind = name.rpartition(" (")
+    return path, kind.rstrip(")")
+
+
+def _live(model: nn.Module, batch: Mapping[str, Any], seed: int) -> tuple[Subject, AuditBatch]:
+    """A given batch with tokens by which its documents can be told."""
+    ids = batch.get("input_ids")
+    if ids is None:
+        raise ValueError(f"the batch needs input_ids, it has {sorted(batch)}")
+    layout = _layout(batch)
+    real = [d for d in range(layout.num_documents) if layout.lengths[d] and not _pads(layout, d)]
+    if len(real) < 2:
+        raise ValueError(f"the batch needs two documents to tell apart, it has {len(real)}")
+    step = max(1, (len(real) - 1) // (PROBED - 1))
+    probed = [*real[:-1:step][: PROBED - 1], real[-1]]
+    subject = Subject(model, [layout.lengths[d] for d in probed], seed)
+    kwargs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
+    kwargs["input_ids"] = _substituted(subject, ids, layout, probed)
+    return subject, AuditBatch(kwargs, layout, ids.shape[0], ids.shape[1], tuple(probed))
+
+
+def _substituted(
+    subject: Subject, ids: Tensor, layout: DocumentLayout, probed: Sequence[int]
+) -> Tensor:
+    """`ids` with each probed document in tokens of its own pool, and all others in the last."""
+    tokens = ids.flatten().clone()
+    plain = torch.isin(tokens, torch.cat(subject.pools).to(tokens.device))
+    pool_of = {d: subject.pools[i] for i, d in enumerate(probed)}
+    generator = torch.Generator().manual_seed(subject.seed)
+    for d, (start, length) in enumerate(zip(layout.starts, layout.lengths)):
+        pool = pool_of.get(d, subject.pools[-1])
+        drawn = pool[torch.randint(len(pool), (length,), generator=generator).to(pool.device)]
+        part = slice(start, start + length)
+        tokens[part] = torch.where(plain[part], drawn.to(tokens.device), tokens[part])
+    return tokens.view_as(ids)
+
+
+def _layout(batch: Mapping[str, Any]) -> DocumentLayout:
+    """The documents of a live batch, read as a patched model reads them."""
+    from packed_attn_patches.inputs import packed_layout
+
+    ids: Tensor = batch["input_ids"]
+    shape = SimpleNamespace(rows=ids.shape[0], tokens=ids.shape[1], device=ids.device)
+    layout = packed_layout(shape, batch)
+    if layout is None:
+        raise ValueError(
+            f"the batch tells no documents apart, it has {sorted(batch)}: give layout, "
+            "cu_seq_lens_q, seq_idx, a segment mask or position_ids that restart"
+        )
+    return layout.to("cpu")
+
+
+def _pads(layout: DocumentLayout, document: int) -> bool:
+    return layout.padding is not None and bool(layout.padding[document])

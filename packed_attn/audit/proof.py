@@ -1,0 +1,300 @@
+"""audit: runs the model it is given and shows whether packed documents see each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+from packed_attn.audit.conventions import CONVENTIONS, AuditBatch
+from packed_attn.audit.embeddings import Embeddings
+from packed_attn.audit.gradients import (
+    difference,
+    gradient_alone,
+    gradients_by_document,
+    largest,
+    reached,
+)
+from packed_attn.audit.modes import NotOffered, drops, mode
+from packed_attn.audit.report import NONFINITE, Check, IsolationReport, Verdict
+from packed_attn.audit.subject import LENGTHS, NoRowPerDocument, Subject, is_compiled
+from packed_attn.audit.terms import mixing_terms
+from packed_attn.audit.trace import Trace, first_parting
+
+# Packed against alone, relative to the largest logit: rounding of one computation in two shapes.
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+# The same of gradients, relative to the largest gradient: a backward rounds in more places.
+GRADIENT_FACTOR = 10
+ALONE = "packed logits equal alone"
+
+
+@overload
+def audit(
+    model: nn.Module,
+    *,
+    convention: str | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    seed: int = 0,
+) -> IsolationReport: ...
+
+
+@overload
+def audit(
+    model: nn.Module,
+    *,
+    conventions: Sequence[str],
+    lengths: Sequence[int] = LENGTHS,
+    seed: int = 0,
+) -> dict[str, IsolationReport]: ...
+
+
+def audit(
+    model: nn.Module,
+    *,
+    convention: str | None = None,
+    conventions: Sequence[str] | None = None,
+    lengths: Sequence[int] = LENGTHS,
+    seed: int = 0,
+) -> IsolationReport | dict[str, IsolationReport]:
+    """Proves on this very model that packed documents do not see each other, or shows the leak.
+
+    Five checks on a small packed batch of random tokens: (1) packed logits equal those of each
+    document alone; (2) other tokens in one document change no bit of another's logits; (3) the
+    gradient of one document's logits in another's embeddings is exactly 0; (4) NaN and Inf in one
+    document's embeddings stay there; (5) another order of the documents gives the same logits. In
+    train mode also (6) the gradient in a document's own embeddings equals that of it alone.
+
+    Works on any module that takes `input_ids` and returns logits or hidden states, a row a token
+    or, where a model pools, a row a document.
+
+    Args:
+        model: a model, patched or not, wrapped or not, of any size; it is left as it was found.
+        convention: a key of `CONVENTIONS`: which boundaries the batch carries. By default all that
+            `PackedCollator` emits for a patched model, and position_ids for any other.
+        conventions: several of them; the result is a report for each, also where the model raises.
+        lengths: tokens of each document, at least two documents.
+        seed: of the random tokens.
+
+    Raises:
+        ValueError: fewer than two documents, an unknown convention, a model without token
+            embeddings or whose weights are on the meta device, or a patch that holds by half.
+    """
+    for name in (convention, *(conventions or ())):
+        if name is not None and name not in CONVENTIONS:
+            raise ValueError(f"convention must be one of {list(CONVENTIONS)}, got {name!r}")
+    if convention is not None and conventions is not None:
+        raise ValueError("give convention or conventions, not both")
+    subject = Subject(model, lengths, seed)
+    if conventions is not None:
+        return {name: cell(subject, name) for name in conventions}
+    if convention is None:
+        convention = "packed batch" if subject.patched else "position_ids"
+    return _report(subject, convention, type(model).__name__)
+
+
+def cell(subject: Subject, convention: str, *, stop_at_leak: bool = False) -> IsolationReport:
+    """The report of one convention, also where the model does not run."""
+    name = type(subject.model).__name__
+    try:
+        return _report(subject, convention, name, stop_at_leak=stop_at_leak)
+    except Exception as error:  # whatever a model raises is what its report says
+        outcome, reason = outcome_of(error)
+        return IsolationReport(name, convention, (), outcome=outcome, reason=reason)
+
+
+def outcome_of(error: Exception) -> tuple[str, str]:
+    """(outcome, one line) of an exception: what kind of no it is."""
+    lines = str(error).strip().splitlines() or [""]
+    reason = f"{type(error).__name__}: {lines[0]}"
+    stated = isinstance(error, (NotImplementedError, ValueError)) or lines[0].startswith(
+        "packed-attn"
+    )
+    if isinstance(error, NotOffered):
+        return "not offered", lines[0]
+    if stated or (isinstance(error, TypeError) and "unexpected keyword" in lines[0]):
+        return "refused", reason
+    return "error", reason
+
+
+def _report(
+    subject: Subject, convention: str, name: str, *, stop_at_leak: bool = False
+) -> IsolationReport:
+    chosen = CONVENTIONS[convention]
+    notes: list[str] = []
+    if chosen.training and drops(subject.model):
+        notes.append("dropout was set to 0: its masks differ between a pack and a document alone")
+    if is_compiled(subject.model):
+        notes.append("audited eagerly: compiled code does not call an audit's hooks")
+    flags = {"training": chosen.training, "checkpointing": chosen.checkpointing}
+    with mode(subject.model, **flags), subject.hooked():
+        notes += mixing_terms(subject)
+        try:
+            proof = _Proof(subject, convention)
+        except NoRowPerDocument as reason:
+            checks = (Check(ALONE, "fails", float("inf"), 0.0),)
+            return IsolationReport(name, convention, checks, None, (*notes, str(reason)))
+        checks = tuple(proof.checks(stop_at_leak))
+    return IsolationReport(name, convention, checks, proof.leak, (*notes, *proof.notes))
+
+
+class _Proof:
+    """One convention under way: the clean packed run, and the checks on it."""
+
+    def __init__(self, subject: Subject, convention: str) -> None:
+        self.subject = subject
+        self.convention = CONVENTIONS[convention]
+        self.alone = subject.alone()
+        self.batch = subject.batch(subject.documents, self.convention)
+        self.spans = subject.spans(self.batch)
+        self.clean = subject.packed(self.batch)
+        self.scale = max(float(torch.nan_to_num(self.clean).abs().max()), 1e-30)
+        self.rounding = 0.0
+        self.moved = 0.0
+        self.leak: str | None = None
+        self.notes: list[str] = []
+
+    def checks(self, stop_at_leak: bool) -> Iterator[Check]:
+        """The checks, in order; `stop_at_leak` ends them with the first that fails."""
+        drawn = self._drawn()
+        if not drawn:
+            yield (first := self._alone())
+            if stop_at_leak and first.verdict == "fails":
+                self._name_the_leak()
+                return
+        gradient, own = self._gradients()
+        self.may_round = gradient.verdict == "holds"
+        for check in (self._perturbed(), gradient, self._nonfinite()):
+            yield check
+            if stop_at_leak and check.verdict == "fails":
+                return
+        if not drawn:
+            yield self._reordered()
+            if self.convention.training:
+                yield own
+
+    def _drawn(self) -> bool:
+        """Whether the model draws at random; then only runs of one shape compare."""
+        if not self.convention.training:
+            return False
+        other = self.subject.run(self.batch.kwargs, seed=self.subject.seed + 1)
+        drawn = not torch.equal(self.subject.rows(other, self.batch), self.clean)
+        if drawn:
+            self.notes.append(
+                "the model draws at random in train mode: a pack was not compared with its "
+                "documents alone, nor with another order"
+            )
+        return drawn
+
+    def _alone(self) -> Check:
+        worst = max(
+            difference(self.clean[a:b], alone) for (a, b), alone in zip(self.spans, self.alone)
+        )
+        self.rounding = worst
+        return self._within(ALONE, worst)
+
+    def _perturbed(self) -> Check:
+        """Other tokens in each document in turn."""
+        worst = 0.0
+        for index in range(len(self.spans)):
+            batch = self._changed_batch(index)
+            worst = max(worst, self._changed(index, batch, self.subject.packed(batch)))
+        return self._unchanged("perturbing a document changes no other", worst)
+
+    def _name_the_leak(self) -> None:
+        """The first leaking module, where no check has looked for it yet."""
+        for index in range(len(self.spans)):
+            batch = self._changed_batch(index)
+            self._changed(index, batch, self.subject.packed(batch))
+
+    def _changed_batch(self, index: int) -> AuditBatch:
+        changed = list(self.subject.documents)
+        changed[index] = self.subject.replacements[index]
+        return self.subject.batch(changed, self.convention)
+
+    def _changed(
+        self, index: int, batch: AuditBatch, logits: Tensor, poison: tuple | None = None
+    ) -> float:
+        """How far all documents but `index` moved; notes the module where the first one did."""
+        others = self._outside(index, logits.shape[0], self.spans)
+        moved = difference(logits[others], self.clean[others])
+        if moved > self.moved:
+            self.moved = moved
+            tokens = self._outside(index, self.batch.rows * self.batch.tokens, self.batch.spans)
+            self.leak = first_parting(
+                self._trace(self.batch, None), self._trace(batch, poison), tokens
+            )
+        return moved
+
+    def _trace(self, batch: AuditBatch, poison: tuple | None) -> Trace:
+        """The calls of all modules; their values are made a second time only where they part."""
+        with Trace(self.subject.model, batch.rows, batch.tokens) as trace:
+            self._run(batch, poison)
+        return trace
+
+    def _run(self, batch: AuditBatch, poison: tuple | None) -> Tensor:
+        if poison is None:
+            return self.subject.packed(batch)
+        with Embeddings(self.subject.model, poison=poison):
+            return self.subject.packed(batch)
+
+    def _unchanged(self, name: str, worst: float) -> Check:
+        # Experts group tokens by content, so another document changes the shape of a matrix
+        # product: allowed as far as the same model rounds between packed and alone.
+        bound = 4 * max(self.rounding, torch.finfo(self.clean.dtype).eps * self.scale)
+        verdict: Verdict = "holds" if worst == 0 else "fails"
+        if 0 < worst <= bound and self.may_round:
+            verdict = "rounding"
+        return self._check(name, verdict, worst, 0.0)
+
+    def _gradients(self) -> tuple[Check, Check]:
+        """Of each document's logits in the embeddings of all others, and in its own."""
+        worst = apart = 0.0
+        found = gradients_by_document(self.subject, self.batch)
+        scale = reached(self.subject, [own for own, _ in found])
+        for index, (own, others) in enumerate(found):
+            worst = max(worst, largest(others))
+            if self.convention.training:
+                apart = max(apart, difference(own, gradient_alone(self.subject, index)))
+        verdict: Verdict = "holds" if worst == 0 else "fails"
+        gradient = Check("gradient into other documents is 0", verdict, worst, 0.0)
+        bound = GRADIENT_FACTOR * TOLERANCE[self.clean.dtype]
+        verdict = "holds" if apart <= bound * scale else "fails"
+        own = Check("gradient in its own tokens equals alone", verdict, apart / scale, bound)
+        return gradient, own
+
+    def _nonfinite(self) -> Check:
+        """NaN, then Inf, in each document's embeddings."""
+        worst = 0.0
+        for value in (torch.nan, torch.inf):
+            for index, pool in enumerate(self.subject.pools[: len(self.spans)]):
+                poison = (pool, value)
+                logits = self._run(self.batch, poison)
+                worst = max(worst, self._changed(index, self.batch, logits, poison))
+        return self._unchanged(NONFINITE, worst)
+
+    def _reordered(self) -> Check:
+        order = list(reversed(range(len(self.spans))))
+        batch = self.subject.batch([self.subject.documents[i] for i in order], self.convention)
+        logits, spans = self.subject.packed(batch), self.subject.spans(batch)
+        worst = max(
+            difference(logits[slice(*spans[place])], self.clean[slice(*self.spans[i])])
+            for place, i in enumerate(order)
+        )
+        return self._within("another order gives the same logits", worst)
+
+    def _within(self, name: str, worst: float) -> Check:
+        bound = TOLERANCE[self.clean.dtype]
+        verdict: Verdict = "holds" if worst <= bound * self.scale else "fails"
+        return self._check(name, verdict, worst, bound)
+
+    def _check(self, name: str, verdict: Verdict, worst: float, bound: float) -> Check:
+        return Check(name, verdict, worst / self.scale, bound)
+
+    def _outside(self, index: int, rows: int, spans: Sequence[tuple[int, int]]) -> Tensor:
+        """bool `[rows]`: those of all other documents."""
+        outside = torch.zeros(rows, dtype=torch.bool, device=self.clean.device)
+        for other, (a, b) in enumerate(spans):
+            outside[a:b] = other != index
+        return outside
