@@ -19,8 +19,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from packed_attn.packing.plan import INT64_MAX
-
 
 @dataclass(frozen=True, eq=False)
 class ForestPlan:
@@ -132,7 +130,7 @@ class _Tree:
 def _emitted(tree: _Tree, leaf_of: list[int], min_shared: int) -> ForestPlan:
     """The tree's documents, depth-first, without prefixes that save too little."""
     nodes = tree.nodes
-    first = [INT64_MAX] * len(nodes)
+    first = [len(leaf_of)] * len(nodes)
     for index in range(len(leaf_of) - 1, -1, -1):
         if leaf_of[index] >= 0:
             first[leaf_of[index]] = index
