@@ -126,7 +126,9 @@ def _replace_configs(model: PreTrainedModel, record: PatchRecord) -> None:
 def _entrances(model: PreTrainedModel) -> list[nn.Module]:
     """The model and the inner models that some callers enter past it."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    unique = {id(m): m for m in (model, model.base_model, decoder) if m is not None}
+    # An encoder's head may call a linear layer its decoder.
+    models = (m for m in (model, model.base_model, decoder) if isinstance(m, PreTrainedModel))
+    unique = {id(m): m for m in models}
     return list(unique.values())
 
 
