@@ -242,10 +242,12 @@ def _gradient_outside(
     ids[0, slice(*place)] = 5
     embedded: list[tuple[Tensor, Tensor]] = []
 
-    def note(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> Tensor:
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         given = args[0] if args else next(iter(kwargs.values()))
-        embedded.append((given, output.detach().clone().requires_grad_()))
-        return embedded[-1][1]
+        whole = output if isinstance(output, tuple) else (output,)  # quantised: with its scale
+        leaf = whole[0].detach().clone().requires_grad_()
+        embedded.append((given, leaf))
+        return (leaf.clone(), *whole[1:]) if isinstance(output, tuple) else leaf.clone()
 
     handle = model.get_input_embeddings().register_forward_hook(note, with_kwargs=True)
     try:

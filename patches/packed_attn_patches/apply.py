@@ -16,7 +16,7 @@ from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from packed_attn_patches.families import Route, first_position, head_of, route
+from packed_attn_patches.families import Route, UnknownModelType, first_position, head_of, route
 from packed_attn_patches.inputs import LayoutHook
 from packed_attn_patches.interface import NAMES
 from packed_attn_patches.unpack import UnpackedForward
@@ -47,26 +47,58 @@ def patch(model: nn.Module, backend: str = "auto", on_unknown: str = "raise") ->
         return model
     if record is not None:
         unpatch(model)
-    chosen = route(model, on_unknown)
+    try:
+        chosen = route(model, on_unknown)
+    except UnknownModelType as refusal:
+        raise UnknownModelType(f"{refusal}. {_probed(model)}") from None
     assert isinstance(model, PreTrainedModel)
     _warn_untested()
-    if chosen is Route.INTERFACE:
-        record = PatchRecord(backend, chosen, _configs(model))
-        _replace_configs(model, record)
-    else:
-        record = PatchRecord(backend, chosen, ())
-        for module in _entrances(model):
-            module.forward = UnpackedForward(module, chosen, head_of(module))
-    for module in _entrances(model):
-        hook = LayoutHook(
-            backend,
-            unpacked=chosen is not Route.INTERFACE,
-            shifts=head_of(module).shifts,
-            first_position=first_position(model),
-        )
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-    model.__dict__[_RECORD] = record
+    _put_on(model, chosen, backend)
     return model
+
+
+def _put_on(model: PreTrainedModel, chosen: Route, backend: str) -> None:
+    """All of the patch or, where an exception stops it, nothing."""
+    interface = chosen is Route.INTERFACE
+    record = PatchRecord(backend, chosen, _configs(model) if interface else ())
+    model.__dict__[_RECORD] = record
+    try:
+        entrances = _entrances(model)
+        if interface:
+            _replace_configs(model, record)
+        for module in entrances:
+            if not interface:
+                module.forward = UnpackedForward(module, chosen, head_of(module))
+            hook = LayoutHook(
+                backend,
+                unpacked=not interface,
+                shifts=head_of(module).shifts,
+                first_position=first_position(model),
+                outer=module is model and len(entrances) > 1,
+            )
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+    except BaseException:
+        unpatch(model)
+        raise
+
+
+def _probed(model: nn.Module) -> str:
+    """What an audit finds when the unknown model is run as if its attention took the layout."""
+    from packed_attn.audit import audit
+
+    assert isinstance(model, PreTrainedModel)
+    try:
+        _put_on(model, Route.INTERFACE, "auto")
+        report = audit(model)
+    except Exception as error:
+        return f"Run as if its attention took the layout, it raises {type(error).__name__}: {error}"
+    finally:
+        if is_patched(model):
+            unpatch(model)
+    if report.isolated:
+        return "Run as if its attention took the layout, an audit of it finds no leak"
+    leak = report.first_leaking_module
+    return f"Run as if its attention took the layout, documents mix first in {leak}"
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -132,12 +164,16 @@ def _entrances(model: PreTrainedModel) -> list[nn.Module]:
     return list(unique.values())
 
 
+def is_tested_version() -> bool:
+    """Whether the installed transformers is one that the sweep of all model types has run on."""
+    return TESTED[0] <= Version(transformers.__version__) < TESTED[1]
+
+
 def _warn_untested() -> None:
-    version = Version(transformers.__version__)
-    if not TESTED[0] <= version < TESTED[1]:
+    if not is_tested_version():
         warnings.warn(
-            f"transformers {version} is outside the tested range "
-            f"{TESTED[0]} to {TESTED[1]} (not included): pass verify=True to audit the model",
+            f"transformers {transformers.__version__} is outside the tested range {TESTED[0]} to "
+            f"{TESTED[1]} (not included): the patched model is audited, and refused if it leaks",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -13,6 +13,10 @@ from transformers import PreTrainedModel
 from packed_attn_patches.interface import NAMES
 
 
+class UnknownModelType(NotImplementedError):
+    """A model of a type that no table names."""
+
+
 class Route(Enum):
     """How a model is made exact."""
 
@@ -48,7 +52,27 @@ _REFUSED = (
     "DoubleHeadsModel",
 )
 # Decoders whose language-modelling loss does not shift its labels.
-UNSHIFTED_TYPES: frozenset[str] = frozenset()
+UNSHIFTED_TYPES = frozenset(
+    {
+        "bart",
+        "bigbird_pegasus",
+        "blenderbot",
+        "blenderbot-small",
+        "cpmant",
+        "flaubert",
+        "marian",
+        "mbart",
+        "moshi",
+        "mvp",
+        "pegasus",
+        "plbart",
+        "prophetnet",
+        "trocr",
+        "whisper",
+        "xlm",
+        "xlnet",
+    }
+)
 
 # fmt: off
 # Proven exact through the attention interface.
@@ -107,6 +131,10 @@ def route(model: nn.Module, on_unknown: str) -> Route:
         raise _refused(
             model, "it is not a transformers PreTrainedModel; patch the model inside its wrapper"
         )
+    if "input_ids" not in inspect.signature(type(model).forward).parameters:
+        raise _refused(model, f"it has no text path, its forward takes {model.main_input_name}")
+    if _without_weights(model):
+        raise _refused(model, "its weights are on the meta device: load them first")
     refused = next((e for e in _REFUSED if _ends(model, (e,))), None)
     if refused is not None:
         raise _refused(
@@ -131,10 +159,11 @@ def route(model: nn.Module, on_unknown: str) -> Route:
         return Route.INTERFACE
     if on_unknown == "unpack":
         return Route.UNPACK
-    raise _refused(
-        model,
-        f"model type {model_type!r} is not among those proven exact. on_unknown='unpack' runs it "
-        "on documents batched by equal length, exact and slower; audit(model) shows what leaks",
+    raise UnknownModelType(
+        f"patch_model refuses {type(model).__name__}: model type {model_type!r} is not among those "
+        "proven exact. on_unknown='unpack' runs it on documents batched by equal length, exact and "
+        "slower; a line in the tables of packed_attn_patches/families.py, or an issue that asks "
+        "for one, makes the type known"
     )
 
 
@@ -155,6 +184,12 @@ def first_position(model: nn.Module) -> int:
 def _ends(model: nn.Module, endings: tuple[str, ...]) -> bool:
     """Whether the model's class or one that it derives from has a name with such an ending."""
     return any(cls.__name__.endswith(endings) for cls in type(model).__mro__)
+
+
+def _without_weights(model: nn.Module) -> bool:
+    """Weights on the meta device that no hook of accelerate brings in when they are needed."""
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return not offloaded and any(parameter.is_meta for parameter in model.parameters())
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:
