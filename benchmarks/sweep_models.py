@@ -2,10 +2,10 @@
 
     python benchmarks/sweep_models.py [--head causal ...] [--types llama ...] [--json PATH]
 
-Each type is a tiny random model in a child process with a memory and a time limit. Its documents are
-run alone on the stock model and then packed on the patched one, under every convention, in training
-and with checkpointing (see `tests/sweep.py`). Prints a line for each type that is not exact and a
-table of counts, and writes all outcomes as JSON. Exit status 1 when a type is wrong.
+Each type is a tiny random model in a child process with a memory and a time limit. Its documents
+are run alone on the stock model and then packed on the patched one, under every convention, in
+training and with checkpointing (see `tests/sweep.py`). Prints a line for each type that is not
+exact and a table of counts, and writes all outcomes as JSON. Exit status 1 when a type is wrong.
 """
 
 from __future__ import annotations

@@ -95,7 +95,7 @@ INTERFACE = frozenset({
 # Proven exact unpacked: outputs never depend on later tokens, so right padding reaches nothing.
 UNPACK_CAUSAL = frozenset({
     "apertus1p5_text", "axk2", "bailing_hybrid", "bamba", "bart", "bigbird_pegasus",
-    "blenderbot", "blenderbot-small", "bloom", "codegen", "cpmant", "ctrl", "deepseek_v32",
+    "blenderbot", "blenderbot-small", "bloom", "codegen", "ctrl", "deepseek_v32",
     "deepseek_v4", "doge", "dory", "dots3_note_text", "emu3_text_model", "exaone", "falcon",
     "falcon_h1", "falcon_mamba", "fuyu", "gemma3", "gemma4", "gemma4_text", "gemma4_unified",
     "gemma4_unified_text", "glm_moe_dsa", "got_ocr2", "gpt_neo", "gpt_neox_japanese", "gptj",
@@ -109,9 +109,17 @@ UNPACK_CAUSAL = frozenset({
 })
 # Proven exact unpacked with a mask: encoders, and decoders that may be loaded as encoders.
 UNPACK_MASKED = frozenset({
-    "big_bird", "camembert", "data2vec-text", "megatron-bert", "rembert", "roberta",
-    "roberta-prelayernorm", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet",
+    "albert", "big_bird", "bros", "camembert", "canine", "data2vec-text", "deberta",
+    "deberta-v2", "distilbert", "esm", "eurobert", "flaubert", "gte", "ibert",
+    "jina_embeddings_v3", "layoutlm", "layoutlmv3", "lilt", "longformer", "markuplm",
+    "megatron-bert", "mobilebert", "modernbert", "modernvbert", "mpnet", "neomme",
+    "nomic_bert", "rembert", "roberta", "roberta-prelayernorm", "roformer", "squeezebert",
+    "tapas", "ultrabert", "ultravbert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet",
     "xmod",
+})
+# Proven exact unpacked without any padding: what mixes tokens takes no mask.
+UNPACK_EQUAL = frozenset({
+    "convbert", "cpmant", "fnet", "mra", "nystromformer", "yoso",
 })
 # Types whose positions begin behind the padding id.
 POSITIONS_AFTER_PADDING = frozenset({
@@ -147,6 +155,8 @@ def route(model: nn.Module, on_unknown: str) -> Route:
             "packing source and target documents of an encoder-decoder together is not supported; "
             "its decoder alone (AutoModelForCausalLM) is",
         )
+    if model_type in UNPACK_EQUAL:
+        return Route.UNPACK
     known = model_type in INTERFACE | UNPACK_CAUSAL | UNPACK_MASKED
     if known and head_of(model).per_document:
         return Route.UNPACK_MASKED

@@ -122,7 +122,7 @@ class _Unpacked:
             layout.cu_seqlens,
             layout.padding,
             pad_lengths=self.forward.route is not Route.UNPACK,
-            # Token ids cost nothing to gather, and a run of one document would be a call of its own.
+            # Gathering ids costs nothing, and a document read in place would be a call of its own.
             view_tokens=CALL_TOKENS,
             call_tokens=1 if self._one_by_one() else CALL_TOKENS,
         )
