@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"[{head} {number}/{len(types)}] {model_type}", file=sys.stderr, flush=True)
             if outcome.status != "exact":
                 print(f"{head} {model_type}: {outcome.status}. {_why(outcome)}", flush=True)
-        _write(options.json, outcomes)
+            _write(options.json, outcomes)
     print(table(outcomes))
     return int(any(o.status == "wrong" for o in outcomes))
 

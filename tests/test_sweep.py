@@ -48,6 +48,7 @@ def test_every_type_is_exact_or_refused(head: str) -> None:
     assert head != "causal" or len(exact) >= 0.95 * len(built)
 
 
+@pytest.mark.slow  # starting the server costs more than the rest of this file
 def test_children_that_raise_die_or_hang_are_reported() -> None:
     items = [("raise",), ("allocate",), ("exit",), ("answer",)]
     raised, starved, died, answered = in_children(misbehave, items)
