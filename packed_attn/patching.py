@@ -38,23 +38,24 @@ def patch_model(
             and returns rows, with zeros at padding. Generation stays as it is.
         share_prefixes: with `padding_free`, compute once what rows of a batch begin with in common
             (the prompt of a preference pair, of a group of rollouts), as a forest.
-        verify: run `audit` on the patched model, and undo the patch if it leaks.
+        verify: run `audit` on the patched model, and undo the patch if it leaks. A version of
+            transformers outside the tested range is warned about and always audited.
 
     Returns:
         The same object.
 
     Raises:
         NotImplementedError: the model is not known to be exact; names it and the reason.
-        RuntimeError: `verify` found a leak; the model is as it was.
+        RuntimeError: the audit found a leak; the model is as it was.
     """
     if on_unknown not in ("raise", "unpack"):
         raise ValueError(f"on_unknown must be 'raise' or 'unpack', got {on_unknown!r}")
     if share_prefixes and not padding_free:
         raise ValueError("share_prefixes=True needs padding_free=True: it is about padded rows")
-    from packed_attn_patches import patch, unpatch
+    from packed_attn_patches import Settings, is_tested_version, patch, unpatch
 
-    patch(model, backend, on_unknown, padding_free, share_prefixes)
-    if verify:
+    patch(model, Settings(backend, padding_free, share_prefixes), on_unknown)
+    if verify or not is_tested_version():
         from packed_attn.audit import audit
 
         report = audit(model)

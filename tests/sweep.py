@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from packed_attn import PackedCollator, patch_model, unpatch_model
 from tests.exactness import documents, stock_outcomes
 
+# Two pairs of like length, which unpacking pads to one batch each, and a single token.
+LENGTHS = (5, 1, 37, 4, 31)
 LOGITS = 1e-5  # relative to the largest logit, float32
 GRADIENTS = 1e-4  # of a parameter, relative to the sum over the documents alone
 
@@ -58,10 +60,6 @@ class Head:
     per_document: bool = False
 
 
-def _next_tokens(ids: Tensor) -> Tensor:
-    return torch.cat([ids.new_full((1,), -100), ids[1:]])
-
-
 def _some_tokens(ids: Tensor) -> Tensor:
     return ids.masked_fill(ids % 3 == 0, -100)
 
@@ -71,7 +69,7 @@ def _some_classes(ids: Tensor) -> Tensor:
 
 
 HEADS = {
-    "causal": Head("AutoModelForCausalLM", "CAUSAL_LM", _next_tokens),
+    "causal": Head("AutoModelForCausalLM", "CAUSAL_LM", torch.Tensor.clone),
     "masked": Head("AutoModelForMaskedLM", "MASKED_LM", _some_tokens),
     "token": Head("AutoModelForTokenClassification", "TOKEN_CLASSIFICATION", _some_classes),
     "sequence": Head(
@@ -80,7 +78,7 @@ HEADS = {
         lambda ids: ids[:1] % 2,
         per_document=True,
     ),
-    "vision": Head("AutoModelForImageTextToText", "IMAGE_TEXT_TO_TEXT", _next_tokens),
+    "vision": Head("AutoModelForImageTextToText", "IMAGE_TEXT_TO_TEXT", torch.Tensor.clone),
 }
 
 
@@ -122,7 +120,7 @@ class _Stock:
 
     def __init__(self, model: nn.Module, head: Head) -> None:
         self.head = head
-        self.docs = documents()
+        self.docs = documents(lengths=LENGTHS)
         with torch.no_grad():
             self.alone = torch.cat([_rows(model(input_ids=d[None])) for d in self.docs])
         self.scale = float(self.alone.abs().max())
@@ -137,16 +135,30 @@ class _Stock:
     def _backward(self, model: nn.Module) -> float:
         """The mean loss over all targets, from documents one by one."""
         model.zero_grad()
-        targets = sum(int((x != -100).sum()) for x in self.labels())
+        skipped = int(self._shifts(model))
+        targets = [int((x[skipped:] != -100).sum()) for x in self.labels()]
         total = 0.0
-        for doc, labels in zip(self.docs, self.labels()):
-            share = int((labels != -100).sum()) / targets
+        for doc, labels, share in zip(self.docs, self.labels(), targets):
             if share:
-                given = labels if self.head.per_document else labels[None]
-                loss = model(input_ids=doc[None], labels=given).loss * share
+                loss = self._loss(model, doc, labels) * share / sum(targets)
                 loss.backward()
                 total += float(loss)
         return total
+
+    def _shifts(self, model: nn.Module) -> bool:
+        """Whether the first label has no part in the loss."""
+        if self.head.per_document:
+            return False
+        doc = self.docs[0]
+        first, other = torch.full_like(doc, -100), torch.full_like(doc, -100)
+        first[0], other[-1] = 1, 1
+        with torch.no_grad():
+            both = first.where(first != -100, other)
+            return torch.equal(self._loss(model, doc, both), self._loss(model, doc, other))
+
+    def _loss(self, model: nn.Module, doc: Tensor, labels: Tensor) -> Tensor:
+        given = labels if self.head.per_document else labels[None]
+        return model(input_ids=doc[None], labels=given).loss
 
 
 def _checks(model: nn.Module, stock: _Stock) -> dict[str, Callable[[], str]]:
@@ -224,16 +236,31 @@ def _gradient_outside(
     """The largest gradient of a document's outputs in the embeddings of all other documents.
 
     A forward may embed its tokens in batches of its own. So the document is one token id over and
-    over and the others are another: the gradient of that one's embedding is theirs alone.
+    over and the others are another: an embedding's id says whose it is.
     """
     ids = torch.full_like(packed["input_ids"], 4)
     ids[0, slice(*place)] = 5
-    embedding = model.get_input_embeddings().weight
-    model.zero_grad()
-    outputs = _rows(model(**{**packed, "input_ids": ids}))[rows]
+    embedded: list[tuple[Tensor, Tensor]] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        given = args[0] if args else next(iter(kwargs.values()))
+        whole = output if isinstance(output, tuple) else (output,)  # quantised: with its scale
+        leaf = whole[0].detach().clone().requires_grad_()
+        embedded.append((given, leaf))
+        return (leaf.clone(), *whole[1:]) if isinstance(output, tuple) else leaf.clone()
+
+    handle = model.get_input_embeddings().register_forward_hook(note, with_kwargs=True)
+    try:
+        outputs = _rows(model(**{**packed, "input_ids": ids}))[rows]
+    finally:
+        handle.remove()
     weights = torch.linspace(-1, 1, outputs.numel()).view_as(outputs)
-    (gradient,) = torch.autograd.grad((outputs * weights).sum(), embedding)
-    return _largest(gradient[4])
+    leaves = [leaf for _, leaf in embedded]
+    gradients = torch.autograd.grad((outputs * weights).sum(), leaves, allow_unused=True)
+    others = [g[given == 4] for (given, _), g in zip(embedded, gradients) if g is not None]
+    if not any(g is not None and bool(g.any()) for g in gradients):
+        raise RuntimeError("the outputs depend on no embedding: the check sees nothing")
+    return max(map(_largest, others))
 
 
 def _trains(model: nn.Module, stock: _Stock, packed: Mapping[str, Tensor]) -> str:

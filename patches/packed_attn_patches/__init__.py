@@ -12,6 +12,22 @@ Importing this package imports transformers and registers the attention names; `
 imports it only when a model is patched.
 """
 
-from packed_attn_patches.apply import is_patched, patch, patched_module, route_of, unpatch
+from packed_attn_patches.apply import (
+    Settings,
+    is_patched,
+    is_tested_version,
+    patch,
+    patched_module,
+    route_of,
+    unpatch,
+)
 
-__all__ = ["is_patched", "patch", "patched_module", "route_of", "unpatch"]
+__all__ = [
+    "Settings",
+    "is_patched",
+    "is_tested_version",
+    "patch",
+    "patched_module",
+    "route_of",
+    "unpatch",
+]

@@ -16,7 +16,14 @@ from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from packed_attn_patches.families import Route, first_position, head_of, route
+from packed_attn_patches.families import (
+    Route,
+    UnknownModelType,
+    backbone_route,
+    first_position,
+    head_of,
+    route,
+)
 from packed_attn_patches.inputs import LayoutHook
 from packed_attn_patches.interface import NAMES
 from packed_attn_patches.padding_free import PackRows, PadRows
@@ -27,69 +34,102 @@ _RECORD = "_packed_attn_record"
 
 
 @dataclass(frozen=True)
+class Settings:
+    """What a model is patched with; see `packed_attn.patch_model`."""
+
+    backend: str = "auto"
+    padding_free: bool = False
+    share_prefixes: bool = False
+
+
+@dataclass(frozen=True)
 class PatchRecord:
     """What `unpatch` needs, held by the model itself so that it is copied and pickled with it.
 
     Attributes:
-        backend, padding_free, share_prefixes: as given to `patch_model`.
+        settings: as given to `patch`.
         route: how the model was made exact.
         configs: (module path, attribute, original config) of every config that was replaced.
     """
 
-    backend: str
-    padding_free: bool
-    share_prefixes: bool
+    settings: Settings
     route: Route
     configs: tuple[tuple[str, str, PreTrainedConfig], ...]
 
 
 def patch(
-    model: nn.Module,
-    backend: str = "auto",
-    on_unknown: str = "raise",
-    padding_free: bool = False,
-    share_prefixes: bool = False,
+    model: nn.Module, settings: Settings = Settings(), on_unknown: str = "raise"
 ) -> nn.Module:
     """Makes `model` respect document boundaries; see `packed_attn.patch_model`."""
     record = model.__dict__.get(_RECORD)
-    settings = (backend, padding_free, share_prefixes)
-    if record is not None and settings == (
-        record.backend,
-        record.padding_free,
-        record.share_prefixes,
-    ):
+    if record is not None and record.settings == settings:
         return model
     if record is not None:
         unpatch(model)
-    chosen = route(model, on_unknown)
+    try:
+        chosen = route(model, on_unknown)
+    except UnknownModelType as refusal:
+        raise UnknownModelType(f"{refusal}. {_probed(model)}") from None
     assert isinstance(model, PreTrainedModel)
-    if share_prefixes and chosen is not Route.INTERFACE:
+    _warn_untested()
+    _put_on(model, chosen, settings)
+    return model
+
+
+def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
+    """All of the patch or, where an exception stops it, nothing."""
+    # A head may need unpacking for its own sake, while padded rows meet the backbone alone.
+    inner = backbone_route(model, chosen) if settings.padding_free else chosen
+    if settings.share_prefixes and inner is not Route.INTERFACE:
         raise NotImplementedError(
             f"share_prefixes: {type(model).__name__} runs on documents batched by length, where a "
             "document cannot go on from another; without it plain packs work"
         )
-    _warn_untested()
-    if chosen is Route.INTERFACE:
-        record = PatchRecord(*settings, chosen, _configs(model))
-        _replace_configs(model, record)
-    else:
-        record = PatchRecord(*settings, chosen, ())
-        for module in _entrances(model):
-            module.forward = UnpackedForward(module, chosen, head_of(module))
-    if padding_free:
-        backbone = _entrances(model)[-1]
-        backbone.register_forward_pre_hook(PackRows(share_prefixes), with_kwargs=True)
-        backbone.register_forward_hook(PadRows(), with_kwargs=True)
-    for module in _entrances(model):
-        hook = LayoutHook(
-            backend,
-            unpacked=chosen is not Route.INTERFACE,
-            shifts=head_of(module).shifts,
-            first_position=first_position(model),
-        )
-        module.register_forward_pre_hook(hook, with_kwargs=True)
+    record = PatchRecord(settings, chosen, _configs(model) if inner is Route.INTERFACE else ())
     model.__dict__[_RECORD] = record
-    return model
+    try:
+        entrances = _entrances(model)
+        if inner is Route.INTERFACE:
+            _replace_configs(model, record)
+        if settings.padding_free:
+            backbone = entrances[-1]
+            rows = PackRows(settings.share_prefixes)
+            backbone.register_forward_pre_hook(rows, with_kwargs=True)
+            backbone.register_forward_hook(PadRows(), with_kwargs=True)
+        for module in entrances:
+            taken = chosen if module is model else inner
+            if taken is not Route.INTERFACE:
+                module.forward = UnpackedForward(module, taken, head_of(module))
+            hook = LayoutHook(
+                settings.backend,
+                unpacked=taken is not Route.INTERFACE,
+                shifts=head_of(module).shifts,
+                first_position=first_position(model),
+                outer=module is model and len(entrances) > 1,
+            )
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+    except BaseException:
+        unpatch(model)
+        raise
+
+
+def _probed(model: nn.Module) -> str:
+    """What an audit finds when the unknown model is run as if its attention took the layout."""
+    from packed_attn.audit import audit
+
+    assert isinstance(model, PreTrainedModel)
+    try:
+        _put_on(model, Route.INTERFACE, Settings())
+        report = audit(model)
+    except Exception as error:
+        return f"Run as if its attention took the layout, it raises {type(error).__name__}: {error}"
+    finally:
+        if is_patched(model):
+            unpatch(model)
+    if report.isolated:
+        return "Run as if its attention took the layout, an audit of it finds no leak"
+    leak = report.first_leaking_module
+    return f"Run as if its attention took the layout, documents mix first in {leak}"
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -165,16 +205,22 @@ def _replace_configs(model: PreTrainedModel, record: PatchRecord) -> None:
 def _entrances(model: PreTrainedModel) -> list[nn.Module]:
     """The model and the inner models that some callers enter past it."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    unique = {id(m): m for m in (model, model.base_model, decoder) if m is not None}
+    # An encoder's head may call a linear layer its decoder.
+    models = (m for m in (model, model.base_model, decoder) if isinstance(m, PreTrainedModel))
+    unique = {id(m): m for m in models}
     return list(unique.values())
 
 
+def is_tested_version() -> bool:
+    """Whether the installed transformers is one that the sweep of all model types has run on."""
+    return TESTED[0] <= Version(transformers.__version__) < TESTED[1]
+
+
 def _warn_untested() -> None:
-    version = Version(transformers.__version__)
-    if not TESTED[0] <= version < TESTED[1]:
+    if not is_tested_version():
         warnings.warn(
-            f"transformers {version} is outside the tested range "
-            f"{TESTED[0]} to {TESTED[1]} (not included): pass verify=True to audit the model",
+            f"transformers {transformers.__version__} is outside the tested range {TESTED[0]} to "
+            f"{TESTED[1]} (not included): the patched model is audited, and refused if it leaks",
             RuntimeWarning,
             stacklevel=4,
         )

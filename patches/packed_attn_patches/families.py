@@ -13,6 +13,10 @@ from transformers import PreTrainedModel
 from packed_attn_patches.interface import NAMES
 
 
+class UnknownModelType(NotImplementedError):
+    """A model of a type that no table names."""
+
+
 class Route(Enum):
     """How a model is made exact."""
 
@@ -48,7 +52,27 @@ _REFUSED = (
     "DoubleHeadsModel",
 )
 # Decoders whose language-modelling loss does not shift its labels.
-UNSHIFTED_TYPES: frozenset[str] = frozenset()
+UNSHIFTED_TYPES = frozenset(
+    {
+        "bart",
+        "bigbird_pegasus",
+        "blenderbot",
+        "blenderbot-small",
+        "cpmant",
+        "flaubert",
+        "marian",
+        "mbart",
+        "moshi",
+        "mvp",
+        "pegasus",
+        "plbart",
+        "prophetnet",
+        "trocr",
+        "whisper",
+        "xlm",
+        "xlnet",
+    }
+)
 
 # fmt: off
 # Proven exact through the attention interface.
@@ -71,7 +95,7 @@ INTERFACE = frozenset({
 # Proven exact unpacked: outputs never depend on later tokens, so right padding reaches nothing.
 UNPACK_CAUSAL = frozenset({
     "apertus1p5_text", "axk2", "bailing_hybrid", "bamba", "bart", "bigbird_pegasus",
-    "blenderbot", "blenderbot-small", "bloom", "codegen", "cpmant", "ctrl", "deepseek_v32",
+    "blenderbot", "blenderbot-small", "bloom", "codegen", "ctrl", "deepseek_v32",
     "deepseek_v4", "doge", "dory", "dots3_note_text", "emu3_text_model", "exaone", "falcon",
     "falcon_h1", "falcon_mamba", "fuyu", "gemma3", "gemma4", "gemma4_text", "gemma4_unified",
     "gemma4_unified_text", "glm_moe_dsa", "got_ocr2", "gpt_neo", "gpt_neox_japanese", "gptj",
@@ -85,9 +109,17 @@ UNPACK_CAUSAL = frozenset({
 })
 # Proven exact unpacked with a mask: encoders, and decoders that may be loaded as encoders.
 UNPACK_MASKED = frozenset({
-    "big_bird", "camembert", "data2vec-text", "megatron-bert", "rembert", "roberta",
-    "roberta-prelayernorm", "roformer", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet",
+    "albert", "big_bird", "bros", "camembert", "canine", "data2vec-text", "deberta",
+    "deberta-v2", "distilbert", "esm", "eurobert", "flaubert", "gte", "ibert",
+    "jina_embeddings_v3", "layoutlm", "layoutlmv3", "lilt", "longformer", "markuplm",
+    "megatron-bert", "mobilebert", "modernbert", "modernvbert", "mpnet", "neomme",
+    "nomic_bert", "rembert", "roberta", "roberta-prelayernorm", "roformer", "squeezebert",
+    "tapas", "ultrabert", "ultravbert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet",
     "xmod",
+})
+# Proven exact unpacked without any padding: what mixes tokens takes no mask.
+UNPACK_EQUAL = frozenset({
+    "convbert", "cpmant", "fnet", "mra", "nystromformer", "yoso",
 })
 # Types whose positions begin behind the padding id.
 POSITIONS_AFTER_PADDING = frozenset({
@@ -107,6 +139,10 @@ def route(model: nn.Module, on_unknown: str) -> Route:
         raise _refused(
             model, "it is not a transformers PreTrainedModel; patch the model inside its wrapper"
         )
+    if "input_ids" not in inspect.signature(type(model).forward).parameters:
+        raise _refused(model, f"it has no text path, its forward takes {model.main_input_name}")
+    if _without_weights(model):
+        raise _refused(model, "its weights are on the meta device: load them first")
     refused = next((e for e in _REFUSED if _ends(model, (e,))), None)
     if refused is not None:
         raise _refused(
@@ -119,6 +155,8 @@ def route(model: nn.Module, on_unknown: str) -> Route:
             "packing source and target documents of an encoder-decoder together is not supported; "
             "its decoder alone (AutoModelForCausalLM) is",
         )
+    if model_type in UNPACK_EQUAL:
+        return Route.UNPACK
     known = model_type in INTERFACE | UNPACK_CAUSAL | UNPACK_MASKED
     if known and head_of(model).per_document:
         return Route.UNPACK_MASKED
@@ -131,11 +169,20 @@ def route(model: nn.Module, on_unknown: str) -> Route:
         return Route.INTERFACE
     if on_unknown == "unpack":
         return Route.UNPACK
-    raise _refused(
-        model,
-        f"model type {model_type!r} is not among those proven exact. on_unknown='unpack' runs it "
-        "on documents batched by equal length, exact and slower; audit(model) shows what leaks",
+    raise UnknownModelType(
+        f"patch_model refuses {type(model).__name__}: model type {model_type!r} is not among those "
+        "proven exact. on_unknown='unpack' runs it on documents batched by equal length, exact and "
+        "slower; a line in the tables of packed_attn_patches/families.py, or an issue that asks "
+        "for one, makes the type known"
     )
+
+
+def backbone_route(model: PreTrainedModel, chosen: Route) -> Route:
+    """How the model under a head of a sequence is made exact where it runs by itself."""
+    if not head_of(model).per_document or model.config.model_type not in INTERFACE:
+        return chosen
+    _check_implementation(model)
+    return Route.INTERFACE
 
 
 def head_of(model: nn.Module) -> Head:
@@ -155,6 +202,12 @@ def first_position(model: nn.Module) -> int:
 def _ends(model: nn.Module, endings: tuple[str, ...]) -> bool:
     """Whether the model's class or one that it derives from has a name with such an ending."""
     return any(cls.__name__.endswith(endings) for cls in type(model).__mro__)
+
+
+def _without_weights(model: nn.Module) -> bool:
+    """Weights on the meta device that no hook of accelerate brings in when they are needed."""
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return not offloaded and any(parameter.is_meta for parameter in model.parameters())
 
 
 def _is_encoder_decoder(model: nn.Module) -> bool:

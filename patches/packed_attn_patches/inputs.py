@@ -45,12 +45,14 @@ class LayoutHook:
             down to the attention layers.
         shifts: the loss takes a token's label for a prediction of the token before.
         first_position: where the model's own positions begin; a batch may count from it or from 0.
+        outer: an inner model with a hook of its own does the attention.
     """
 
     backend: str = "auto"
     unpacked: bool = False
     shifts: bool = True
     first_position: int = 0
+    outer: bool = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -62,10 +64,10 @@ class LayoutHook:
         layout = None if batch is None else packed_layout(batch, kwargs, self.first_position)
         if batch is None or layout is None:
             return (), kwargs
-        return (), self._packed(kwargs, batch, layout)
+        return (), self._packed(module, kwargs, batch, layout)
 
     def _packed(
-        self, kwargs: dict[str, Any], batch: _Batch, layout: DocumentLayout
+        self, module: nn.Module, kwargs: dict[str, Any], batch: _Batch, layout: DocumentLayout
     ) -> dict[str, Any]:
         if self.unpacked and layout.is_forest:
             raise NotImplementedError(
@@ -80,6 +82,9 @@ class LayoutHook:
             packed["packed_attn_backend"] = self.backend
             packed["attention_mask"] = empty_mask(batch.rows, layout, self.backend)
             packed.update((name, None) for name in CACHE_NAMES if name in packed)
+            if self.outer and _balances_experts(module, kwargs):
+                # The auxiliary loss is over the real tokens of all rows, and this mask says which.
+                packed["attention_mask"] = _real_mask(batch, layout)
             if packed.get("position_ids") is None:
                 packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
         # Unpacked, a document's first label has no document before it that could predict it.
@@ -88,6 +93,18 @@ class LayoutHook:
         if packed.get("shift_labels") is not None:
             packed.update(_shift_labels(packed["shift_labels"], packed.get("labels"), layout))
         return packed
+
+
+def _balances_experts(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether this forward adds a loss over the router's choices of the whole batch."""
+    asked = kwargs.get("output_router_logits")
+    return bool(getattr(module.config, "output_router_logits", False) if asked is None else asked)
+
+
+def _real_mask(batch: _Batch, layout: DocumentLayout) -> Tensor | None:
+    """A 0/1 mask `[rows, tokens]` of the tokens that are not padding; None where all are real."""
+    padding = layout.padding_tokens
+    return None if padding is None else (~padding).long().view(batch.rows, batch.tokens)
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,8 @@ class _Unpacked:
             layout.cu_seqlens,
             layout.padding,
             pad_lengths=self.forward.route is not Route.UNPACK,
-            view_tokens=1,
+            # Gathering ids costs nothing, and a document read in place would be a call of its own.
+            view_tokens=CALL_TOKENS,
             call_tokens=1 if self._one_by_one() else CALL_TOKENS,
         )
         for bucket in plan.buckets:
