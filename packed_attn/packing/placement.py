@@ -15,7 +15,7 @@ from packed_attn.packing.bound import lower_bound
 from packed_attn.packing.constrained import ApartPacker
 from packed_attn.packing.in_order import next_fit
 
-Strategy = Literal["bfd", "wrapped", "next_fit"]
+Strategy = Literal["bfd", "wrapped", "next_fit", "optimal"]
 NO_LABELS: frozenset[int] = frozenset()
 
 
@@ -115,7 +115,12 @@ def _place_items(
     order, placed, offsets = best_fit_decreasing(
         items.sizes, capacity, max_documents=max_documents, histogram=items.histogram
     )
-    return Placement(order, offsets, bound, None if items.documents is not None else placed)
+    placement = Placement(order, offsets, bound, None if items.documents is not None else placed)
+    if strategy == "optimal" and items.sizes.size:
+        from packed_attn.packing.optimal import fewest_packs
+
+        return fewest_packs(items.sizes, items.histogram, capacity, placement)
+    return placement
 
 
 def _fewest(items: Items, capacity: int, most: int) -> int:
