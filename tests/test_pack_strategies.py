@@ -256,7 +256,7 @@ def test_max_loss_fails_above_its_threshold():
     lengths = [10, 30, 60]
     assert pack_lengths(lengths, 50, overflow="truncate", max_loss=0.1).report.loss == 0.1
     with pytest.raises(
-        PackingLossError, match="max_loss allows 9.0000% .* loses 10.0000%"
+        PackingLossError, match=r"max_loss allows 9.0000% .* loses 10.0000%"
     ) as error:
         pack_lengths(lengths, 50, overflow="truncate", max_loss=0.09)
     assert error.value.report.truncated_tokens == 10

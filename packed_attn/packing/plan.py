@@ -127,9 +127,9 @@ def pack_lengths(
         overflow: what happens to documents longer than `capacity`.
         learned: for each document, how many of the tokens that it takes have a label: documents
             with none are left out, and the report counts learned and masked tokens.
-        seed, epoch: with a seed, packs are shuffled, and by bfd and optimal equally long documents change
-            places first, so that packs differ from epoch to epoch. The same pair gives the same
-            plan.
+        seed, epoch: with a seed, packs are shuffled, and by bfd and optimal equally long documents
+            change places first, so that packs differ from epoch to epoch. The same pair gives the
+            same plan.
         max_documents: most documents (pieces) in a pack.
         align: documents begin at multiples of this many tokens, so each takes a multiple of it as
             room; `PackedCollator(align=...)` fills the room with padding.
