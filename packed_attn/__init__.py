@@ -5,7 +5,15 @@ from packed_attn.audit import IsolationReport, audit
 from packed_attn.collator import PackedCollator
 from packed_attn.layout import DocumentLayout, Visibility
 from packed_attn.loss import PackedLoss
-from packed_attn.packing import Packs, pack_dataset, pack_lengths, truncate
+from packed_attn.packing import (
+    PackedBatchSampler,
+    PackedDataset,
+    Packs,
+    TokenFile,
+    pack_dataset,
+    pack_lengths,
+    truncate,
+)
 from packed_attn.patching import patch_model, unpatch_model
 from packed_attn.varlen import flash_attn_varlen_func
 
@@ -14,9 +22,12 @@ __version__ = "0.1.0"
 __all__ = [
     "DocumentLayout",
     "IsolationReport",
+    "PackedBatchSampler",
     "PackedCollator",
+    "PackedDataset",
     "PackedLoss",
     "Packs",
+    "TokenFile",
     "Visibility",
     "attention",
     "audit",
