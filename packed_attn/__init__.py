@@ -4,7 +4,7 @@ from packed_attn.attention import attention
 from packed_attn.audit import IsolationReport, audit
 from packed_attn.collator import PackedCollator
 from packed_attn.layout import DocumentLayout, Visibility
-from packed_attn.packing import Packs, pack_dataset, pack_lengths, truncate
+from packed_attn.packing import PackedIterableDataset, Packs, pack_dataset, pack_lengths, truncate
 from packed_attn.patching import patch_model, unpatch_model
 from packed_attn.varlen import flash_attn_varlen_func
 
@@ -14,6 +14,7 @@ __all__ = [
     "DocumentLayout",
     "IsolationReport",
     "PackedCollator",
+    "PackedIterableDataset",
     "Packs",
     "Visibility",
     "attention",

@@ -3,9 +3,11 @@
 from packed_attn.packing.dataset import pack_dataset
 from packed_attn.packing.plan import Packs, pack_lengths
 from packed_attn.packing.report import PackingReport, TruncationReport
+from packed_attn.packing.streaming import PackedIterableDataset
 from packed_attn.packing.truncation import truncate
 
 __all__ = [
+    "PackedIterableDataset",
     "PackingReport",
     "Packs",
     "TruncationReport",
