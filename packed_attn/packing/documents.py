@@ -24,58 +24,62 @@ class DocumentReader:
     def __init__(self, names: tuple[str, ...] | None = None) -> None:
         self.names = names
 
-    def read(self, number: int, given: Any) -> tuple[dict[str, NDArray[Any]], int]:
-        """The columns of document `number`, `[length]` each, and how much padding was left out.
+    def read(self, where: str, given: Any) -> tuple[dict[str, NDArray[Any]], int]:
+        """The columns of one document, `[length]` each, and how much padding was left out.
+
+        Args:
+            where: what errors call the document, such as "document 7".
+            given: token ids, or a mapping with `input_ids`.
 
         Raises:
             ValueError: a document that is neither token ids nor a mapping with `input_ids`, columns
                 of numbers of another length, columns other than those of the first document, an
                 attention_mask with holes, or documents that are packed already.
         """
-        columns = _aligned(number, given)
+        columns = _aligned(where, given)
         names = tuple(columns)
         if self.names is None:
             self.names = names
             _warn_of_dropped(given, names)
         if set(names) != set(self.names):
             raise ValueError(
-                f"document {number} must have the columns {', '.join(sorted(self.names))} with one "
+                f"{where} must have the columns {', '.join(sorted(self.names))} with one "
                 f"value per token, but has {', '.join(sorted(names))}"
             )
-        return _without_padding(number, columns)
+        return _without_padding(where, columns)
 
 
-def _aligned(number: int, given: Any) -> dict[str, NDArray[Any]]:
+def _aligned(where: str, given: Any) -> dict[str, NDArray[Any]]:
     document = given if isinstance(given, Mapping) else {"input_ids": given}
     for name in WRITTEN_COLUMNS:
         if name in document:
             raise ValueError(
-                f"document {number} must not have {name!r}: either it is packed already, or packing"
+                f"{where} must not have {name!r}: either it is packed already, or packing"
                 " would overwrite positions of its own"
             )
     if document.get("input_ids") is None:
         raise ValueError(
-            f"document {number} has no input_ids, only {sorted(document)}: tokenise the stream "
+            f"{where} has no input_ids, only {sorted(document)}: tokenise the stream "
             "before packing it"
         )
-    tokens = _column(number, "input_ids", document["input_ids"])
+    tokens = _column(where, "input_ids", document["input_ids"])
     if tokens is None:
-        raise ValueError(f"document {number} must hold a list of token ids as its input_ids")
+        raise ValueError(f"{where} must hold a list of token ids as its input_ids")
     columns = {"input_ids": tokens}
     for name, value in document.items():
-        column = None if name == "input_ids" else _column(number, name, value)
+        column = None if name == "input_ids" else _column(where, name, value)
         if column is None:
             continue
         if column.size != tokens.size:
             raise ValueError(
-                f"document {number} has {tokens.size} input_ids but {column.size} values in "
+                f"{where} has {tokens.size} input_ids but {column.size} values in "
                 f"{name!r}; remove the column if it is not per token"
             )
         columns[name] = column
     return columns
 
 
-def _column(number: int, name: str, value: Any) -> NDArray[Any] | None:
+def _column(where: str, name: str, value: Any) -> NDArray[Any] | None:
     """The values as a vector, or None where they are no list of numbers (text, messages, ids)."""
     if isinstance(value, str | bytes | Mapping) or not hasattr(value, "__len__"):
         return None
@@ -85,17 +89,17 @@ def _column(number: int, name: str, value: Any) -> NDArray[Any] | None:
         array = np.empty((0, 0))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iubf"):
         if name in WHOLE_COLUMNS:
-            raise ValueError(f"document {number} must hold a list of integers as its {name}")
+            raise ValueError(f"{where} must hold a list of integers as its {name}")
         return None
     if not array.size:
         return array.astype(np.int64)
     if name in WHOLE_COLUMNS and array.dtype.kind == "f":
-        raise ValueError(f"document {number} must hold integers in {name}, not {array.dtype}")
+        raise ValueError(f"{where} must hold integers in {name}, not {array.dtype}")
     return array
 
 
 def _without_padding(
-    number: int, columns: dict[str, NDArray[Any]]
+    where: str, columns: dict[str, NDArray[Any]]
 ) -> tuple[dict[str, NDArray[Any]], int]:
     """The columns inside the ones of `attention_mask`, without it, and how much is outside."""
     mask = columns.pop("attention_mask", None)
@@ -105,7 +109,7 @@ def _without_padding(
     first, stop = (ones[0], ones[-1] + 1) if ones.size else (0, 0)
     if ((mask != 0) & (mask != 1)).any() or stop - first != ones.size:
         raise ValueError(
-            f"document {number} must have an attention_mask of ones in one run with padding around "
+            f"{where} must have an attention_mask of ones in one run with padding around "
             "it, but it has other values or zeros between ones"
         )
     kept = {name: column[first:stop] for name, column in columns.items()}

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
 from packed_attn.packing.documents import DocumentReader
-from packed_attn.packing.plan import Overflow, _check_choice, _checked_capacity
+from packed_attn.packing.arguments import check_choice, checked_whole
+from packed_attn.packing.plan import Overflow
 from packed_attn.packing.report import PackingReport, log_report
 from packed_attn.packing.tally import Tally
 from packed_attn.packing.window import Piece, Window, assemble
@@ -89,10 +90,10 @@ class PackedIterableDataset(IterableDataset[Row]):
     ) -> None:
         super().__init__()
         _check_source(source)
-        _check_choice("overflow", overflow, Overflow)
+        check_choice("overflow", overflow, Overflow)
         if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 1:
             raise ValueError(f"lookahead must be an integer of at least 1, got {lookahead!r}")
-        self.capacity = _checked_capacity(capacity)
+        self.capacity = checked_whole("capacity", capacity)
         self.lookahead = lookahead
         self.overflow: Overflow = overflow
         self.on_report = on_report
@@ -297,7 +298,7 @@ class _Shard:
             number, given = next(documents, (-1, None))
             if number < 0:
                 return True
-            columns, padding = self._reader.read(number, given)
+            columns, padding = self._reader.read(f"document {number}", given)
             cuts = self._tally.count(
                 number, columns["input_ids"].size, padding, self._window.capacity, self._overflow
             )

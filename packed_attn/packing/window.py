@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from packed_attn.packing.best_fit import best_fit_decreasing
 from packed_attn.packing.dataset import IGNORED_LABEL, MASK_COLUMNS
+from packed_attn.packing.plan import sum_by_pack
 
 FULL = 0.999  # of capacity: a pack that leaves the window at once
 LONGEST_WAIT = 8  # windows that a document may be passed over
@@ -62,9 +63,9 @@ class Window:
         that eight windows' worth of documents have passed; at the end of a stream all leave.
         """
         lengths = np.array([piece.length for piece in self.pool], np.int64)
-        order, offsets = best_fit_decreasing(lengths, self.capacity)
+        order, placed, offsets = best_fit_decreasing(lengths, self.capacity)
         members = [order[first:stop] for first, stop in pairwise(offsets.tolist())]
-        fills = np.array([lengths[pieces].sum() for pieces in members])
+        fills = sum_by_pack(placed, offsets)
         leave = np.ones(fills.size, bool) if everything else self._leaving(members, fills)
         out = [np.sort(pieces) for pieces, leaves in zip(members, leave) if leaves]
         packs = [[self.pool[i] for i in pieces] for pieces in sorted(out, key=lambda p: p[0])]
