@@ -239,7 +239,9 @@ def test_bad_capacity_is_named(capacity):
 
 
 def test_bad_choices_are_named():
-    with pytest.raises(ValueError, match="strategy must be one of 'bfd', 'wrapped', got 'ffd'"):
+    with pytest.raises(
+        ValueError, match=r"strategy must be one of 'bfd', 'wrapped', .*, got 'ffd'"
+    ):
         pack_lengths([1], 8, strategy="ffd")
     with pytest.raises(ValueError, match=r"overflow must be one of .* got 'cut'"):
         pack_lengths([1], 8, overflow="cut")

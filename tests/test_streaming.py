@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from packed_attn import PackedCollator, PackedIterableDataset, pack_dataset
+from packed_attn import PackedCollator, PackedIterableDataset, pack_dataset, pack_lengths
 from packed_attn.packing import PackingReport
 
 SOURCES = ("list", "function", "hugging_face", "hugging_face_shuffled", "hugging_face_files")
@@ -127,8 +127,13 @@ def test_every_token_is_in_one_place(
     (report,) = reports
     assert report.packs == len(rows)
     assert report.packed_tokens == sum(map(len, kept))
-    assert report.documents == len(lengths)
-    assert report.tokens == sum(lengths)
+    whole = pack_lengths(lengths, capacity, overflow=overflow).report.to_dict()
+    differing = {"packs", "lower_bound", "fill_histogram"}  # by the window, and its known bound
+    figures = report.to_dict()
+    assert {n: v for n, v in figures.items() if n not in differing} == {
+        n: v for n, v in whole.items() if n not in differing
+    }
+    assert sum(report.fill_histogram) == len(rows)
 
 
 def test_rows_are_those_of_pack_dataset() -> None:
@@ -169,6 +174,21 @@ def test_rows_follow_the_stream_and_no_document_waits_for_long() -> None:
     firsts = [int(row["input_ids"][0]) for row in rows]
     assert firsts.index(0) <= 9 * 10
     assert np.mean(np.abs(np.argsort(firsts) - np.arange(len(firsts)))) < 2
+
+
+def test_documents_without_labels_are_left_out_when_asked() -> None:
+    reports: list[PackingReport] = []
+    documents = [
+        {"input_ids": [1, 2, 3], "completion_mask": [0, 0, 1]},
+        {"input_ids": [4, 5], "completion_mask": [0, 0]},
+        {"input_ids": [6, 7], "completion_mask": [1, 0]},  # a first token has no label
+    ]
+    (row,) = stream(documents, learnable_only=True, on_report=reports.append)
+    assert row["input_ids"].tolist() == [1, 2, 3]
+    assert (reports[0].unlearnable_documents, reports[0].unlearnable_tokens) == (2, 4)
+    assert (reports[0].learned_tokens, reports[0].masked_tokens) == (1, 2)
+    (row,) = stream(documents)
+    assert row["seq_lengths"].tolist() == [3, 2, 2]
 
 
 @pytest.mark.parametrize("kind", SOURCES)

@@ -23,6 +23,9 @@ def add(commands: Any) -> None:
         "--overflow", default="split", help="documents over capacity: split, truncate, drop, error"
     )
     parser.add_argument("--seed", type=int, help="shuffle the packs; longest first without")
+    parser.add_argument(
+        "--learnable-only", action="store_true", help="leave out documents without a label"
+    )
     parser.add_argument("--max-loss", type=float, help="share of the tokens that may be lost")
     parser.add_argument(
         "--skip-bad", action="store_true", help="count records that cannot be read, leave them out"
@@ -48,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
         strategy=args.strategy,
         overflow=args.overflow,
         seed=args.seed,
+        learnable_only=args.learnable_only,
         max_loss=args.max_loss,
         skip_bad=args.skip_bad,
         workers=args.workers,

@@ -56,6 +56,7 @@ class Job:
         columns: columns of tokens that documents have; names: those that records must have.
         tokenizer: None where documents are tokens already.
         capacity, strategy, overflow, seed, max_loss: as in `pack_lengths`.
+        learnable_only: whether documents of which no token has a label are left out.
         packs_per_shard: packs in every shard but the last.
         skip_bad: whether records that cannot be read are counted and left out.
         version: of packed-attn.
@@ -72,6 +73,7 @@ class Job:
     strategy: Strategy
     overflow: Overflow
     seed: int | None
+    learnable_only: bool
     max_loss: float | None
     packs_per_shard: int
     skip_bad: bool

@@ -17,6 +17,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from packed_attn import __version__
 from packed_attn.offline.engines import Engine, Task, run_tasks
 from packed_attn.offline.files import read_json
@@ -43,6 +45,7 @@ def pack_files(
     strategy: Strategy = "bfd",
     overflow: Overflow = "split",
     seed: int | None = None,
+    learnable_only: bool = False,
     max_loss: float | None = None,
     skip_bad: bool = False,
     workers: int = 1,
@@ -67,6 +70,7 @@ def pack_files(
         capacity: tokens a row holds.
         tokenizer: name or folder, for documents that are not tokens already.
         strategy, overflow, seed, max_loss: as in `pack_lengths`.
+        learnable_only: leave out documents of which no token has a label.
         skip_bad: count records that cannot be read, and leave them out.
         workers: processes (with Ray: tasks at a time).
         engine: "local", or "ray" with a folder that all nodes see.
@@ -94,6 +98,7 @@ def pack_files(
         strategy=strategy,
         overflow=overflow,
         seed=seed,
+        learnable_only=learnable_only,
         max_loss=max_loss,
         packs_per_shard=max(1, checked_whole("shard_tokens", shard_tokens) // capacity),
         skip_bad=skip_bad,
@@ -150,7 +155,7 @@ def _plan(job: Job, counts: list[dict[str, Any]]) -> dict[str, Any]:
         job.capacity,
         strategy=job.strategy,
         overflow=job.overflow,
-        learned=learned if job.columns != ("input_ids",) else None,
+        learned=learned if job.learnable_only else None,
         seed=job.seed,
     )
     bad, padding = (sum(count[name] for count in counts) for name in ("bad", "padding"))
@@ -160,6 +165,7 @@ def _plan(job: Job, counts: list[dict[str, Any]]) -> dict[str, Any]:
         unreadable_documents=bad,
         tokens=packs.report.tokens + padding,
         padding_tokens=padding,
+        masked_tokens=packs.report.packed_tokens - int(learned[np.unique(packs.order)].sum()),
     )
     report.require(job.max_loss)
     if not len(packs):

@@ -15,6 +15,7 @@ from packed_attn.offline.formats import Tokenize
 from packed_attn.offline.inputs import Bad, read_part
 from packed_attn.offline.job import Job, TokenizerIdentity
 from packed_attn.packing.columns import ListColumn, table_columns
+from packed_attn.packing.documents import count_learned
 
 TOKENS_PER_BATCH = 2**20
 PLACES_KEPT = 10  # of records that could not be read, in the manifest
@@ -69,6 +70,7 @@ def _batches(job: Job, number: int, counts: dict[str, Any]) -> Iterator[list[dic
     """Tokenised documents, about a million tokens at a time."""
     tokenizer = None if job.tokenizer is None else _tokenizer(job.tokenizer)
     tokenize = Tokenize(job.kind, tokenizer, job.names)
+    longest = job.capacity if job.overflow == "truncate" else None
     batch: list[dict[str, Any]] = []
     tokens = 0
     for place, record in read_part(job.parts[number]):
@@ -80,7 +82,7 @@ def _batches(job: Job, number: int, counts: dict[str, Any]) -> Iterator[list[dic
             _count_bad(job, counts, f"{place}: {error}")
             continue
         length = columns["input_ids"].size
-        batch.append({**columns, LEARNED: _learned(columns, job)})
+        batch.append({**columns, LEARNED: count_learned(columns, longest)})
         counts["documents"] += 1
         counts["tokens"] += length
         counts["padding"] += padding
@@ -98,18 +100,6 @@ def _count_bad(job: Job, counts: dict[str, Any], problem: str) -> None:
     counts["bad"] += 1
     if len(counts["places"]) < PLACES_KEPT:
         counts["places"].append(problem)
-
-
-def _learned(columns: dict[str, NDArray[Any]], job: Job) -> int:
-    """Tokens with a label among those that the packs will hold of a document."""
-    kept = slice(None, job.capacity if job.overflow == "truncate" else None)
-    if "labels" in columns:
-        return int((columns["labels"][kept] != -100).sum())
-    masks = [columns[name] for name in ("completion_mask", "assistant_masks") if name in columns]
-    learned = np.ones(columns["input_ids"].size, bool)
-    for mask in masks:
-        learned &= mask != 0
-    return int(learned[kept].sum())
 
 
 def _schema(columns: Sequence[str]) -> Any:

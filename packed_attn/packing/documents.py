@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from packed_attn.packing.dataset import MASK_COLUMNS, WRITTEN_COLUMNS
+from packed_attn.packing.dataset import IGNORED_LABEL, MASK_COLUMNS, WRITTEN_COLUMNS
 
 WHOLE_COLUMNS = ("input_ids", "labels", "attention_mask", *MASK_COLUMNS)  # integers or booleans
 
@@ -47,6 +47,23 @@ class DocumentReader:
                 f"value per token, but has {', '.join(sorted(names))}"
             )
         return _without_padding(where, columns)
+
+
+def count_learned(columns: Mapping[str, NDArray[Any]], longest: int | None = None) -> int:
+    """Tokens of a document that a label counts for; a first token is not among them.
+
+    Args:
+        columns: what `read` returned.
+        longest: count in the first `longest` tokens; None counts all.
+    """
+    learned = np.ones(columns["input_ids"].size, bool)
+    if "labels" in columns:
+        learned = columns["labels"] != IGNORED_LABEL
+    else:
+        for name in MASK_COLUMNS:
+            if name in columns:
+                learned &= columns[name] != 0
+    return int(learned[1:longest].sum())
 
 
 def _aligned(where: str, given: Any) -> dict[str, NDArray[Any]]:

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, get_args
+import hashlib
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from packed_attn.packing.best_fit import best_fit_decreasing
+from packed_attn.packing.account import Fates, document_figures, fill_histogram, length_figures
+from packed_attn.packing.arguments import (
+    check_choice,
+    check_share,
+    checked_column,
+    checked_lengths,
+    checked_whole,
+)
+from packed_attn.packing.best_fit import Histogram
+from packed_attn.packing.in_order import cut, wrap
+from packed_attn.packing.placement import Constraints, Strategy, place
 from packed_attn.packing.report import PackingReport
 
-Strategy = Literal["bfd", "wrapped"]
 Overflow = Literal["split", "truncate", "drop", "error"]
-INT64_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +70,14 @@ class Packs:
     @property
     def pack_tokens(self) -> NDArray[np.int64]:
         """Tokens in each pack, int64 `[num_packs]`."""
-        if not self.num_packs:
-            return np.empty(0, np.int64)
-        return np.add.reduceat(self.lengths, self.offsets[:-1])
+        return sum_by_pack(self.lengths, self.offsets)
+
+    def digest(self) -> str:
+        """sha256 of the plan, in hex: two plans with one digest put every token in one place."""
+        digest = hashlib.sha256(str(self.capacity).encode())
+        for array in (self.offsets, self.order, self.starts, self.lengths):
+            digest.update(array.astype("<i8", copy=False).tobytes())
+        return digest.hexdigest()
 
 
 def pack_lengths(
@@ -74,20 +86,30 @@ def pack_lengths(
     *,
     strategy: Strategy = "bfd",
     overflow: Overflow = "split",
+    learned: ArrayLike | None = None,
+    seed: int | None = None,
+    epoch: int = 0,
+    max_documents: int | None = None,
+    align: int = 1,
+    together: ArrayLike | None = None,
+    apart: ArrayLike | None = None,
+    max_loss: float | None = None,
 ) -> Packs:
     """Plans packs of at most `capacity` tokens from the lengths of documents.
 
-    `"bfd"`, best-fit-decreasing over the whole set, keeps every document that fits whole. Packs
-    stand in the order in which they were opened, which is longest document first: shuffle them, as
-    trainers do. Inside a pack the longest document comes first, equal lengths in input order.
+        "bfd"       best-fit-decreasing over the whole set, which keeps every document that fits
+                    whole. Packs stand in the order in which they were opened, which is longest
+                    document first, unless a seed shuffles them; inside a pack the longest
+                    document comes first, equal lengths in input order
+        "next_fit"  keeps the input's order: a pack is closed at the first document that it has no
+                    room for
+        "wrapped"   lays the documents end to end in input order and cuts every `capacity` tokens:
+                    every pack but the last is full, and documents that cross a cut are split
 
-    `"wrapped"` lays the documents end to end in input order and cuts every `capacity` tokens: every
-    pack but the last is full, and documents that cross a cut are split.
+    Documents over capacity:
 
-    Documents over capacity, under either strategy:
-
-        "split"      are cut: by bfd into pieces of `capacity` tokens and a rest, by wrapped
-                     wherever a pack ends
+        "split"      are cut: by wrapped wherever a pack ends, by the others into pieces of
+                     `capacity` tokens and a rest
         "truncate"   keep their first `capacity` tokens
         "drop"       are left out
         "error"      raise
@@ -100,28 +122,113 @@ def pack_lengths(
         capacity: tokens a pack holds, at least 1.
         strategy: how documents are placed.
         overflow: what happens to documents longer than `capacity`.
+        learned: for each document, how many of the tokens that it takes have a label: documents
+            with none are left out, and the report counts learned and masked tokens.
+        seed, epoch: with a seed, packs are shuffled, and by bfd equally long documents change
+            places first, so that packs differ from epoch to epoch. The same pair gives the same
+            plan.
+        max_documents: most documents (pieces) in a pack.
+        align: documents begin at multiples of this many tokens, so each takes a multiple of it as
+            room; `PackedCollator(align=...)` fills the room with padding.
+        together: integers `[num_documents]`: documents with one number of at least 0 share a pack;
+            negative ones are free.
+        apart: the same, but no two documents with one number share a pack. Planned in Python, one
+            document at a time.
+        max_loss: share of the tokens that may be lost (cut off, dropped, or lost as labels).
 
     Raises:
+        PackingLossError: more is lost than `max_loss`.
+        NotImplementedError: a constraint that the strategy does not keep.
         ValueError: capacity below 1, lengths that are negative, not integers or not
-            one-dimensional, an unknown strategy or overflow, or under `overflow="error"` a
-            document over capacity.
+            one-dimensional, an unknown strategy or overflow, a capacity that align does not divide,
+            documents that must share a pack and do not fit, or under `overflow="error"` a document
+            over capacity.
     """
-    capacity = _checked_capacity(capacity)
-    _check_choice("strategy", strategy, Strategy)
-    _check_choice("overflow", overflow, Overflow)
-    given = _checked_lengths(lengths)
-    kept = _kept_lengths(given, capacity, overflow)
-    if strategy == "wrapped":
-        order, starts, pieces, offsets = _wrap(kept, capacity)
-    elif kept.size and kept.min() > 0 and kept.max() <= capacity:  # every document is one piece
-        order, offsets = best_fit_decreasing(kept, capacity)
-        starts, pieces = np.zeros_like(order), kept[order]
-    else:
-        order, starts, pieces = _cut(kept, capacity, np.zeros_like(kept))
-        placed, offsets = best_fit_decreasing(pieces, capacity)
-        order, starts, pieces = order[placed], starts[placed], pieces[placed]
-    report = _account(given, kept, order, offsets, capacity, strategy, overflow)
-    return Packs(order, starts, pieces, offsets, report)
+    request = _Request(
+        checked_whole("capacity", capacity),
+        strategy,
+        overflow,
+        None if seed is None else checked_whole("seed", seed, 0),
+        checked_whole("epoch", epoch, 0),
+        checked_whole("align", align),
+    )
+    check_share("max_loss", max_loss)
+    given = checked_lengths(lengths)
+    constraints = Constraints(
+        None if max_documents is None else checked_whole("max_documents", max_documents),
+        None if together is None else checked_column("together", together, given.size),
+        None if apart is None else checked_column("apart", apart, given.size),
+    )
+    _check_kept(strategy, constraints)
+    fates = _fates(given, learned, request)
+    packs = _reported(_plan(fates.kept, constraints, request), fates, request)
+    packs.report.require(max_loss)
+    return packs
+
+
+@dataclass(frozen=True, eq=False)
+class _Request:
+    """Settings of a plan, checked."""
+
+    capacity: int
+    strategy: Strategy
+    overflow: Overflow
+    seed: int | None
+    epoch: int
+    align: int
+
+    def __post_init__(self) -> None:
+        check_choice("strategy", self.strategy, Strategy)
+        check_choice("overflow", self.overflow, Overflow)
+        if self.capacity % self.align:
+            raise ValueError(f"align must divide capacity, got {self.align} and {self.capacity}")
+
+    @property
+    def units(self) -> int:
+        """What a pack holds, in steps of `align`."""
+        return self.capacity // self.align
+
+    def random(self, use: int) -> np.random.Generator:
+        """Random numbers for one of several uses, the same for the same seed and epoch."""
+        return np.random.default_rng([self.seed or 0, self.epoch, use])
+
+
+@dataclass(frozen=True, eq=False)
+class _Plan:
+    """`Packs` without a report; `sizes` counts pieces by length, in steps of `align`."""
+
+    order: NDArray[np.int64]
+    starts: NDArray[np.int64]
+    lengths: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+    sizes: Histogram
+    bound: int
+
+
+def _check_kept(strategy: Strategy, constraints: Constraints) -> None:
+    """Refuses constraints that the strategy does not keep."""
+    keeps = {
+        "bfd": ("max_documents", "together", "apart"),
+        "next_fit": ("max_documents", "together"),
+        "wrapped": (),
+    }[strategy]
+    for name in ("max_documents", "together", "apart"):
+        if getattr(constraints, name) is not None and name not in keeps:
+            raise NotImplementedError(f"strategy={strategy!r} does not keep {name}; 'bfd' does")
+
+
+def _fates(given: NDArray[np.int64], learned: Any, request: _Request) -> Fates:
+    kept = _kept_lengths(given, request.capacity, request.overflow)
+    if learned is None:
+        return Fates(given, kept)
+    learned = checked_column("learned", learned, given.size)
+    odd = np.flatnonzero((learned < 0) | (learned > given))
+    if odd.size:
+        raise ValueError(
+            f"learned must be from 0 to the document's length, but learned[{odd[0]}] is "
+            f"{learned[odd[0]]} and lengths[{odd[0]}] is {given[odd[0]]}"
+        )
+    return Fates(given, np.where(learned > 0, kept, 0), learned)
 
 
 def _kept_lengths(
@@ -141,115 +248,82 @@ def _kept_lengths(
     return np.where(lengths > capacity, 0, lengths)
 
 
-def _wrap(lengths: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], ...]:
-    """Documents end to end, cut every `capacity` tokens: order, starts, lengths, offsets."""
-    order, starts, pieces = _cut(lengths, capacity, (np.cumsum(lengths) - lengths) % capacity)
-    tokens_before = np.cumsum(pieces) - pieces
-    pack_starts = np.arange(0, int(pieces.sum()), capacity)
-    offsets = np.append(np.searchsorted(tokens_before, pack_starts), pieces.size)
-    return order, starts, pieces, offsets
+def _plan(kept: NDArray[np.int64], constraints: Constraints, request: _Request) -> _Plan:
+    if request.seed is None:
+        return _plan_in_order(kept, constraints, request)
+    if request.strategy in ("wrapped", "next_fit"):  # they keep the order of documents
+        return _shuffled(_plan_in_order(kept, constraints, request), request)
+    documents = request.random(0).permutation(kept.size)
+    plan = _plan_in_order(kept[documents], constraints.of(documents), request)
+    return _shuffled(replace(plan, order=documents[plan.order]), request)
 
 
-def _cut(
-    lengths: NDArray[np.int64], capacity: int, phase: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Documents to pieces of at most `capacity` tokens, in input order: order, starts, lengths.
-
-    `phase`, `[num_documents]`, is how many tokens before its own start a document's cuts count
-    from: 0 cuts it at multiples of capacity, its place in a pack cuts it where that pack ends.
-    """
-    pieces = np.where(lengths > 0, -(-(phase + lengths) // capacity), 0)
-    order = np.repeat(np.arange(lengths.size), pieces)
-    nth = np.arange(order.size) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    cuts = nth * capacity - phase[order]
-    starts = np.maximum(cuts, 0)
-    stops = np.minimum(cuts + capacity, lengths[order])
-    return order, starts, stops - starts
-
-
-def _account(
-    given: NDArray[np.int64],
-    kept: NDArray[np.int64],
-    order: NDArray[np.int64],
-    offsets: NDArray[np.int64],
-    capacity: int,
-    strategy: str,
-    overflow: str,
-) -> PackingReport:
-    """Counts where the documents and tokens went."""
-    documents, tokens, packed = given.size, int(given.sum()), int(kept.sum())
-    empty = documents - np.count_nonzero(given)
-    dropped = documents - empty - np.count_nonzero(kept)
-    over = np.count_nonzero(kept != given) if packed != tokens else 0
-    truncated = over - dropped
-    dropped_tokens = int(given[kept == 0].sum()) if dropped else 0
-    in_packs = documents - empty - dropped
-    split = 0
-    if order.size > in_packs:
-        split = np.count_nonzero((np.bincount(order, minlength=documents) > 1) & (kept == given))
-    return PackingReport(
-        strategy=strategy,
-        overflow=overflow,
-        capacity=capacity,
-        packs=offsets.size - 1,
-        pieces=order.size,
-        documents=documents,
-        whole_documents=int(in_packs - split - truncated),
-        split_documents=int(split),
-        truncated_documents=int(truncated),
-        dropped_documents=int(dropped),
-        empty_documents=int(empty),
-        tokens=tokens,
-        packed_tokens=packed,
-        truncated_tokens=tokens - packed - dropped_tokens,
-        dropped_tokens=dropped_tokens,
-        lost_labels=int(order.size - in_packs),
+def _plan_in_order(kept: NDArray[np.int64], constraints: Constraints, request: _Request) -> _Plan:
+    if request.strategy == "wrapped":
+        return _wrapped(kept, request)
+    order = starts = None  # every document is one piece, unless it has to be cut
+    pieces = kept
+    if kept.size and not (kept.min() > 0 and kept.max() <= request.capacity):
+        order, starts, pieces = cut(kept, request.capacity, np.zeros_like(kept))
+        constraints = constraints.of(order)
+    sizes = pieces if request.align == 1 else -(-pieces // request.align)
+    histogram = Histogram.of(sizes)
+    placed = place(sizes, histogram, request.units, request.strategy, constraints)
+    at = placed.order
+    in_order = placed.sizes if request.align == 1 else None
+    return _Plan(
+        at if order is None else order[at],
+        np.zeros_like(at) if starts is None else starts[at],
+        pieces[at] if in_order is None else in_order,
+        placed.offsets,
+        histogram,
+        placed.bound,
     )
 
 
-def _checked_capacity(capacity: Any) -> int:
-    try:
-        whole = operator.index(capacity)
-    except TypeError:
-        whole = None
-    if whole is None or isinstance(capacity, bool):
-        raise ValueError(f"capacity must be an integer, got {capacity!r}")
-    if not 1 <= whole <= INT64_MAX // 2:
-        raise ValueError(f"capacity must be at least 1 and below 2^62, got {whole}")
-    return whole
+def _wrapped(kept: NDArray[np.int64], request: _Request) -> _Plan:
+    order, starts, sizes, offsets = wrap(-(-kept // request.align), request.units)
+    starts = starts * request.align
+    lengths = np.minimum(sizes * request.align, kept[order] - starts)
+    bound = -(-int(sizes.sum()) // request.units)
+    return _Plan(order, starts, lengths, offsets, Histogram.of(sizes), bound)
 
 
-def _check_choice(argument: str, value: Any, choices: Any) -> None:
-    if value not in get_args(choices):
-        names = ", ".join(repr(name) for name in get_args(choices))
-        raise ValueError(f"{argument} must be one of {names}, got {value!r}")
+def _shuffled(plan: _Plan, request: _Request) -> _Plan:
+    """The same packs in random order."""
+    packs = request.random(1).permutation(plan.offsets.size - 1)
+    sizes = np.diff(plan.offsets)[packs]
+    offsets = np.append(0, np.cumsum(sizes))
+    moved = np.repeat(plan.offsets[:-1][packs] - offsets[:-1], sizes) + np.arange(offsets[-1])
+    return replace(
+        plan,
+        order=plan.order[moved],
+        starts=plan.starts[moved],
+        lengths=plan.lengths[moved],
+        offsets=offsets,
+    )
 
 
-def _checked_lengths(lengths: Any) -> NDArray[np.int64]:
-    """The lengths as int64 `[num_documents]`, or a ValueError that names the first bad one."""
-    try:
-        array = np.asarray(lengths)
-    except ValueError as error:
-        raise ValueError(f"lengths must be one-dimensional: {error}") from error
-    if array.ndim != 1:
-        raise ValueError(f"lengths must be one-dimensional, got shape {array.shape}")
-    if not array.size:
-        return np.empty(0, np.int64)
-    if array.dtype.kind not in "iu":
-        raise ValueError(_non_integer(lengths, array.dtype))
-    if array.min() < 0:
-        document = int(np.argmax(array < 0))
-        raise ValueError(
-            f"lengths must not be negative, but lengths[{document}] is {array[document]}"
-        )
-    # The first test is free; the second sums exactly, and only when the first cannot rule it out.
-    if int(array.max()) * array.size > INT64_MAX and sum(array.tolist()) > INT64_MAX // 2:
-        raise ValueError("lengths must add to less than 2^62 tokens, but they add to more")
-    return array.astype(np.int64, copy=False)
+def _reported(plan: _Plan, fates: Fates, request: _Request) -> Packs:
+    pieces = plan.sizes if request.align == 1 else Histogram.of(plan.lengths)
+    whole = fates.all_whole(plan.order.size)
+    documents = pieces if whole else Histogram.of(fates.given)
+    packed = int(plan.sizes.lengths @ plan.sizes.counts) * request.align
+    report = PackingReport(
+        strategy=request.strategy,
+        overflow=request.overflow,
+        capacity=request.capacity,
+        packs=plan.offsets.size - 1,
+        pieces=plan.order.size,
+        lower_bound=plan.bound,
+        fill_histogram=fill_histogram(sum_by_pack(plan.lengths, plan.offsets), request.capacity),
+        **document_figures(fates, plan.order, whole),
+        **length_figures(documents, pieces, request.capacity),
+    )
+    report = replace(report, alignment_tokens=packed - report.packed_tokens)
+    return Packs(plan.order, plan.starts, plan.lengths, plan.offsets, report)
 
 
-def _non_integer(lengths: Sequence[Any], dtype: np.dtype) -> str:
-    for document, length in enumerate(lengths):
-        if isinstance(length, bool | np.bool_) or not isinstance(length, int | np.integer):
-            return f"lengths must be integers, but lengths[{document}] is {length!r}"
-    return f"lengths must be integers that fit in 64 bits, got an array of {dtype}"
+def sum_by_pack(values: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Sums of one value a piece, int64 `[num_packs]`."""
+    return np.add.reduceat(values, offsets[:-1]) if offsets.size > 1 else np.empty(0, np.int64)

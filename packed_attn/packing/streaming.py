@@ -22,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from packed_attn.packing.documents import DocumentReader
+from packed_attn.packing.documents import DocumentReader, count_learned
 from packed_attn.packing.arguments import check_choice, checked_whole
 from packed_attn.packing.plan import Overflow
 from packed_attn.packing.report import PackingReport, log_report
@@ -62,6 +62,8 @@ class PackedIterableDataset(IterableDataset[Row]):
         capacity: tokens a row holds.
         lookahead: documents in the window, at least 1. Memory is theirs.
         overflow: what happens to documents over capacity, as in `pack_lengths`.
+        learnable_only: leave out documents of which no token has a label (`labels`,
+            `completion_mask`, `assistant_masks`; a first token never has one).
         rank, world_size: which of how many processes this is, where the data set itself divides the
             documents among processes (behind a plain DataLoader). `rank=0, world_size=1` gives
             every process all rows, for accelerate and Trainer, which divide rows themselves. A run
@@ -84,6 +86,7 @@ class PackedIterableDataset(IterableDataset[Row]):
         *,
         lookahead: int = 1000,
         overflow: Overflow = "split",
+        learnable_only: bool = False,
         rank: int | None = None,
         world_size: int | None = None,
         on_report: Callable[[PackingReport], object] = log_report,
@@ -96,6 +99,7 @@ class PackedIterableDataset(IterableDataset[Row]):
         self.capacity = checked_whole("capacity", capacity)
         self.lookahead = lookahead
         self.overflow: Overflow = overflow
+        self.learnable_only = learnable_only
         self.on_report = on_report
         self._rank, self._world_size = _checked_ranks(rank, world_size)
         self._source: Any = _divided_by_rank(source, self._rank, self._world_size)
@@ -178,6 +182,7 @@ class PackedIterableDataset(IterableDataset[Row]):
             "capacity": self.capacity,
             "lookahead": self.lookahead,
             "overflow": self.overflow,
+            "learnable_only": self.learnable_only,
             "rank": self._rank or 0,
             "world_size": self._world_size,
         }
@@ -231,11 +236,12 @@ class _Shard:
         self, data: PackedIterableDataset, index: int, count: int, worker: tuple[int, int]
     ) -> None:
         self._source: Any = data._source
-        self._overflow: Overflow = data.overflow
+        self._learnable_only = data.learnable_only
+        self._longest = data.capacity if data.overflow == "truncate" else None
         self._index, self._count, self._worker = index, count, worker
         self._window = Window(data.capacity, data.lookahead)
         self._reader = DocumentReader()
-        self._tally = Tally()
+        self._tally = Tally(data.capacity, data.overflow)
         self._position = 0  # documents of the source that have been read, other shards' included
         self._released = 0  # packs since the mark
         self._mark = self._take_mark()
@@ -251,7 +257,7 @@ class _Shard:
 
     def report(self) -> PackingReport:
         """Where the documents and tokens read so far went; balances at the end of a pass."""
-        return self._tally.report(self._window.capacity, self._overflow)
+        return self._tally.report()
 
     def state_dict(self) -> State:
         return {**self._mark, "released": self._released}
@@ -284,7 +290,8 @@ class _Shard:
         while not ended:
             ended = self._fill_window(documents)
             packs = self._window.release(everything=ended)
-            self._tally.packs += len(packs)
+            for pack in packs:
+                self._tally.count_pack(sum(piece.length for piece in pack))
             for pack in packs[self._released :]:
                 self._released += 1
                 yield pack
@@ -299,9 +306,11 @@ class _Shard:
             if number < 0:
                 return True
             columns, padding = self._reader.read(f"document {number}", given)
-            cuts = self._tally.count(
-                number, columns["input_ids"].size, padding, self._window.capacity, self._overflow
-            )
+            length = columns["input_ids"].size
+            learned = None
+            if self._learnable_only:
+                learned = count_learned(columns, self._longest)
+            cuts = self._tally.count_document(f"document {number}", length, padding, learned)
             for first, stop in cuts:
                 cut = {name: values[first:stop] for name, values in columns.items()}
                 self._window.pool.append(Piece(number // self._count, cut))
