@@ -135,7 +135,7 @@ def place_groups(
 
 def _argsort_descending(
     lengths: NDArray[np.int64], histogram: Histogram
-) -> NDArray[np.int32] | NDArray[np.int64]:
+) -> NDArray[np.signedinteger]:
     """Stable order from longest to shortest."""
     if histogram.table is None:
         return np.argsort(-lengths, kind="stable")

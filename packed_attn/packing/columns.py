@@ -48,6 +48,15 @@ class ListColumn:
         """The values `starts[i] : starts[i] + lengths[i]` of row `rows[i]`, end to end."""
         import pyarrow as pa
 
+        values = self.gather_flat(rows, starts, lengths)
+        return pa.array(values) if isinstance(values, np.ndarray) else values
+
+    def gather_flat(
+        self, rows: NDArray[np.int64], starts: NDArray[np.int64], lengths: NDArray[np.int64]
+    ) -> NDArray[Any] | pa.Array:
+        """`gather`, as numpy where the chunks are."""
+        import pyarrow as pa
+
         if not rows.size:
             return pa.array([], self.value_type)
         first = self.starts[rows] + starts
@@ -55,7 +64,7 @@ class ListColumn:
         # One slice and one memcpy a piece: for documents of ordinary length this outruns an index
         # array with an entry per token, and needs no memory for it.
         if all(isinstance(values, np.ndarray) for values in self.chunks):
-            return pa.array(np.concatenate([self.chunks[c][a:b] for c, a, b in pieces]))
+            return np.concatenate([self.chunks[c][a:b] for c, a, b in pieces])
         slices = [self._arrow(c).slice(a, b - a) for c, a, b in pieces]
         return pa.concat_arrays(slices)
 
@@ -90,6 +99,32 @@ class ListColumn:
 
         values = self.chunks[chunk]
         return pa.array(values) if isinstance(values, np.ndarray) else values
+
+
+@dataclass(frozen=True, eq=False)
+class ScalarColumn:
+    """A column with one value a row, read row by row.
+
+    Attributes:
+        column: the values in the table's order.
+        rows: int64 `[num_rows]`, the table's row of each row; None where they are the same.
+    """
+
+    column: pa.ChunkedArray
+    rows: NDArray[np.int64] | None
+
+    def take(self, rows: NDArray[np.int64]) -> list[Any]:
+        """The values of some rows, as Python objects."""
+        at = rows if self.rows is None else self.rows[rows]
+        # One by one: `ChunkedArray.take` may join all chunks first.
+        return [self.column[i].as_py() for i in at.tolist()]
+
+
+def scalar_column(dataset: Dataset, name: str) -> ScalarColumn:
+    """A column of a data set that is not per token, rows in the data set's own order."""
+    indices = dataset._indices
+    rows = None if indices is None else indices.column(0).to_numpy()
+    return ScalarColumn(dataset.data.column(name), rows)
 
 
 def list_columns(dataset: Dataset) -> dict[str, ListColumn]:

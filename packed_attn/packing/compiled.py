@@ -60,18 +60,17 @@ def place_groups(sizes, counts, capacity, most):
         size, left = sizes[i], counts[i]
         while left > 0:
             room = _smallest_room(words, summary, size)
-            first, held, available = opened, 0, left
-            if room < 0:
-                room = capacity
+            group = -1 if room < 0 else top[room]
+            if group < 0:  # no open pack has room: new ones, as many as it takes
+                room, first, available, held = capacity, opened, left, 0
             else:
-                group = top[room]
                 first, available, held = groups[group]
             each = min(room // size, most - held)
             packs = left // each
             if packs == 0:
                 packs, each = 1, left
             packs = min(packs, available)
-            if first == opened:
+            if group < 0:
                 opened += packs
             elif packs < available:
                 groups[group, 0] += packs

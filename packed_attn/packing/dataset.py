@@ -6,33 +6,61 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
-from packed_attn.packing.columns import ListColumn, as_dataset, list_columns, require_aligned
+from packed_attn.packing.columns import as_dataset
 from packed_attn.packing.plan import Overflow, Packs, Strategy, pack_lengths
 from packed_attn.packing.report import PackingReport, log_report
+from packed_attn.packing.rows import document_columns, token_columns
+from packed_attn.packing.sources import (
+    DOCUMENTS,
+    Source,
+    TokenFile,
+    integer_column,
+    learned_tokens,
+    read_source,
+)
 
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
-IGNORED_LABEL = -100
 INT32_MAX = 2**31 - 1  # Arrow's list offsets
-MASK_COLUMNS = ("completion_mask", "assistant_masks")  # TRL's names
-WRITTEN_COLUMNS = ("position_ids", "seq_lengths")
 TOKENS_PER_BATCH = 2**18  # tokens materialised at a time: few enough to stay in a CPU cache
 
 
+class PlanOptions(TypedDict, total=False):
+    """How a data set is planned, all optional.
+
+    strategy, overflow, max_documents, align, max_loss, seed, epoch: as in `pack_lengths`.
+    together, apart: names of integer columns, one value a document, as in `pack_lengths`.
+    learnable_only: leave out documents without a token to learn from (no label but -100, or no
+        mask but 0), and count masked tokens. It reads all labels; planning reads none otherwise.
+    """
+
+    strategy: Strategy
+    overflow: Overflow
+    max_documents: int | None
+    align: int
+    max_loss: float | None
+    seed: int | None
+    epoch: int
+    together: str | None
+    apart: str | None
+    learnable_only: bool
+
+
 def pack_dataset(
-    dataset: Dataset | Sequence[Any],
+    dataset: Dataset | TokenFile | Sequence[Any],
     capacity: int,
     *,
-    strategy: Strategy = "bfd",
-    overflow: Overflow = "split",
+    keep: Sequence[str] = (),
+    num_proc: int | None = None,
     on_report: Callable[[PackingReport], object] = log_report,
+    **options: Unpack[PlanOptions],
 ) -> Dataset:
     """Packs tokenised documents into rows of at most `capacity` tokens.
 
@@ -51,7 +79,8 @@ def pack_dataset(
 
     An `attention_mask` of ones says nothing and is dropped; where it has zeros, before or behind
     the ones, those tokens are padding and are left out (`report.padding_tokens`). Columns that do
-    not belong to tokens (text, messages, ids) are dropped with a warning that names them.
+    not belong to tokens (text, messages, ids) are dropped with a warning that names them, unless
+    `keep` does.
 
     Memory: the plan needs a few dozen bytes a document, and packs are written some hundred
     thousand tokens at a time. A data set on disk is packed to disk, into the cache folder beside
@@ -60,9 +89,12 @@ def pack_dataset(
 
     Args:
         dataset: a `datasets.Dataset` with a list column `input_ids`, a list of dicts with that key,
-            or a list of token lists.
+            or a list of token lists; or a `TokenFile`.
         capacity: tokens a row holds.
-        strategy, overflow: as in `pack_lengths`; documents are rows.
+        keep: columns with one value a document that go along, as one list a row with a value for
+            each document in it; `"documents"` is the number of the document in the input.
+        num_proc: processes that write a data set on disk.
+        options: `PlanOptions`.
         on_report: called with the `PackingReport`. By default it is logged, as a warning when
             tokens or labels were lost: `on_report=reports.append` keeps it, `print` shows it.
 
@@ -72,227 +104,160 @@ def pack_dataset(
             already, and what `pack_lengths` refuses.
         NotImplementedError: a streaming data set.
     """
-    source = _read(as_dataset(dataset))
-    packs = pack_lengths(source.lengths, capacity, strategy=strategy, overflow=overflow)
+    data = dataset if isinstance(dataset, TokenFile) else as_dataset(dataset)
+    source = read_source(data, without_documents(keep))
+    packs = plan_source(data, source, capacity, options)
     _warn_of_dropped(source.dropped)
-    report = packs.report
+    on_report(packs.report)
+    return _write(data, source, packs, tuple(keep), num_proc, options)
+
+
+def without_documents(keep: Sequence[str]) -> list[str]:
+    """The columns that `keep` names."""
+    if isinstance(keep, str):
+        raise ValueError(f"keep must be a list of names, got {keep!r}")
+    return [name for name in keep if name != DOCUMENTS]
+
+
+def plan_source(
+    data: Dataset | TokenFile, source: Source, capacity: int, options: PlanOptions
+) -> Packs:
+    """`pack_lengths` for the documents of a source; the report counts the source's padding."""
+    arguments: dict[str, Any] = dict(options)
+    for argument in ("together", "apart"):
+        if arguments.get(argument) is not None:
+            arguments[argument] = integer_column(data, argument, arguments[argument])
+    if arguments.pop("learnable_only", False):
+        longest = capacity if options.get("overflow") == "truncate" else None
+        arguments["learned"] = learned_tokens(source, longest)
+    packs = pack_lengths(source.lengths, capacity, **arguments)
     padding = source.padding_tokens
-    on_report(replace(report, tokens=report.tokens + padding, padding_tokens=padding))
-    return _write(source, packs)
+    if not padding:
+        return packs
+    report = packs.report
+    report = replace(report, tokens=report.tokens + padding, padding_tokens=padding)
+    return replace(packs, report=report)
 
 
-@dataclass(frozen=True, eq=False)
-class _Source:
-    """Documents to pack: the data set, its per-token columns, and the documents inside the rows.
-
-    `starts` and `lengths`, int64 `[num_documents]`, leave padding out. `dropped` names the columns
-    that are not per token.
-    """
-
-    dataset: Dataset
-    columns: dict[str, ListColumn]
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    dropped: list[str]
-
-    @property
-    def padding_tokens(self) -> int:
-        return int(self.columns["input_ids"].lengths.sum() - self.lengths.sum())
-
-
-def _read(dataset: Dataset) -> _Source:
-    for name in WRITTEN_COLUMNS:
-        if name in dataset.column_names:
-            raise ValueError(
-                f"dataset must not have a {name!r} column: either it is packed already, or packing "
-                "would overwrite positions of its own; remove the column to pack it anyway"
-            )
-    lists = list_columns(dataset)
-    input_ids = _checked_input_ids(dataset, lists)
-    aligned = {
-        name: column
-        for name, column in lists.items()
-        if require_aligned(column, input_ids.lengths, "input_ids")
-    }
-    for name in ("input_ids", "labels", "attention_mask", *MASK_COLUMNS):
-        if name in aligned:
-            _require_integers(aligned[name])
-    dropped = [name for name in dataset.column_names if name not in aligned]
-    mask = aligned.pop("attention_mask", None)
-    if mask is None:
-        starts, lengths = np.zeros_like(input_ids.lengths), input_ids.lengths
-    else:
-        starts, lengths = _unpadded(mask)
-    return _Source(dataset, aligned, starts, lengths, dropped)
-
-
-def _checked_input_ids(dataset: Dataset, lists: dict[str, ListColumn]) -> ListColumn:
-    if "input_ids" not in lists:
-        found = ", ".join(dataset.column_names) or "none"
-        raise ValueError(
-            f"dataset must have a list column 'input_ids', but its columns are: {found}; "
-            "tokenise it before packing"
-        )
-    column = lists["input_ids"]
-    nulls = np.flatnonzero(column.lengths < 0)
-    if nulls.size:
-        raise ValueError(f"input_ids must be a list in every row, but it is null in row {nulls[0]}")
-    return column
-
-
-def _require_integers(column: ListColumn) -> None:
-    """Refuses a column that packing computes with if it holds anything but integers or booleans."""
-    import pyarrow.types as types
-
-    kind = column.value_type
-    only_empty_lists = types.is_null(kind) and not column.lengths.any()
-    if not (types.is_integer(kind) or types.is_boolean(kind) or only_empty_lists):
-        raise ValueError(f"column {column.name!r} must be lists of integers, not of {kind}")
-    row = column.row_with_null()
-    if row is not None:
-        raise ValueError(f"column {column.name!r} must hold integers, but row {row} holds a null")
-
-
-def _unpadded(mask: ListColumn) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where the ones of each row's attention_mask begin, and how many there are."""
-    starts, lengths = np.zeros_like(mask.lengths), mask.lengths.copy()
-    for first, values, sizes in mask.batches():
-        ones = np.flatnonzero(values)
-        if ones.size == values.size and (values == 1).all():
-            continue
-        row_of_value = np.repeat(np.arange(sizes.size), sizes)
-        odd = np.flatnonzero((values != 0) & (values != 1))
-        if odd.size:
-            raise ValueError(
-                f"attention_mask must hold 0 and 1, but row {first + row_of_value[odd[0]]} holds "
-                f"{values[odd[0]]}; split rows that hold several documents before packing"
-            )
-        count = np.bincount(row_of_value[ones], minlength=sizes.size)
-        row_start = np.cumsum(sizes) - sizes
-        seen = np.flatnonzero(count)
-        at = np.searchsorted(ones, row_start[seen])
-        first_one, last_one = ones[at], ones[at + count[seen] - 1]
-        holes = seen[last_one - first_one + 1 != count[seen]]
-        if holes.size:
-            raise ValueError(
-                "attention_mask must be ones in one run with padding around it, but row "
-                f"{first + holes[0]} has zeros between ones"
-            )
-        starts[first + seen] = first_one - row_start[seen]
-        lengths[first : first + sizes.size] = count
-    return starts, lengths
-
-
-def _write(source: _Source, packs: Packs) -> Dataset:
+def _write(
+    data: Dataset | TokenFile,
+    source: Source,
+    packs: Packs,
+    keep: tuple[str, ...],
+    num_proc: int | None,
+    options: PlanOptions,
+) -> Dataset:
     """Materialises the packs, batch by batch: on disk if the input is on disk, else in memory."""
     import datasets
 
-    features = datasets.Features.from_arrow_schema(_pack_table(source, packs, 0, 0).schema)
+    rows = _Rows(data, source, packs, keep)
+    features = datasets.Features.from_arrow_schema(rows.table(0, 0).schema)
+    if isinstance(data, TokenFile):
+        return _write_to_memory(rows, None)
+    fingerprint = _fingerprint(data, packs, keep, options)
     if not packs.num_packs:
-        rows = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
-    elif source.dataset.cache_files:
-        rows = _write_to_disk(source, packs, features)
+        packed = datasets.Dataset.from_dict({name: [] for name in features}, features=features)
+    elif data.cache_files:
+        packed = _write_to_disk(rows, features, fingerprint, num_proc)
     else:
-        rows = _write_to_memory(source, packs)
-    format_ = source.dataset.format
-    return rows.with_format(format_["type"], **format_["format_kwargs"])
+        packed = _write_to_memory(rows, fingerprint)
+    return packed.with_format(data.format["type"], **data.format["format_kwargs"])
 
 
-def _write_to_memory(source: _Source, packs: Packs) -> Dataset:
+def _write_to_memory(rows: _Rows, fingerprint: str | None) -> Dataset:
     """Without `Dataset.map`, whose growing buffer would copy every token once more."""
     import datasets
     import pyarrow as pa
 
-    step = _packs_per_batch(packs)
-    firsts = datasets.utils.tqdm(range(0, packs.num_packs, step), desc="Packing", unit="batches")
-    tables = [_pack_table(source, packs, i, min(i + step, packs.num_packs)) for i in firsts]
-    return datasets.Dataset(pa.concat_tables(tables), fingerprint=_fingerprint(source, packs))
+    step, stop = rows.packs_per_batch, max(rows.packs.num_packs, 1)
+    firsts = datasets.utils.tqdm(range(0, stop, step), desc="Packing", unit="batches")
+    tables = [rows.table(i, min(i + step, rows.packs.num_packs)) for i in firsts]
+    return datasets.Dataset(pa.concat_tables(tables), fingerprint=fingerprint)
 
 
-def _write_to_disk(source: _Source, packs: Packs, features: Any) -> Dataset:
+def _write_to_disk(rows: _Rows, features: Any, fingerprint: str, num_proc: int | None) -> Dataset:
     """By `Dataset.map`, which writes to a temporary file first and finds what it wrote before."""
     import datasets
 
-    fingerprint = _fingerprint(source, packs)
-    folder = os.path.dirname(source.dataset.cache_files[0]["filename"])
-
-    def make_packs(batch: pa.Table) -> pa.Table:
-        numbers = batch.column("pack")
-        return _pack_table(source, packs, numbers[0].as_py(), numbers[-1].as_py() + 1)
-
-    numbers = datasets.Dataset.from_dict({"pack": np.arange(packs.num_packs)})
+    folder = os.path.dirname(rows.data.cache_files[0]["filename"])
+    numbers = datasets.Dataset.from_dict({"pack": np.arange(rows.packs.num_packs)})
     return numbers.with_format("arrow").map(
-        make_packs,
+        rows,
         batched=True,
-        batch_size=_packs_per_batch(packs),
+        batch_size=rows.packs_per_batch,
         remove_columns=["pack"],
         features=features,
         cache_file_name=os.path.join(folder, f"packed-{fingerprint}.arrow"),
         new_fingerprint=fingerprint,
+        num_proc=num_proc,
         desc="Packing",
     )
 
 
-def _fingerprint(source: _Source, packs: Packs) -> str:
+def _fingerprint(data: Dataset, packs: Packs, keep: tuple[str, ...], options: PlanOptions) -> str:
     """Names the result by what it was made from; left to itself, datasets pickles every token."""
     from datasets.fingerprint import Hasher
 
     from packed_attn import __version__
 
-    report, given = packs.report, source.dataset._fingerprint
-    return Hasher.hash([given, report.strategy, report.overflow, packs.capacity, __version__])
+    settings = sorted((name, str(value)) for name, value in options.items())
+    given = [data._fingerprint, packs.digest(), list(keep), settings, __version__]
+    return Hasher.hash(given)
 
 
-def _packs_per_batch(packs: Packs) -> int:
-    return max(1, TOKENS_PER_BATCH // packs.capacity)
+@dataclass(eq=False)
+class _Rows:
+    """Makes Arrow tables of packs; crosses to other processes without the tokens on disk."""
+
+    data: Any
+    source: Source | None
+    packs: Packs
+    keep: tuple[str, ...]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A data set on disk pickles as its path; views of its buffers would pickle every token.
+        return {**self.__dict__, "source": None}
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        numbers = batch.column("pack")
+        return self.table(numbers[0].as_py(), numbers[-1].as_py() + 1)
+
+    @property
+    def packs_per_batch(self) -> int:
+        return max(1, TOKENS_PER_BATCH // self.packs.capacity)
+
+    def table(self, first: int, stop: int) -> pa.Table:
+        """The rows for packs `first : stop`."""
+        import pyarrow as pa
+
+        if self.source is None:
+            self.source = read_source(self.data, without_documents(self.keep))
+        offsets = self.packs.offsets[first : stop + 1]
+        pieces = slice(int(offsets[0]), int(offsets[-1]))
+        lengths = self.packs.lengths[pieces]
+        ends = np.append(0, np.cumsum(lengths))
+        if ends[-1] > INT32_MAX:
+            raise ValueError(
+                f"a row must hold at most {INT32_MAX} tokens, but a pack has {ends[-1]}"
+            )
+        pack_pieces = offsets - offsets[0]
+        pack_tokens = ends[pack_pieces]
+        table = {}
+        for name, values in token_columns(self.source, self.packs, pieces).items():
+            table[name] = _list_array(pack_tokens, values)
+            if name == "position_ids":
+                table["seq_lengths"] = _list_array(pack_pieces, lengths)
+        for name, values in document_columns(self.source, self.packs, pieces, self.keep).items():
+            kept = self.source.kept.get(name)
+            table[name] = _list_array(pack_pieces, pa.array(values, kept and kept.column.type))
+        return pa.table(table)
 
 
-def _pack_table(source: _Source, packs: Packs, first: int, stop: int) -> pa.Table:
-    """The rows for packs `first : stop`."""
+def _list_array(offsets: NDArray[np.int64], values: Any) -> pa.ListArray:
     import pyarrow as pa
 
-    pieces = slice(packs.offsets[first], packs.offsets[stop])
-    rows, lengths = packs.order[pieces], packs.lengths[pieces]
-    starts = source.starts[rows] + packs.starts[pieces]
-    values = {name: c.gather(rows, starts, lengths) for name, c in source.columns.items()}
-    total = int(lengths.sum())
-    piece_starts = np.cumsum(lengths) - lengths
-    pack_pieces = packs.offsets[first : stop + 1] - packs.offsets[first]
-    pack_tokens = np.append(piece_starts, total)[pack_pieces]
-    if total > INT32_MAX:
-        raise ValueError(f"a row must hold at most {INT32_MAX} tokens, but a pack has {total}")
-    positions = pa.array(np.arange(total) - np.repeat(piece_starts, lengths))
-    input_ids = values.pop("input_ids")
-    if pa.types.is_null(input_ids.type):
-        input_ids = input_ids.cast(pa.int64())
-    labels = _labels(input_ids, values, piece_starts)
-    columns = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
-    table = {name: _list_array(pack_tokens, column) for name, column in columns.items()}
-    table["seq_lengths"] = _list_array(pack_pieces, pa.array(lengths))
-    for name, column in values.items():
-        table.setdefault(name, _list_array(pack_tokens, column))
-    return pa.table(table)
-
-
-def _labels(
-    input_ids: pa.Array, values: dict[str, pa.Array], piece_starts: NDArray[np.int64]
-) -> pa.Array:
-    """int64 labels, with -100 at the start of every document and where a mask says so."""
-    import pyarrow as pa
-
-    given = values.get("labels", input_ids)
-    labels = given.to_numpy(zero_copy_only=False).astype(np.int64)
-    if "labels" not in values:
-        for name in MASK_COLUMNS:
-            if name in values:
-                labels[values[name].to_numpy(zero_copy_only=False) == 0] = IGNORED_LABEL
-    labels[piece_starts] = IGNORED_LABEL
-    return pa.array(labels)
-
-
-def _list_array(offsets: NDArray[np.int64], values: pa.Array) -> pa.ListArray:
-    import pyarrow as pa
-
+    if isinstance(values, np.ndarray):
+        values = pa.array(values)
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), values)
 
 
