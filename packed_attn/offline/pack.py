@@ -191,9 +191,7 @@ class _Runner:
         """The results of all tasks, in their order."""
         results = {i: read_json(result_of(i)) for i in range(tasks) if result_of(i).exists()}
         left = [i for i in range(tasks) if i not in results]
-        with Progress(title, sizes, shown=self._progress) as bar:
-            for number in results:
-                bar.was_done(number)
+        with Progress(title, sizes, before=results, shown=self._progress) as bar:
             for number, result in run_tasks(
                 task, self._job, left, workers=self._workers, engine=self._engine
             ):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -14,10 +14,13 @@ class Progress:
     Args:
         title: what is done.
         sizes: how much each task is of the whole, in any unit.
+        before: tasks that an earlier run did.
         shown: whether to show anything; never where stderr is no terminal.
     """
 
-    def __init__(self, title: str, sizes: Sequence[int], *, shown: bool) -> None:
+    def __init__(
+        self, title: str, sizes: Sequence[int], *, before: Iterable[int], shown: bool
+    ) -> None:
         from tqdm import tqdm
 
         self._sizes = sizes
@@ -25,15 +28,11 @@ class Progress:
         self._began = time.monotonic()
         self._bar: Any = tqdm(
             total=sum(sizes),
+            initial=sum(sizes[number] for number in before),
             desc=title,
             disable=not (shown and sys.stderr.isatty()),
             bar_format="{desc} {percentage:3.0f}% |{bar}| {elapsed}, left {remaining}{postfix}",
         )
-
-    def was_done(self, number: int) -> None:
-        """A task that an earlier run did."""
-        self._bar.initial += self._sizes[number]
-        self._bar.update(self._sizes[number])
 
     def done(self, number: int, documents: int) -> None:
         """A task that is done now, of so many documents."""

@@ -11,10 +11,10 @@ import numpy as np
 from packed_attn.offline.files import read_json, sha256_of, whole_file, write_json
 from packed_attn.offline.job import Job, shard_name
 from packed_attn.offline.scratch import token_columns
-from packed_attn.packing.columns import ListColumn
-from packed_attn.packing.dataset import TOKENS_PER_BATCH, _pack_table, _Source
+from packed_attn.packing.dataset import PackedRows
 from packed_attn.packing.plan import Packs
 from packed_attn.packing.report import PackingReport
+from packed_attn.packing.sources import Source
 
 ARRAYS = ("order", "starts", "lengths", "offsets")
 PLAN = "plan.json"
@@ -40,17 +40,17 @@ def write_shard(job: Job, number: int) -> dict[str, Any]:
     import pyarrow.parquet as pq
 
     plan = read_json(job.work / PLAN)
-    packs, columns = _open_plan(job, plan["digest"])
+    rows = _open_plan(job, plan["digest"])
+    packs, step = rows.packs, rows.packs_per_batch
     first = number * job.packs_per_shard
     stop = min(first + job.packs_per_shard, len(packs))
-    step = max(1, TOKENS_PER_BATCH // job.capacity)
     name = shard_name(number, plan["shards"])
     with whole_file(Path(job.output) / name) as path:
-        schema = pack_table(columns, packs, first, first).schema
+        schema = rows.table(first, first).schema
         # Token ids hardly repeat enough for a dictionary; zstd finds what order there is.
         with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
             for begin in range(first, stop, step):
-                writer.write_table(pack_table(columns, packs, begin, min(begin + step, stop)))
+                writer.write_table(rows.table(begin, min(begin + step, stop)))
         digest, size = sha256_of(path), path.stat().st_size
     pieces = slice(int(packs.offsets[first]), int(packs.offsets[stop]))
     result = {
@@ -66,15 +66,13 @@ def write_shard(job: Job, number: int) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=1)
-def _open_plan(job: Job, digest: str) -> tuple[Packs, dict[str, ListColumn]]:
+def _open_plan(job: Job, digest: str) -> PackedRows:
     """The plan and the documents, mapped once in a process."""
-    arrays = [np.load(job.work / f"plan-{name}.npy", mmap_mode="r") for name in ARRAYS]
+    arrays: dict[str, Any] = {
+        name: np.load(job.work / f"plan-{name}.npy", mmap_mode="r") for name in ARRAYS
+    }
     report = PackingReport.from_dict(read_json(job.work / PLAN)["report"])
-    return Packs(*arrays, report), token_columns(job)
-
-
-def pack_table(columns, packs, first, stop):
-    n = columns["input_ids"].lengths
-    return _pack_table(
-        _Source(None, columns, np.broadcast_to(0, n.shape), n, []), packs, first, stop
-    )
+    columns = token_columns(job)
+    lengths = columns["input_ids"].lengths
+    source = Source(columns, np.zeros_like(lengths), lengths, kept={}, dropped=[])
+    return PackedRows(None, source, Packs(**arrays, report=report), keep=())

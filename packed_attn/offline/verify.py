@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from packed_attn.offline.files import sha256_of
 from packed_attn.offline.manifest import is_unaltered, read_manifest, report_of
 from packed_attn.packing.columns import ListColumn, table_columns
-from packed_attn.packing.dataset import IGNORED_LABEL
+from packed_attn.packing.sources import IGNORED_LABEL
 
 REQUIRED = ("input_ids", "labels", "position_ids", "seq_lengths")
 COUNTS = ("packs", "documents", "tokens")

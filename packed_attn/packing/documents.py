@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from packed_attn.packing.dataset import IGNORED_LABEL, MASK_COLUMNS, WRITTEN_COLUMNS
+from packed_attn.packing.sources import IGNORED_LABEL, MASK_COLUMNS, WRITTEN_COLUMNS
 
 WHOLE_COLUMNS = ("input_ids", "labels", "attention_mask", *MASK_COLUMNS)  # integers or booleans
 

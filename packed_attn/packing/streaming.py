@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from packed_attn.packing.documents import DocumentReader, count_learned
 from packed_attn.packing.arguments import check_choice, checked_whole
+from packed_attn.packing.documents import DocumentReader, count_learned
 from packed_attn.packing.plan import Overflow
 from packed_attn.packing.report import PackingReport, log_report
 from packed_attn.packing.tally import Tally

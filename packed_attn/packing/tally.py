@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
-
 from packed_attn.packing.plan import Overflow
 from packed_attn.packing.report import FILL_BINS, LENGTH_BINS, PackingReport
 

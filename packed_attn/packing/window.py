@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packed_attn.packing.best_fit import best_fit_decreasing
-from packed_attn.packing.dataset import IGNORED_LABEL, MASK_COLUMNS
 from packed_attn.packing.plan import sum_by_pack
+from packed_attn.packing.sources import IGNORED_LABEL, MASK_COLUMNS
 
 FULL = 0.999  # of capacity: a pack that leaves the window at once
 LONGEST_WAIT = 8  # windows that a document may be passed over
