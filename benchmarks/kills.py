@@ -18,6 +18,8 @@ import pyarrow.parquet as pq
 
 from packed_attn.offline import pack_files, read_manifest
 from packed_attn.offline.job import MANIFEST, WORK
+from packed_attn.offline.scratch import load_tokenizer
+from packed_attn.packing import pack_lengths
 
 CONTINUED_KILLED = 0.3  # share of continued runs that are killed once more
 
@@ -61,6 +63,7 @@ def killed_runs(case: Case, runs: int, *, workers: int, seed: int) -> Iterator[K
     """
     moments = random.Random(seed)
     case.folder.mkdir(parents=True, exist_ok=True)
+    _import_everything(case)
     whole = case.folder / "whole"
     began = time.monotonic()
     assert _run(case, whole, workers, None), "the run that nobody kills must end"
@@ -98,9 +101,14 @@ def documents_in(folder: Path) -> Counter[tuple[int, ...]]:
     return documents
 
 
+def _import_everything(case: Case) -> None:
+    """Loads what a run loads, once for all that are forked from here."""
+    pack_lengths([1], 1)
+    load_tokenizer(case.arguments["tokenizer"])
+
+
 def _run(case: Case, output: Path, workers: int, seconds: float | None) -> bool:
     """Packs in a process of its own, killed after so many seconds; whether it ended before."""
-    # Forked, so that a kill does not cost the imports.
     context = multiprocessing.get_context("fork")
     process = context.Process(target=_pack, args=(case, output, workers))
     process.start()

@@ -26,9 +26,7 @@ FORGETFUL = (
 )
 
 
-def save_tokenizer(
-    folder: Path, *, chat_template: str | None = PLAIN, begin: bool = False
-) -> str:
+def save_tokenizer(folder: Path, *, chat_template: str | None = PLAIN, begin: bool = False) -> str:
     """Trains a byte-level tokenizer on this repository's prose and saves it; returns the folder.
 
     Args:
