@@ -136,7 +136,7 @@ def _moment(output: Path) -> str:
 
 def _shards(output: Path) -> dict[str, int]:
     """Shards under their names, with what changes when one is written again."""
-    return {path.name: path.stat().st_ino for path in output.glob("*.parquet")}
+    return {path.name: path.stat().st_ino for path in output.glob("train-*.parquet")}
 
 
 def _files(output: Path) -> dict[str, bytes]:

@@ -23,6 +23,8 @@ MESSAGES = [
     {"role": "assistant", "content": "A capacity — in tokens 🧩."},
 ]
 
+THOUGHT = {"role": "assistant", "content": "thinking#said"}
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
@@ -177,8 +179,8 @@ def test_tokens_pass_through(tokenizer: Any) -> None:
     [
         (None, {"messages": MESSAGES}, "has no chat template, which conversations need"),
         (None, {"prompt": MESSAGES[:2], "completion": MESSAGES[2:3]}, "has no chat template"),
-        (FORGETFUL, {"messages": [*MESSAGES[:2], {"role": "assistant", "content": "x#y"}, *MESSAGES[3:]]},
-         "rewrites the conversation around turn 3"),
+        (FORGETFUL, {"messages": [MESSAGES[1], THOUGHT, *MESSAGES[3:]]},
+         "rewrites the conversation around turn 2"),
         (PLAIN, {"messages": MESSAGES[:2]}, "a turn of the assistant, but its roles: system, user"),
         (PLAIN, {"messages": []}, "messages must be a list of messages"),
         (PLAIN, {"messages": "hello"}, "messages must be a list of messages"),

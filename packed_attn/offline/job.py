@@ -129,14 +129,22 @@ def open_folder(job: Job, *, resume: bool) -> Iterator[bool]:
     """
     folder = Path(job.output)
     _check_folder(folder, resume)
+    if (folder / MANIFEST).exists():
+        _check_same(read_json(folder / MANIFEST).get("settings", {}), job.public_settings(), job)
+        yield True
+        return
     made = not folder.exists()
     job.work.mkdir(parents=True, exist_ok=True)
     with _locked(job.work / "lock"):
-        _check_same(job)
+        note = job.work / "job.json"
+        if note.exists():
+            _check_same(read_json(note), job.settings(), job)
+        else:
+            write_json(note, job.settings())
         remove_temporary_files(folder)
         remove_temporary_files(job.work)
         try:
-            yield (folder / MANIFEST).exists()
+            yield False
         except ValueError:
             _remove_run(folder, made)
             raise
@@ -163,16 +171,8 @@ def _check_folder(folder: Path, resume: bool) -> None:
         )
 
 
-def _check_same(job: Job) -> None:
-    """Refuses to continue a run that was asked for something else; notes what this one is."""
-    note, manifest = job.work / "job.json", Path(job.output) / MANIFEST
-    if manifest.exists():
-        before, now = read_json(manifest).get("settings", {}), job.public_settings()
-    elif note.exists():
-        before, now = read_json(note), job.settings()
-    else:
-        write_json(note, job.settings())
-        return
+def _check_same(before: dict[str, Any], now: dict[str, Any], job: Job) -> None:
+    """Refuses to continue a run that was asked for something else."""
     other = [name for name in now if before.get(name) != now[name]]
     if other:
         raise ValueError(

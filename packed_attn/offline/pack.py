@@ -109,7 +109,7 @@ def pack_files(
         with open_folder(job, resume=resume) as done:
             manifest = read_manifest(Path(output)) if done else None
             manifest = manifest or _run(job, _Runner(job, workers, engine, progress))
-        shutil.rmtree(job.work)
+        shutil.rmtree(job.work, ignore_errors=True)
         return manifest
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
