@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import json
 import multiprocessing
 import os
 import threading
@@ -78,16 +80,27 @@ def _on_ray(
         ray.init(log_to_driver=False)
     ray.data.DataContext.get_current().enable_progress_bars = False
     rows = ray.data.from_items([{"number": n} for n in numbers], override_num_blocks=len(numbers))
-    done = rows.map(_RayTask(task, job), concurrency=workers)
-    for row in done.iter_rows():
-        yield row["number"], row["result"]
+    pool = ray.data.TaskPoolStrategy(size=workers)
+    for row in rows.map(_RayTask(task, job), compute=pool).iter_rows():
+        if row["kind"]:
+            raise OSError(row["errno"], row["text"]) if row["errno"] else ValueError(row["text"])
+        yield int(row["number"]), json.loads(row["text"])
 
 
 class _RayTask:
-    """The task, as Ray Data calls it: a row with a number in, a row with its result out."""
+    """The task, as Ray Data calls it: a row with a number in, a row with its result out.
+
+    What is wrong with the input comes back as a row too: Ray would wrap the exception in its own.
+    """
 
     def __init__(self, task: Task, job: Job) -> None:
         self._task, self._job = task, job
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        return {**row, "result": self._task(self._job, row["number"])}
+        number = int(row["number"])
+        try:
+            text, kind, code = json.dumps(self._task(self._job, number)), "", 0
+        except (ValueError, OSError) as error:
+            text, kind = str(error), type(error).__name__
+            code = error.errno or errno.EIO if isinstance(error, OSError) else 0
+        return {"number": number, "text": text, "kind": kind, "errno": code}

@@ -29,6 +29,13 @@ def verify(folder: str | Path) -> Iterator[str]:
     manifest = read_manifest(folder)
     if not is_unaltered(manifest):
         yield "manifest.json: altered since it was written (its own sha256 differs)"
+    try:
+        yield from _faults(folder, manifest)
+    except (KeyError, TypeError, AttributeError) as error:
+        yield f"manifest.json: cannot be read as one: {type(error).__name__} {error}"
+
+
+def _faults(folder: Path, manifest: dict[str, Any]) -> Iterator[str]:
     totals: Counter[str] = Counter()
     for shard in manifest["shards"]:
         totals.update({name: shard[name] for name in COUNTS})
