@@ -4,7 +4,16 @@ from packed_attn.attention import attention
 from packed_attn.audit import IsolationReport, audit
 from packed_attn.collator import PackedCollator
 from packed_attn.layout import DocumentLayout, Visibility
-from packed_attn.packing import PackedIterableDataset, Packs, pack_dataset, pack_lengths, truncate
+from packed_attn.packing import (
+    PackedBatchSampler,
+    PackedDataset,
+    PackedIterableDataset,
+    Packs,
+    TokenFile,
+    pack_dataset,
+    pack_lengths,
+    truncate,
+)
 from packed_attn.patching import patch_model, unpatch_model
 from packed_attn.varlen import flash_attn_varlen_func
 
@@ -13,9 +22,12 @@ __version__ = "0.1.0"
 __all__ = [
     "DocumentLayout",
     "IsolationReport",
+    "PackedBatchSampler",
     "PackedCollator",
+    "PackedDataset",
     "PackedIterableDataset",
     "Packs",
+    "TokenFile",
     "Visibility",
     "attention",
     "audit",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -28,8 +28,10 @@ class PackedCollator:
         pad_to_multiple_of: pad the row to a multiple of this many tokens.
         capacity: pad the row to this many tokens per feature, so that every batch has one shape.
         pad_token_id: what padding is made of.
+        align: give each document a multiple of this many tokens as room, padding behind it; packs
+            planned with `pack_lengths(align=...)` stay within capacity.
 
-    Padding is one last document with labels -100 that sees nothing and is seen by nobody. The
+    Padding is a document of its own, with labels -100, that sees nothing and is seen by nobody. The
     first label of each document is -100, so that the shifted loss never crosses a boundary.
     Without `labels`, they are copies of `input_ids`, -100 where a `completion_mask` or
     `assistant_masks` is 0.
@@ -49,27 +51,37 @@ class PackedCollator:
     pad_to_multiple_of: int | None = None
     capacity: int | None = None
     pad_token_id: int = 0
+    align: int = 1
 
     def __post_init__(self) -> None:
         if self.features not in ("packs", "documents"):
             raise ValueError(f"features must be 'packs' or 'documents', got {self.features!r}")
-        for name in ("pad_to_multiple_of", "capacity"):
+        for name in ("pad_to_multiple_of", "capacity", "align"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         rows = [self._row(index, feature) for index, feature in enumerate(features)]
-        input_ids = _concatenated(row.input_ids for row in rows)
-        labels = _concatenated(row.labels for row in rows)
         lengths = [n for row in rows for n in row.lengths]
-        beyond = self._padded_length(rows) - input_ids.numel()
+        padding = [flag for r in rows for flag in r.padding or (False,) * len(r.lengths)]
+        total = self._padded_length(rows)
+        beyond = total - sum(lengths)
         if beyond:
-            input_ids = torch.nn.functional.pad(input_ids, (0, beyond), value=self.pad_token_id)
-            labels = torch.nn.functional.pad(labels, (0, beyond), value=IGNORE_INDEX)
-        padding = [False] * len(lengths) + [True] * bool(beyond)
-        layout = DocumentLayout.from_lengths(lengths + [beyond] * bool(beyond), padding=padding)
-        labels = without_first_labels(labels, layout)
+            lengths, padding = [*lengths, beyond], [*padding, True]
+        layout = DocumentLayout.from_lengths(lengths, padding=padding)
+        _check_positions(rows, layout)
+        # One copy a token, which widens narrow tokens on the way.
+        input_ids = torch.empty(total, dtype=torch.long)
+        labels = torch.empty(total, dtype=torch.long)
+        at = 0
+        for row in rows:
+            stop = at + row.input_ids.numel()
+            input_ids[at:stop], labels[at:stop] = row.input_ids, row.labels
+            at = stop
+        input_ids[at:], labels[at:] = self.pad_token_id, IGNORE_INDEX
+        starts = layout.cu_seqlens[:-1]
+        labels[starts[starts < total].long()] = IGNORE_INDEX
         return {
             "input_ids": input_ids[None],
             "labels": labels[None],
@@ -92,13 +104,31 @@ class PackedCollator:
         labels = _labels(index, feature, input_ids)
         if self.features == "documents":
             keep = _real_tokens(index, feature, input_ids)
-            return _Row(input_ids[keep], labels[keep], (int(keep.sum()),))
-        lengths = _boundaries(index, feature, input_ids.numel())
-        if self.capacity is not None and input_ids.numel() > self.capacity:
+            return self._with_room(_Row(input_ids[keep], labels[keep], (int(keep.sum()),)))
+        lengths, position_ids = _boundaries(index, feature, input_ids.numel())
+        row = self._with_room(_Row(input_ids, labels, lengths, position_ids=position_ids))
+        tokens = row.input_ids.numel()
+        if self.capacity is not None and tokens > self.capacity:
             raise ValueError(
-                f"feature {index} has {input_ids.numel()} tokens, over the capacity {self.capacity}"
+                f"feature {index} has {tokens} tokens, over the capacity {self.capacity}"
             )
-        return _Row(input_ids, labels, lengths)
+        return row
+
+    def _with_room(self, row: _Row) -> _Row:
+        """The row with padding behind each document up to a multiple of `align`."""
+        if not any(n % self.align for n in row.lengths):
+            return row
+        _check_positions([row], DocumentLayout.from_lengths(row.lengths))
+        lengths, padding = [], []
+        for n in row.lengths:
+            room = -n % self.align
+            lengths += [n, room] if room else [n]
+            padding += [False, True] if room else [False]
+        real = ~torch.tensor(padding).repeat_interleave(torch.tensor(lengths))
+        input_ids = torch.full(real.shape, self.pad_token_id)
+        labels = torch.full(real.shape, IGNORE_INDEX)
+        input_ids[real], labels[real] = row.input_ids.long(), row.labels.long()
+        return _Row(input_ids, labels, tuple(lengths), tuple(padding))
 
     def _padded_length(self, rows: Sequence[_Row]) -> int:
         total = sum(row.input_ids.numel() for row in rows)
@@ -130,14 +160,14 @@ class _Row:
     input_ids: Tensor
     labels: Tensor
     lengths: tuple[int, ...]
+    padding: tuple[bool, ...] = ()  # of each document; empty is none
+    position_ids: Tensor | None = None  # as the feature has them, to be compared with `lengths`
 
 
 def _tokens(values: Any) -> Tensor:
-    return torch.as_tensor(values, dtype=torch.long).flatten()
-
-
-def _concatenated(parts: Iterable[Tensor]) -> Tensor:
-    return torch.cat([torch.empty(0, dtype=torch.long), *parts])
+    """One-dimensional integers in the type that they have, or int64 of a list."""
+    tokens = torch.as_tensor(values).flatten()
+    return tokens.long() if tokens.is_floating_point() or not tokens.numel() else tokens
 
 
 def _aligned(index: int, name: str, values: Any, tokens: int) -> Tensor:
@@ -167,30 +197,40 @@ def _real_tokens(index: int, feature: Mapping[str, Any], input_ids: Tensor) -> T
     return _aligned(index, "attention_mask", feature["attention_mask"], input_ids.numel()) != 0
 
 
-def _boundaries(index: int, feature: Mapping[str, Any], tokens: int) -> tuple[int, ...]:
-    """Document lengths of one pack."""
-    lengths = None
+def _check_positions(rows: Sequence[_Row], layout: DocumentLayout) -> None:
+    """Compares given position_ids with those that the lengths make; rows begin the layout."""
+    at = 0
+    for index, row in enumerate(rows):
+        stop = at + row.input_ids.numel()
+        given = row.position_ids
+        if given is not None and not torch.equal(given.long(), layout.position_ids[at:stop]):
+            positions = DocumentLayout.from_position_ids(given).lengths
+            raise ValueError(
+                f"feature {index} has position_ids that contradict its seq_lengths: "
+                f"{positions} and {row.lengths}"
+            )
+        at = stop
+
+
+def _boundaries(
+    index: int, feature: Mapping[str, Any], tokens: int
+) -> tuple[tuple[int, ...], Tensor | None]:
+    """Document lengths of one pack, and position_ids that are still to be compared with them."""
+    position_ids = None
+    if feature.get("position_ids") is not None:
+        position_ids = _aligned(index, "position_ids", feature["position_ids"], tokens)
     if feature.get("seq_lengths") is not None:
-        lengths = tuple(int(n) for n in feature["seq_lengths"])
+        lengths = tuple(_tokens(feature["seq_lengths"]).tolist())
         if sum(lengths) != tokens:
             raise ValueError(
                 f"feature {index} has {tokens} input_ids, but seq_lengths add to {sum(lengths)}"
             )
-    if feature.get("position_ids") is not None:
-        position_ids = _aligned(index, "position_ids", feature["position_ids"], tokens)
-        layout = DocumentLayout.from_position_ids(position_ids)
-        if lengths is None:
-            lengths = layout.lengths
-        elif tuple(n for n in lengths if n) != layout.lengths:
-            raise ValueError(
-                f"feature {index} has position_ids that contradict its seq_lengths: "
-                f"{layout.lengths} and {lengths}"
-            )
-    if lengths is None:
-        raise ValueError(
-            f"feature {index} has no boundaries (seq_lengths or position_ids), only "
-            f"{sorted(feature)}: without them its documents would see each other. HF Trainer drops "
-            "columns that the model's forward does not name; pack_dataset writes position_ids, "
-            "which survive. If each feature is one document, use PackedCollator('documents')"
-        )
-    return lengths
+        return lengths, position_ids
+    if position_ids is not None:
+        return DocumentLayout.from_position_ids(position_ids).lengths, None
+    raise ValueError(
+        f"feature {index} has no boundaries (seq_lengths or position_ids), only "
+        f"{sorted(feature)}: without them its documents would see each other. HF Trainer drops "
+        "columns that the model's forward does not name; pack_dataset writes position_ids, "
+        "which survive. If each feature is one document, use PackedCollator('documents')"
+    )

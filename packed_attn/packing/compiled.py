@@ -141,6 +141,16 @@ def next_fit(lengths, documents, capacity, most):
 
 
 @compiled
+def count_up(lengths, positions):
+    """Writes 0, 1, 2, ... for each document into `positions`, int64 `[sum(lengths)]`."""
+    at = 0
+    for length in lengths:
+        for position in range(length):
+            positions[at + position] = position
+        at += length
+
+
+@compiled
 def _smallest_room(words, summary, at_least):
     """The smallest room of at least `at_least` that some pack has, or -1."""
     word = at_least // WORD

@@ -1,4 +1,4 @@
-"""A packed data set as an index: rows are put together when they are asked for, nothing is copied."""
+"""A packed data set as an index: rows are put together when they are asked for."""
 
 from __future__ import annotations
 

@@ -21,6 +21,8 @@ def token_columns(source: Source, packs: Packs, pieces: slice) -> dict[str, Any]
         `input_ids` in the dtype of the source; `labels` int64, -100 at the start of every piece
         and where a mask says so; `position_ids` int64; then the source's other columns.
     """
+    from packed_attn.packing import compiled
+
     documents, lengths = packs.order[pieces], packs.lengths[pieces]
     starts = source.starts[documents] + packs.starts[pieces]
     values = {n: c.gather_flat(documents, starts, lengths) for n, c in source.columns.items()}
@@ -28,7 +30,8 @@ def token_columns(source: Source, packs: Packs, pieces: slice) -> dict[str, Any]
     if not isinstance(input_ids, np.ndarray) and input_ids.type == "null":
         input_ids = np.empty(0, np.int64)
     piece_starts = np.cumsum(lengths) - lengths
-    positions = np.arange(int(lengths.sum())) - np.repeat(piece_starts, lengths)
+    positions = np.empty(int(lengths.sum()), np.int64)
+    compiled.count_up(lengths, positions)
     columns = {
         "input_ids": input_ids,
         "labels": _labels(input_ids, values, piece_starts),
