@@ -436,7 +436,7 @@ def test_ray_writes_the_same_bytes(tmp_path: Path, lines: Path, tokenizer: str) 
         pack_files([lines], tmp_path / "ray", tokenizer=tokenizer, engine="ray", workers=2, **JOB)
         assert contents(tmp_path / "local") == contents(tmp_path / "ray")
         path = write_lines(tmp_path / "a.jsonl", [{"input_ids": [1]}, {"input_ids": "x"}])
-        with pytest.raises(ValueError, match=r"a.jsonl line 2: .*list of integers"):
+        with pytest.raises(ValueError, match=r"a.jsonl line 2: .*a list of token ids"):
             pack_files([path], tmp_path / "out", 8, engine="ray")
         assert not (tmp_path / "out").exists()
     finally:
