@@ -207,5 +207,8 @@ def test_inspect_prints_the_report(packed: Path, capsys: pytest.CaptureFixture[s
     printed = capsys.readouterr().out
     assert "packs of 32 tokens (bfd, overflow=split)" in printed
     assert "from         data.jsonl (input_ids)" in printed
+    assert main(["inspect", str(packed), "--picture", str(packed.parent / "packs.png")]) == 0
+    assert (packed.parent / "packs.png").read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
     assert main(["inspect", str(packed), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == read_manifest(packed)

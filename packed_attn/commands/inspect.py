@@ -18,12 +18,16 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the report; nothing is read but the manifest, unless a picture is asked for."""
+    """Prints the report; nothing but the manifest is read for it."""
     from packed_attn.offline import read_manifest, report_of
 
     manifest = read_manifest(args.folder)
     report = report_of(manifest)
     print(json.dumps(manifest, indent=2) if args.json else _text(manifest, report))
+    if args.picture is not None:
+        from packed_attn.offline.picture import draw_shards
+
+        draw_shards(args.folder, args.picture)
     return 0
 
 
