@@ -443,7 +443,7 @@ def test_ray_writes_the_same_bytes(tmp_path: Path, lines: Path, tokenizer: str) 
         ray.shutdown()
 
 
-def test_memory_of_a_saved_run_is_its_own(tmp_path: Path, lines: Path, tokenizer: str) -> None:
+def test_nothing_else_is_needed_afterwards(tmp_path: Path, lines: Path, tokenizer: str) -> None:
     """The scratch files are gone, and removing the input harms nothing."""
     copy = shutil.copy(lines, tmp_path / "copy.jsonl")
     pack_files([copy], tmp_path / "out", tokenizer=tokenizer, **JOB)

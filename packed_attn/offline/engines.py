@@ -59,10 +59,11 @@ def _in_processes(
 def _die_with_parent() -> None:
     """Ends this worker when the main process is gone, even if it was killed."""
     parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("this is the main process, which has no parent to follow")
 
     def watch() -> None:
-        if parent is not None:
-            parent.join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

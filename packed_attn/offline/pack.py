@@ -88,13 +88,15 @@ def pack_files(
     """
     check_choice("engine", engine, Engine)
     workers = checked_whole("workers", workers)
+    # A plan of nothing: what is wrong with the settings shows before hours of tokenising.
+    pack_lengths([], capacity, strategy=strategy, overflow=overflow, seed=seed, max_loss=max_loss)
     parts = find_parts(inputs, checked_whole("part_bytes", part_bytes))
     described = _describe(parts, tokenizer, skip_bad)
     job = Job(
         output=str(output),
         parts=tuple(parts),
         inputs=tuple((path, *stamp_of(path)) for path in dict.fromkeys(p.path for p in parts)),
-        capacity=checked_whole("capacity", capacity),
+        capacity=capacity,
         strategy=strategy,
         overflow=overflow,
         seed=seed,
