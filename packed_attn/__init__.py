@@ -8,6 +8,7 @@ from packed_attn.loss import PackedLoss
 from packed_attn.packing import (
     PackedBatchSampler,
     PackedDataset,
+    PackedIterableDataset,
     Packs,
     TokenFile,
     pack_dataset,
@@ -25,6 +26,7 @@ __all__ = [
     "PackedBatchSampler",
     "PackedCollator",
     "PackedDataset",
+    "PackedIterableDataset",
     "PackedLoss",
     "Packs",
     "TokenFile",

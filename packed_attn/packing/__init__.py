@@ -6,12 +6,14 @@ from packed_attn.packing.plan import Packs, pack_lengths
 from packed_attn.packing.report import PackingLossError, PackingReport, TruncationReport
 from packed_attn.packing.sampler import PackedBatchSampler
 from packed_attn.packing.sources import TokenFile
+from packed_attn.packing.streaming import PackedIterableDataset
 from packed_attn.packing.truncation import truncate
 
 __all__ = [
     "PackPart",
     "PackedBatchSampler",
     "PackedDataset",
+    "PackedIterableDataset",
     "PackingLossError",
     "PackingReport",
     "Packs",

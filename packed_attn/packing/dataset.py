@@ -150,7 +150,7 @@ def _write(
     """Materialises the packs, batch by batch: on disk if the input is on disk, else in memory."""
     import datasets
 
-    rows = _Rows(data, source, packs, keep)
+    rows = PackedRows(data, source, packs, keep)
     features = datasets.Features.from_arrow_schema(rows.table(0, 0).schema)
     if isinstance(data, TokenFile):
         return _write_to_memory(rows, None)
@@ -164,7 +164,7 @@ def _write(
     return packed.with_format(data.format["type"], **data.format["format_kwargs"])
 
 
-def _write_to_memory(rows: _Rows, fingerprint: str | None) -> Dataset:
+def _write_to_memory(rows: PackedRows, fingerprint: str | None) -> Dataset:
     """Without `Dataset.map`, whose growing buffer would copy every token once more."""
     import datasets
     import pyarrow as pa
@@ -175,7 +175,9 @@ def _write_to_memory(rows: _Rows, fingerprint: str | None) -> Dataset:
     return datasets.Dataset(pa.concat_tables(tables), fingerprint=fingerprint)
 
 
-def _write_to_disk(rows: _Rows, features: Any, fingerprint: str, num_proc: int | None) -> Dataset:
+def _write_to_disk(
+    rows: PackedRows, features: Any, fingerprint: str, num_proc: int | None
+) -> Dataset:
     """By `Dataset.map`, which writes to a temporary file first and finds what it wrote before."""
     import datasets
 
@@ -206,7 +208,7 @@ def _fingerprint(data: Dataset, packs: Packs, keep: tuple[str, ...], options: Pl
 
 
 @dataclass(eq=False)
-class _Rows:
+class PackedRows:
     """Makes Arrow tables of packs; crosses to other processes without the tokens on disk."""
 
     data: Any
