@@ -11,10 +11,10 @@ turns it into the one mask rule that every kernel follows:
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch import Tensor
 from packed_attn.visibility import Visibility, build_visibility, check_window, is_whole
 
 INT32_MAX = 2**31 - 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -366,6 +367,11 @@ class DocumentLayout:
             str(self.device),
         ]
         return f"DocumentLayout({', '.join(kinds)})"
+
+    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
+        """`make()`, made once for each key and kept with the layout: for what a backend derives
+        from it, so that all layers share it."""
+        return self._once(("derived", key), make)
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._derived:
