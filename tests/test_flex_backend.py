@@ -23,33 +23,15 @@ from tests.oracle import assert_exact, assert_isolated, documents_to_isolate, re
 # The unfused form multiplies q and k in half precision, which no kernel does.
 SINGLE = [case for case in SMALL if case.dtype == torch.float32]
 # One of each kind in `make test`, all of them in `make test-all`.
-FEW = [
-    "mixed",
-    "empty_documents",
-    "padding_between",
-    "all_padding",
-    "no_tokens",
-    "no_documents",
-    "group_of_three",
-    "value_head_dim_smaller",
-    "strided",
-    "window_both",
-    "chunk",
-    "prefix_window",
-    "everything",
-    "sinks_padding",
-    "alibi_bidirectional",
-    "lse_gradient_sinks_softcap",
-    "lse_gradient_padding",
-    "forest_nested",
-    "forest_window",
-    "forest_alibi",
-    "cross",
-    "cross_sinks",
-    "cross_alibi",
-    "cross_padding",
-    "dropout",
-]
+# fmt: off
+FEW = (
+    "mixed", "empty_documents", "padding_between", "all_padding", "no_tokens", "no_documents",
+    "group_of_three", "value_head_dim_smaller", "strided", "window_both", "chunk",
+    "prefix_window", "everything", "sinks_padding", "alibi_bidirectional",
+    "lse_gradient_sinks_softcap", "lse_gradient_padding", "forest_nested", "forest_window",
+    "forest_alibi", "cross", "cross_sinks", "cross_alibi", "cross_padding", "dropout",
+)
+# fmt: on
 ISOLATED = ["mixed", "padding_between", "forest_nested"]
 
 

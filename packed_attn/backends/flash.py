@@ -87,7 +87,7 @@ def head_dim_reasons(request: AttentionRequest, *, one_size: bool) -> list[str]:
     ]
     if one_size and value_head_dim != head_dim:
         reasons.append(
-            f"value head_dim must be head_dim, but they are {value_head_dim}, {head_dim}"
+            f"value head_dim must be head_dim, but they are {value_head_dim} and {head_dim}"
         )
     return reasons
 
