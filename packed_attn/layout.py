@@ -19,10 +19,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from packed_attn.visibility import Visibility, build_visibility, check_window, is_whole
+from packed_attn.visibility import (
+    Visibility,
+    build_visibility,
+    check_window,
+    is_whole,
+    prefix_tensor,
+)
 
 INT32_MAX = 2**31 - 1
 T = TypeVar("T")
+
+# Masks and prefixes that a layout keeps: more kinds than a model has, and a bound where every
+# call brings a new one.
+KEPT_MASKS = 16
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -103,7 +113,7 @@ class DocumentLayout:
         )
         layout._derived["lengths"] = host
         if links is not None:
-            layout._derived["forest"] = _Forest.build(host, links)
+            layout._derived["forest"] = Forest.build(host, links)
             _check_padding_stands_alone(links, flags)
         return layout.to(device) if device is not None else layout
 
@@ -322,10 +332,21 @@ class DocumentLayout:
         def make() -> Visibility:
             return build_visibility(self, key_layout, left, right, chunk_size, prefix_lengths)
 
-        if prefix_lengths is not None:
-            return make()
         # The key keeps key_layout itself alive, so an id is never reused while it is cached.
-        return self._once(("visibility", left, right, chunk_size, key_layout), make)
+        prefix = _prefix_key(prefix_lengths)
+        key = ("visibility", left, right, chunk_size, key_layout, prefix)
+        return self._one_of_few(key, make)
+
+    def prefix(self, prefix_lengths: Sequence[int] | Tensor | None) -> Tensor | None:
+        """`prefix_lengths` as int64 `[num_documents]` on the layout's device, made once; or None.
+
+        Raises:
+            ValueError: not one integer of at least 0 for each document.
+        """
+        if prefix_lengths is None:
+            return None
+        key = ("prefix", _prefix_key(prefix_lengths))
+        return self._one_of_few(key, lambda: prefix_tensor(prefix_lengths, self))
 
     def to(
         self, device: torch.device | str | int, non_blocking: bool = False, **_: Any
@@ -378,6 +399,14 @@ class DocumentLayout:
             self._derived[key] = make()
         return self._derived[key]
 
+    def _one_of_few(self, key: tuple[Any, ...], make: Any) -> Any:
+        """`_once` for what callers make keys of: the oldest of its kind makes room."""
+        if key not in self._derived:
+            kept = [k for k in self._derived if isinstance(k, tuple) and k[0] == key[0]]
+            if len(kept) >= KEPT_MASKS:
+                del self._derived[kept[0]]
+        return self._once(key, make)
+
     def _document_ids(self) -> Tensor:
         token = torch.arange(self.total_tokens, dtype=torch.int32, device=self.device)
         # The number of documents that have ended by this token; empty documents drop out.
@@ -396,10 +425,10 @@ class DocumentLayout:
         starts[1:] = ids[1:] != ids[:-1]
         return starts
 
-    def _forest(self) -> _Forest:
+    def _forest(self) -> Forest:
         links = [] if self.parents is None else self.parents
         return self._once(
-            "forest", lambda: _Forest.build(self.lengths, _whole_numbers(links, "parents"))
+            "forest", lambda: Forest.build(self.lengths, _whole_numbers(links, "parents"))
         )
 
     def forest_tensors(self) -> _ForestTensors:
@@ -433,7 +462,7 @@ class DocumentLayout:
 
 
 @dataclass(frozen=True)
-class _Forest:
+class Forest:
     """Host facts of a forest, per document."""
 
     parents: tuple[int, ...]
@@ -448,7 +477,7 @@ class _Forest:
         return tuple(reversed(path))
 
     @staticmethod
-    def build(lengths: Sequence[int], parents: Sequence[int]) -> _Forest:
+    def build(lengths: Sequence[int], parents: Sequence[int]) -> Forest:
         """Checks that parents come before their children, depth-first, and derives the rest."""
         offset, stop, at, depth = [0] * len(lengths), [0] * len(lengths), 0, 0
         branch: list[int] = []  # the path of the document before this one
@@ -470,7 +499,7 @@ class _Forest:
             for ancestor in branch:
                 stop[ancestor] = at
             depth = max(depth, len(branch) - 1)
-        return _Forest(tuple(parents), tuple(offset), tuple(stop), depth)
+        return Forest(tuple(parents), tuple(offset), tuple(stop), depth)
 
 
 @dataclass(frozen=True, eq=False)
@@ -478,6 +507,17 @@ class _ForestTensors:
     path_offset: Tensor
     subtree_stop: Tensor
     depth: int
+
+
+def _prefix_key(prefix_lengths: Sequence[int] | Tensor | None) -> Any:
+    """What stands for these prefixes in a cache: their values, or a tensor as it is now."""
+    if prefix_lengths is None:
+        return None
+    if isinstance(prefix_lengths, Tensor):
+        # The key keeps the tensor alive, and its version tells when it was written to.
+        version = 0 if prefix_lengths.is_inference() else prefix_lengths._version
+        return prefix_lengths, version
+    return tuple(prefix_lengths)
 
 
 def _from_starts(starts: Tensor, padding: Tensor | None) -> DocumentLayout:
