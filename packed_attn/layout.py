@@ -389,10 +389,13 @@ class DocumentLayout:
         ]
         return f"DocumentLayout({', '.join(kinds)})"
 
-    def derived(self, key: Hashable, make: Callable[[], T]) -> T:
-        """`make()`, made once for each key and kept with the layout: for what a backend derives
-        from it, so that all layers share it."""
-        return self._once(("derived", key), make)
+    def derived(self, name: str, key: Hashable, make: Callable[[], T]) -> T:
+        """What a backend derives from the layout, made once for each key and shared by all layers.
+
+        Args:
+            name: of what is made; a few keys of each name are kept.
+        """
+        return self._one_of_few((name, key), make)
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._derived:

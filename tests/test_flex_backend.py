@@ -142,7 +142,8 @@ def test_block_mask_is_made_once_for_all_layers(monkeypatch: pytest.MonkeyPatch)
     for _ in range(3):
         attention(q, k, v, layout, backend="flex")
         attention(q, k, v, layout, backend="flex", window_size=(3, 0))
-    assert len(made) == 2
+        attention(q, k, v, layout, backend="flex", prefix_lengths=[1, 2])
+    assert len(made) == 3
 
 
 def test_other_boundaries_compile_nothing_new(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,15 +168,12 @@ def _places(request: AttentionRequest) -> tuple[Tensor, Tensor]:
         excess = keys.cu_seqlens.diff() - layout.cu_seqlens.diff()
         return layout.position_ids + layout.per_token(excess), keys.position_ids
 
-    return layout.derived(("places", request.key_layout), make)
+    return layout.derived("flex places", request.key_layout, make)
 
 
 def _block_mask(request: AttentionRequest) -> BlockMask:
     visibility = request.visibility()
-    if request.prefix_lengths is not None:
-        # Their intervals are made anew in each call, and so is this.
-        return block_mask(visibility)
-    return request.layout.derived(("flex", visibility), lambda: block_mask(visibility))
+    return request.layout.derived("flex", visibility, lambda: block_mask(visibility))
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
