@@ -127,15 +127,18 @@ def run(
     Args:
         peer: returns out and, where `request.return_lse`, lse `[num_heads, total_queries]`.
         name: of the backend, for messages.
-        lse_has_gradient: whether the peer's lse is differentiable. The lse of others is returned
-            too, but a loss that uses it raises NotImplementedError in its backward.
+        lse_has_gradient: whether the peer's lse is differentiable. Others ignore the gradient of
+            lse, silently; it is computed here, at the cost of one more forward and backward. With
+            a softcap it is not, and a loss that uses lse raises NotImplementedError.
     """
 
     def kernel(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         out, lse = peer(_call(request, q, k, v))
         if lse is None or lse_has_gradient:
             return out, lse
-        return out, _without_gradient(lse, request.q, name)
+        differentiable = _Lse.apply(lse.detach(), q, k, request, peer, name)
+        assert isinstance(differentiable, Tensor)
+        return out, differentiable
 
     return run_without_hidden(request, kernel)
 
@@ -163,23 +166,33 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _without_gradient(lse: Tensor, q: Tensor, name: str) -> Tensor:
-    guarded = _LseWithoutGradient.apply(lse.detach(), q, name)
-    assert isinstance(guarded, Tensor)
-    return guarded
+class _Lse(torch.autograd.Function):
+    """lse with its gradient, for kernels that ignore it.
 
-
-class _LseWithoutGradient(torch.autograd.Function):
-    """lse of a kernel whose backward ignores the gradient of lse: wrong gradients, silently."""
+    With P the attention weights and g the gradient of lse, the gradient in the scores is P * g. So
+    that in q is scale * g * (P k), one attention with k for v, and that in k is
+    scale * P^T (g * q), the gradient in v of that attention where its output has g * q.
+    """
 
     @staticmethod
-    def forward(ctx, lse: Tensor, q: Tensor, name: str) -> Tensor:
-        ctx.name = name
+    def forward(
+        ctx, lse: Tensor, q: Tensor, k: Tensor, request: AttentionRequest, peer: Peer, name: str
+    ) -> Tensor:
+        ctx.save_for_backward(q, k)
+        ctx.request, ctx.peer, ctx.name = request, peer, name
         return lse.view_as(lse)
 
     @staticmethod
     def backward(ctx, *grad_outputs: Tensor):
-        raise NotImplementedError(
-            f"backend {ctx.name!r} gives no gradient to lse: use a backend that does "
-            "(triton, flex, cpu, reference), or a loss without lse"
-        )
+        (q, k), request = ctx.saved_tensors, ctx.request
+        if request.softcap is not None or request.sinks is not None:
+            raise NotImplementedError(
+                f"backend {ctx.name!r} gives no gradient to lse with a softcap or sinks: use one "
+                "that does (triton, flex, cpu, reference), or a loss without lse"
+            )
+        rows = request.softmax_scale * grad_outputs[0].t()[..., None]
+        with torch.enable_grad():
+            values = k.detach().requires_grad_()
+            weighted, _ = ctx.peer(_call(request, q.detach(), k.detach(), values))
+            (grad_k,) = torch.autograd.grad(weighted, values, (rows * q).to(q.dtype))
+        return None, (rows * weighted.detach()).to(q.dtype), grad_k, None, None, None

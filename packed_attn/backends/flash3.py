@@ -29,7 +29,7 @@ def reasons_against(request: AttentionRequest) -> list[str]:
 
 
 def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
-    """out `[total_queries, num_heads, value_head_dim]` and lse, without a gradient."""
+    """out `[total_queries, num_heads, value_head_dim]` and lse."""
     return flash.run(request, lambda call: _attend(request, call), "flash3")
 
 
