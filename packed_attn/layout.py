@@ -395,6 +395,10 @@ class DocumentLayout:
         Args:
             name: of what is made; a few keys of each name are kept.
         """
+        if (name, key) not in self._derived and torch.compiler.is_compiling():
+            # A compiler that sees the layout change compiles anew for other numbers of documents.
+            # It makes this once in a graph all the same: equal computations are one.
+            return make()
         return self._one_of_few((name, key), make)
 
     def _once(self, key: Any, make: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.attention.flex_attention as torch_flex
+from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -163,6 +164,28 @@ def test_other_boundaries_compile_nothing_new(monkeypatch: pytest.MonkeyPatch) -
             want = attention(q, k, v, layout, backend="reference", **options)
             torch.testing.assert_close(out, want)
     assert counter.frame_count == 1
+
+
+@pytest.mark.slow
+def test_compiles_whole_and_once_for_all_boundaries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inside a user's compiled model: one graph, and one more for any number of documents."""
+    monkeypatch.setattr(machine, "gpu_reasons", lambda *_, **__: [])
+    counter = CompileCounter()
+
+    @torch.compile(backend=counter, fullgraph=True)
+    def two_layers(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout) -> Tensor:
+        q = attention(q, k, v, layout, backend="flex")
+        return attention(q, k, v, layout, backend="flex")
+
+    with torch.no_grad():
+        for lengths in [(24, 40), (5, 9, 50), (64,), (1,) * 64]:
+            layout = DocumentLayout.from_lengths(lengths)
+            layout.visibility()
+            q, k, v = torch.randn(3, 64, 2, 16).unbind()
+            out = two_layers(q, k, v, layout)
+            q = attention(q, k, v, layout, backend="reference")
+            torch.testing.assert_close(out, attention(q, k, v, layout, backend="reference"))
+    assert counter.frame_count == 2
 
 
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
