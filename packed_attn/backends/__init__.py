@@ -20,6 +20,7 @@ from functools import cache
 from importlib import import_module
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from packed_attn.request import AttentionRequest
@@ -59,10 +60,22 @@ def load(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {name!r}")
-    # A dictionary, because a compiler can trace a look-up and cannot trace an import.
-    if name not in _LOADED:
-        _LOADED[name] = cast(Backend, import_module(f"packed_attn.backends.{name}"))
+    if torch.compiler.is_compiling():
+        _import_all()
+    elif name not in _LOADED:
+        _import(name)
     return _LOADED[name]
+
+
+def _import(name: str) -> None:
+    _LOADED[name] = cast(Backend, import_module(f"packed_attn.backends.{name}"))
+
+
+# A compiler cannot trace an import, and looks at the dictionary only once.
+@torch.compiler.assume_constant_result
+def _import_all() -> None:
+    for name in BACKENDS:
+        _import(name)
 
 
 def select(name: str, request: AttentionRequest) -> Backend:
