@@ -11,10 +11,10 @@ turns it into the one mask rule that every kernel follows:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from packed_attn.visibility import (
 )
 
 INT32_MAX = 2**31 - 1
+T = TypeVar("T")
 
 # Masks and prefixes that a layout keeps: more kinds than a model has, and a bound where every
 # call brings a new one.
@@ -414,6 +415,18 @@ class DocumentLayout:
             str(self.device),
         ]
         return f"DocumentLayout({', '.join(kinds)})"
+
+    def derived(self, name: str, key: Hashable, make: Callable[[], T]) -> T:
+        """What a backend derives from the layout, made once for each key and shared by all layers.
+
+        Args:
+            name: of what is made; a few keys of each name are kept.
+        """
+        if (name, key) not in self._derived and torch.compiler.is_compiling():
+            # A compiler that sees the layout change compiles anew for other numbers of documents.
+            # It makes this once in a graph all the same: equal computations are one.
+            return make()
+        return self._one_of_few((name, key), make)
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._derived:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import numpy
@@ -286,6 +288,21 @@ def test_the_last_backend_has_no_reasons_against_anything() -> None:
     """So auto always finds one, and the order is the documented one."""
     assert backends.BACKENDS[-1] == "reference"
     assert backends.BACKENDS.index("triton") < backends.BACKENDS.index("cpu")
+
+
+def test_auto_on_the_reference_of_a_gpu_warns_once_with_reasons(table) -> None:
+    """By name it runs in silence."""
+    fakes = table(gpu=_Fake(1.0, "no float64"), reference=_Fake(2.0))
+    request: Any = SimpleNamespace(q=SimpleNamespace(is_cuda=True))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            assert backends.select("auto", request) is fakes["reference"]
+            assert backends.select("reference", request) is fakes["reference"]
+    assert len(warned) == 1
+    message = str(warned[0].message)
+    assert "runs its reference on a GPU" in message
+    assert message.endswith("No other can run this:\n  gpu: no float64")
 
 
 def test_auto_is_a_listed_backend_to_the_bit() -> None:

@@ -6,18 +6,35 @@ A backend is a module of this package with two functions:
     run(request) -> (out, lse or None)        out [total_queries, num_heads, value_head_dim]
 
 It is imported by name when it is considered, so none costs anything until then.
+
+Our kernels stand first on a GPU: they alone put short documents into one tile, confine NaN and
+compile once whatever the boundaries are; of flash-attn the older stands first, which runs on more
+GPUs. This is the order of what can run most, not of measured speed. FlashAttention's masks stand
+before the CPU and the reference, which runs everything and is slow.
 """
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from importlib import import_module
 from typing import Protocol, cast
 
+import torch
 from torch import Tensor
 
 from packed_attn.request import AttentionRequest
 
-BACKENDS = ("triton", "cpu", "reference")
+BACKENDS = (
+    "triton",
+    "flash2",
+    "flash3",
+    "flash4",
+    "torch_varlen",
+    "flex",
+    "cpu",
+    "reference",
+)
 
 
 class Backend(Protocol):
@@ -43,10 +60,22 @@ def load(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {name!r}")
-    # A dictionary, because a compiler can trace a look-up and cannot trace an import.
-    if name not in _LOADED:
-        _LOADED[name] = cast(Backend, import_module(f"packed_attn.backends.{name}"))
+    if torch.compiler.is_compiling():
+        _import_all()
+    elif name not in _LOADED:
+        _import(name)
     return _LOADED[name]
+
+
+def _import(name: str) -> None:
+    _LOADED[name] = cast(Backend, import_module(f"packed_attn.backends.{name}"))
+
+
+# A compiler cannot trace an import, and looks at the dictionary only once.
+@torch.compiler.assume_constant_result
+def _import_all() -> None:
+    for name in BACKENDS:
+        _import(name)
 
 
 def select(name: str, request: AttentionRequest) -> Backend:
@@ -67,6 +96,22 @@ def select(name: str, request: AttentionRequest) -> Backend:
         backend = load(candidate)
         against[candidate] = backend.reasons_against(request)
         if not against[candidate]:
+            if candidate == "reference" and request.q.is_cuda:
+                del against[candidate]
+                _warn_of_the_reference(_listed(against))
             return backend
-    lines = [f"  {candidate}: {'; '.join(reasons)}" for candidate, reasons in against.items()]
-    raise NotImplementedError("no backend can run this:\n" + "\n".join(lines))
+    raise NotImplementedError("no backend can run this:" + _listed(against))
+
+
+def _listed(against: dict[str, list[str]]) -> str:
+    return "".join(f"\n  {name}: {'; '.join(reasons)}" for name, reasons in against.items())
+
+
+@cache
+def _warn_of_the_reference(listed: str) -> None:
+    """Once for the same reasons: a training step would say it in every layer."""
+    warnings.warn(
+        "packed-attn runs its reference on a GPU: exact, but slow. No other can run this:" + listed,
+        RuntimeWarning,
+        stacklevel=4,
+    )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import Tensor
 
 from packed_attn.reference import reference_attention
@@ -17,12 +15,5 @@ def reasons_against(request: AttentionRequest) -> list[str]:
 
 def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     """See `packed_attn.reference.reference_attention`."""
-    if request.q.is_cuda:
-        warnings.warn(
-            "packed-attn runs its reference on a GPU: exact, but slow; "
-            "name a backend to see why it cannot run this",
-            RuntimeWarning,
-            stacklevel=3,
-        )
     out, lse = reference_attention(request)
     return out, lse if request.return_lse else None

@@ -1,0 +1,71 @@
+"""flash-attn 3: `flash_attn_interface.flash_attn_varlen_func`, Hopper's own kernels.
+
+Matched to the `hopper` folder of flash-attn 2.8 and later. Its function answers with lse since it
+takes `return_attn_probs`; before, a request for lse is refused. Not yet run on a GPU.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from packed_attn.backends import flash, machine
+from packed_attn.request import AttentionRequest
+
+MODULE = "flash_attn_interface"
+FUNCTION = "flash_attn_varlen_func"
+
+
+def reasons_against(request: AttentionRequest) -> list[str]:
+    """Why flash-attn 3 cannot run the request; empty when it can."""
+    reasons = machine.gpu_reasons(request, majors=(9,))
+    reasons = reasons or machine.package_reasons(MODULE, "flash-attn 3")
+    if not reasons and request.return_lse and not _returns_lse():
+        reasons.append("this version of flash-attn 3 does not return lse")
+    reasons += flash.shared_reasons(request)
+    reasons += flash.modifier_reasons(request, softcap=True)
+    reasons += flash.head_dim_reasons(request, one_size=False)
+    reasons += flash.grid_reasons(request)
+    return reasons + _head_dim_reasons(request)
+
+
+def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+    """out `[total_queries, num_heads, value_head_dim]` and lse."""
+    return flash.run(request, lambda call: _attend(request, call), "flash3")
+
+
+def _attend(request: AttentionRequest, call: flash.Call) -> tuple[Tensor, Tensor | None]:
+    result = machine.function(MODULE, FUNCTION)(
+        call.q,
+        call.k,
+        call.v,
+        cu_seqlens_q=call.cu_seqlens_q,
+        cu_seqlens_k=call.cu_seqlens_k,
+        max_seqlen_q=call.max_seqlen_q,
+        max_seqlen_k=call.max_seqlen_k,
+        softmax_scale=request.softmax_scale,
+        causal=request.causal,
+        window_size=call.window_size,
+        softcap=request.softcap or 0.0,
+        deterministic=request.deterministic,
+        **({"return_attn_probs": True} if request.return_lse else {}),
+    )
+    return (result[0], result[1]) if request.return_lse else (result, None)
+
+
+def _returns_lse() -> bool:
+    return "return_attn_probs" in machine.parameters(MODULE, FUNCTION)
+
+
+def _head_dim_reasons(request: AttentionRequest) -> list[str]:
+    head_dim, value_head_dim = request.q.shape[-1], request.v.shape[-1]
+    reasons = []
+    latent = 128 < head_dim <= 192 and 96 < value_head_dim <= 128
+    if value_head_dim != head_dim and not latent:
+        reasons.append(
+            "value head_dim must be head_dim, or over 96 to 128 beside a head_dim over 128 to 192, "
+            f"but they are {value_head_dim} and {head_dim}"
+        )
+    largest = max(head_dim, value_head_dim)
+    if request.deterministic and largest > 192:
+        reasons.append(f"its backward is deterministic up to head_dim 192, not {largest}")
+    return reasons

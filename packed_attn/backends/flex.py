@@ -1,0 +1,192 @@
+"""FlexAttention: torch's compiled attention, with the mask rule as its block mask.
+
+The block mask is made from the intervals, tile by tile and never token by token, once for each kind
+of mask, and is kept in the layout. Its shapes depend on total_tokens alone, so boundaries may
+change without a recompilation. Not yet run on a GPU; on the CPU torch has no backward for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from packed_attn.backends import machine
+from packed_attn.backends.hidden import run_without_hidden
+from packed_attn.request import AttentionRequest
+from packed_attn.visibility import Visibility
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = range(16, 257)
+BLOCK = 128
+
+
+def reasons_against(request: AttentionRequest) -> list[str]:
+    """Why FlexAttention cannot run the request; empty when it can."""
+    reasons = machine.gpu_reasons(request)
+    if request.q.dtype not in DTYPES:
+        reasons.append(f"runs bfloat16, float16 and float32, not {request.q.dtype}")
+    for name, x in (("head_dim", request.q), ("value head_dim", request.v)):
+        if x.shape[-1] not in HEAD_DIMS:
+            reasons.append(f"{name} must be from 16 to 256, not {x.shape[-1]}")
+    if request.dropout_p > 0.0:
+        reasons.append("has no dropout")
+    if request.alibi_slopes is not None and request.alibi_slopes.requires_grad:
+        reasons.append("gives no gradient to alibi_slopes")
+    if request.confine_nonfinite:
+        reasons.append(
+            "does not keep NaN and Inf in their document: a zero weight does not stop a NaN "
+            "in a tile that two documents share (confine_nonfinite)"
+        )
+    return reasons
+
+
+def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+    """out `[total_queries, num_heads, value_head_dim]` and lse `[num_heads, total_queries]`."""
+    return run_without_hidden(request, lambda q, k, v: _attend(request, q, k, v))
+
+
+def _attend(
+    request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    wants_lse = request.return_lse or request.sinks is not None
+    result = _flex()(
+        *(x.transpose(0, 1)[None] for x in (q, k, v)),
+        score_mod=_score_mod(request),
+        block_mask=_block_mask(request),
+        scale=request.softmax_scale,
+        enable_gqa=request.num_heads != request.num_kv_heads,
+        return_aux=AuxRequest(lse=True) if wants_lse else None,
+    )
+    if not wants_lse:
+        return result[0].transpose(0, 1), None
+    out, lse = result[0][0].transpose(0, 1), result[1].lse[0]
+    if request.sinks is not None:
+        out, lse = _with_sinks(out, lse, request.sinks)
+    return out, lse if request.return_lse else None
+
+
+def block_mask(visibility: Visibility, block: int = BLOCK) -> BlockMask:
+    """The mask rule as FlexAttention takes it: which tiles hold something, which are full, and
+    the rule itself for tiles that are neither.
+
+    Costs `total_tokens + (total_tokens / block)^2`. Where both halves of the rule decide (a forest
+    with a window), a tile in which each half shows something counts as holding something, though
+    their common part may be empty: the rule then hides all of it.
+    """
+    queries, keys = visibility.key_start.numel(), visibility.query_start.numel()
+    touched, full = _tiles(visibility.key_start, visibility.key_stop, keys, block)
+    if visibility.halves != "either":
+        by_key = _tiles(visibility.query_start, visibility.query_stop, queries, block)
+        touched, full = touched & by_key[0].t(), full & by_key[1].t()
+    return BlockMask.from_kv_blocks(
+        *_ordered(touched & ~full),
+        *_ordered(full),
+        BLOCK_SIZE=block,
+        mask_mod=_mask_mod(visibility),
+        seq_lengths=(queries, keys),
+    )
+
+
+def _tiles(start: Tensor, stop: Tensor, columns: int, block: int) -> tuple[Tensor, Tensor]:
+    """Which tiles an interval touches, and which all rows of a tile cover: bool
+    `[rows / block, columns / block]`, rounded up.
+
+    Each row adds 1 where its run of tiles begins and takes it off where the run ends; a sum along
+    the tiles then counts rows.
+    """
+    rows = start.numel()
+    tiles = -(-rows // block), -(-columns // block)
+    start, stop = start.long(), stop.long()
+    empty = start >= stop
+    row_tile = torch.arange(rows, device=start.device) // block
+
+    def count(first: Tensor, last: Tensor) -> Tensor:
+        last = torch.where(empty, first, torch.maximum(first, last))
+        steps = torch.zeros(tiles[0] * (tiles[1] + 1), dtype=torch.int32, device=start.device)
+        one = torch.ones_like(row_tile, dtype=torch.int32)
+        steps.index_add_(0, row_tile * (tiles[1] + 1) + first, one)
+        steps.index_add_(0, row_tile * (tiles[1] + 1) + last, -one)
+        return steps.view(tiles[0], -1).cumsum(1)[:, :-1]
+
+    touched = count(start // block, -(-stop // block)) > 0
+    covered = count(-(-start // block), stop // block) == block
+    return touched, covered
+
+
+def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+    """Per row of tiles the number of true ones, and their columns first: int32 `[1, 1, rows]` and
+    `[1, 1, rows, columns]`."""
+    order = torch.argsort(tiles.int(), dim=1, descending=True, stable=True)
+    return tiles.sum(1, dtype=torch.int32)[None, None], order.int()[None, None]
+
+
+def _mask_mod(visibility: Visibility) -> Callable[..., Tensor]:
+    key_start, key_stop = visibility.key_start, visibility.key_stop
+    query_start, query_stop = visibility.query_start, visibility.query_stop
+
+    def by_query(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (key_start[i] <= j) & (j < key_stop[i])
+
+    def by_both(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return by_query(b, h, i, j) & (query_start[j] <= i) & (i < query_stop[j])
+
+    return by_query if visibility.halves == "either" else by_both
+
+
+def _score_mod(request: AttentionRequest) -> Callable[..., Tensor] | None:
+    softcap, slopes = request.softcap, request.alibi_slopes
+    if slopes is None:
+        if softcap is None:
+            return None
+
+        def capped(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return softcap * torch.tanh(score / softcap)
+
+        return capped
+    query_place, key_place = _places(request)
+
+    def biased(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if softcap is not None:
+            score = softcap * torch.tanh(score / softcap)
+        return score - slopes[h] * (query_place[i] - key_place[j]).abs()
+
+    return biased
+
+
+def _places(request: AttentionRequest) -> tuple[Tensor, Tensor]:
+    """Positions of queries and keys, the last query of a document over its last key."""
+    layout, keys = request.layout, request.keys
+
+    def make() -> tuple[Tensor, Tensor]:
+        if request.key_layout is None:
+            return layout.position_ids, keys.position_ids
+        excess = keys.cu_seqlens.diff() - layout.cu_seqlens.diff()
+        return layout.position_ids + layout.per_token(excess), keys.position_ids
+
+    return layout.derived("flex places", request.key_layout, make)
+
+
+def _block_mask(request: AttentionRequest) -> BlockMask:
+    visibility = request.visibility()
+    return request.layout.derived("flex", visibility, lambda: block_mask(visibility))
+
+
+def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """A sink is one more logit with the value 0: it shrinks out and adds to lse."""
+    sink = sinks.to(lse.dtype)[:, None]
+    kept = torch.sigmoid(lse - sink)
+    return (out * kept.t()[..., None]).to(out.dtype), torch.logaddexp(lse, sink)
+
+
+def _flex() -> Callable[..., Any]:
+    return flex_attention if torch.compiler.is_compiling() else _compiled()
+
+
+@cache
+def _compiled() -> Callable[..., Any]:
+    return torch.compile(flex_attention)

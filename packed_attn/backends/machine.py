@@ -1,0 +1,69 @@
+"""What a backend finds on this machine: the GPU it needs, the package it calls."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Collection
+from importlib import import_module
+from typing import Any
+
+import torch
+
+from packed_attn.request import AttentionRequest
+
+
+def gpu_reasons(request: AttentionRequest, majors: Collection[int] | None = None) -> list[str]:
+    """Why q's device will not do.
+
+    Args:
+        majors: compute capabilities by their first number; None is 8 (Ampere) and newer.
+    """
+    if request.q.device.type != "cuda":
+        return [f"needs a CUDA device, but q is on {request.q.device}"]
+    if torch.version.hip is not None:
+        return [f"has not been matched to ROCm ({torch.version.hip})"]
+    major, minor = capability(request.q.device)
+    if major in majors if majors is not None else major >= 8:
+        return []
+    needed = "8.0 or newer" if majors is None else " or ".join(f"{m}.x" for m in sorted(majors))
+    return [f"needs compute capability {needed}, but {request.q.device} has {major}.{minor}"]
+
+
+def package_reasons(module: str, package: str) -> list[str]:
+    """Why `module` cannot be called; `package` is what one installs to have it.
+
+    The module is imported: a build for another torch fails only then.
+    """
+    try:
+        _loaded(module)
+    except ModuleNotFoundError as error:
+        # flash-attn 2 and 4 share a namespace: the one may be there without the other.
+        if error.name is not None and module.startswith(error.name):
+            return [f"{package} is not installed"]
+        return [f"{package} does not import: {error}"]
+    except Exception as error:  # a build for another torch, or for no GPU, raises anything
+        return [f"{package} does not import: {type(error).__name__}: {error}"]
+    return []
+
+
+def function(module: str, name: str) -> Callable[..., Any]:
+    """The function `name` of an installed module."""
+    return getattr(_loaded(module), name)
+
+
+def parameters(module: str, name: str) -> frozenset[str]:
+    """Names of a function's parameters, by which its version is known; none if it is not there."""
+    found = getattr(_loaded(module), name, None)
+    return frozenset() if found is None else frozenset(inspect.signature(found).parameters)
+
+
+# A compiler cannot trace an import or a look at the device; neither changes while it compiles.
+@torch.compiler.assume_constant_result
+def _loaded(module: str) -> Any:
+    return import_module(module)
+
+
+@torch.compiler.assume_constant_result
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of a CUDA device, such as (9, 0)."""
+    return torch.cuda.get_device_capability(device)
