@@ -1,4 +1,4 @@
-"""The cases that attention benchmarks, tuning and the model share: those of the tests, and relatives.
+"""The cases that benchmarks, tuning and the model share: those of the tests, and relatives.
 
 All come from `tests.cases.REAL`; what the issue of speed asks for beyond them is one of them with
 another mask or other heads, named after what changed.
@@ -49,7 +49,7 @@ def chosen_cases(cases: Sequence[Case], words: Sequence[str]) -> list[Case]:
 
 
 def toy(case: Case) -> Case:
-    """A case of the same kind that a CPU runs at once: two kv heads, head_dim 16, 60 tokens or so."""
+    """The same kind of case for a CPU: two kv heads, head_dim 16, some 60 tokens."""
     group = case.num_heads // case.num_kv_heads
     small = case.shortened(max(1, sum(case.lengths) // 60))
     if case.parents is None:

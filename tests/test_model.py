@@ -25,7 +25,7 @@ SMALL = ("mixed", "bidirectional", "window_left", "window_both", "chunk", "paddi
 FORESTS = ("forest", "forest_nested", "forest_many_answers")
 
 
-@pytest.mark.parametrize("name", (*SMALL, *FORESTS))
+@pytest.mark.parametrize("name", [*SMALL, *FORESTS])
 def test_pairs_are_those_of_the_dense_mask(name: str) -> None:
     case = BY_NAME[name]
     seen = case.layout().visibility(case.causal, case.window_size, chunk_size=case.chunk_size)
@@ -33,7 +33,7 @@ def test_pairs_are_those_of_the_dense_mask(name: str) -> None:
 
 
 @pytest.mark.parametrize("design", DESIGNS, ids=lambda design: design.name)
-@pytest.mark.parametrize("name", (*SMALL, *FORESTS))
+@pytest.mark.parametrize("name", [*SMALL, *FORESTS])
 def test_tiles_hold_every_row_once_and_walk_all_that_it_sees(design: Design, name: str) -> None:
     case, columns = BY_NAME[name], 8
     cut = tiles(case, design, 16)
@@ -82,7 +82,7 @@ def test_work_is_the_same_however_it_is_handed_out(name: str) -> None:
 
 
 def test_short_documents_share_tiles() -> None:
-    """With 128 x 128 tiles, 1000 documents of 32 tokens: 528 pairs of each in 128 x 128, or four."""
+    """1000 documents of 32 tokens have 528 pairs each: a tile of 128 x 128 holds one or four."""
     case = BY_NAME["llama3_8b/1000x32"]
     pairs = visible_pairs(case)
     for design, share in ((LISTED, 4 * 528 / 128**2), (PER_DOCUMENT, 528 / 128**2)):
