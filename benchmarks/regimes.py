@@ -6,8 +6,10 @@ another mask or other heads, named after what changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from tests.cases import BY_NAME, REAL, Case
 
@@ -36,6 +38,22 @@ def benchmark_cases() -> tuple[Case, ...]:
     return (*REAL, *relatives)
 
 
+def real_cases(folder: str | None) -> tuple[Case, ...]:
+    """Llama's shape on the first 32k tokens of real data sets; empty without their folder.
+
+    No tokenizer is at hand: a token is taken to be four bytes of text.
+    """
+    if folder is None:
+        return ()
+    gsm8k = (Path(folder) / "gsm8k_train.jsonl").read_text(encoding="utf-8").splitlines()
+    alpaca = json.loads((Path(folder) / "alpaca_en_demo.json").read_text(encoding="utf-8"))
+    llama = BY_NAME["llama3_8b/log_normal"]
+    return tuple(
+        replace(llama, name=f"llama3_8b/{name}", lengths=_lengths(rows, sum(llama.lengths)))
+        for name, rows in (("gsm8k", map(json.loads, gsm8k)), ("alpaca", alpaca))
+    )
+
+
 def chosen_cases(cases: Sequence[Case], words: Sequence[str]) -> list[Case]:
     """Cases whose name holds one of the words; all without words.
 
@@ -62,6 +80,18 @@ def toy(case: Case) -> Case:
         head_dim=16,
         value_head_dim=None if case.value_head_dim is None else 8,
     )
+
+
+def _lengths(rows: Iterable[dict[str, str]], total: int) -> tuple[int, ...]:
+    """Documents until `total` tokens are full; the last one is cut to fit."""
+    lengths: list[int] = []
+    for row in rows:
+        left = total - sum(lengths)
+        if left == 0:
+            break
+        size = sum(len(text.encode()) for text in row.values())
+        lengths.append(min(left, max(1, size // 4)))
+    return tuple(lengths)
 
 
 def _changed(case: Case, what: str, **fields: object) -> Case:

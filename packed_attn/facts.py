@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -23,6 +24,24 @@ def machine_facts(*packages: str) -> dict[str, str]:
         "packed-attn": __version__,
         **{name: _version(name) for name in packages},
         "date": datetime.date.today().isoformat(),
+    }
+
+
+def gpu_facts() -> dict[str, str]:
+    """Driver, clocks, power limit and CUDA of the first GPU, as text; empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    try:
+        printed = subprocess.run(query, check=True, capture_output=True, text=True).stdout
+        values = [value.strip() for value in printed.strip().split(",")]
+    except (OSError, subprocess.CalledProcessError) as error:
+        values = [f"nvidia-smi: {error}"] * len(fields)
+    return dict(zip(fields, values)) | {
+        "cuda": torch.version.cuda or "none",
+        "cudnn": str(torch.backends.cudnn.version()),
+        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability())),
     }
 
 
