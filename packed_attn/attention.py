@@ -29,6 +29,7 @@ def attention(
     sinks: Tensor | None = ...,
     alibi_slopes: Tensor | None = ...,
     dropout_p: float = ...,
+    dropout_seed: Tensor | None = ...,
     deterministic: bool = ...,
     backend: str = ...,
     return_lse: Literal[False] = ...,
@@ -51,6 +52,7 @@ def attention(
     sinks: Tensor | None = ...,
     alibi_slopes: Tensor | None = ...,
     dropout_p: float = ...,
+    dropout_seed: Tensor | None = ...,
     deterministic: bool = ...,
     backend: str = ...,
     return_lse: Literal[True],
@@ -72,6 +74,7 @@ def attention(
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     deterministic: bool = False,
     backend: str = "auto",
     return_lse: bool = False,
@@ -94,7 +97,9 @@ def attention(
         softcap: scores become `softcap * tanh(scores / softcap)` (gemma2); None is off.
         sinks: `[num_heads]`: a learned logit per head with no value (gpt-oss).
         alibi_slopes: `[num_heads]`: `-slope * distance` is added to the scores.
-        dropout_p: dropout of the attention weights.
+        dropout_p: dropout of the attention weights; lse is without it.
+        dropout_seed: int64 `[1]` on q's device: which weights are dropped, the same on every
+            backend (`packed_attn.dropout`). None draws one from torch's generator.
         deterministic: gradients equal to the bit from run to run.
         backend: "auto" for the first that can, or a name of `packed_attn.backends.BACKENDS`,
             which is never replaced by another.
@@ -125,6 +130,7 @@ def attention(
         sinks=sinks,
         alibi_slopes=alibi_slopes,
         dropout_p=dropout_p,
+        dropout_seed=dropout_seed,
         deterministic=deterministic,
         return_lse=return_lse,
         confine_nonfinite=confine_nonfinite,

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from packed_attn.dropout import keep
 from packed_attn.layout import DocumentLayout
 from packed_attn.request import AttentionRequest
 
@@ -41,7 +42,8 @@ def _attend_document(request: AttentionRequest, document: int) -> tuple[Tensor, 
         return out, out.new_full((request.num_heads, length), -torch.inf, dtype=_wide(request))
     q = request.q[start : start + length]
     visible = _visible(request, document, length, keys.numel())
-    return _attend(request, q, request.k[keys], request.v[keys], visible)
+    factor = _dropout_factor(request, torch.arange(start, start + length, device=q.device), keys)
+    return _attend(request, q, request.k[keys], request.v[keys], visible, factor)
 
 
 def _no_rows(request: AttentionRequest) -> tuple[Tensor, Tensor]:
@@ -97,8 +99,23 @@ def _visible(request: AttentionRequest, document: int, queries: int, keys: int) 
     return visible
 
 
+def _dropout_factor(request: AttentionRequest, queries: Tensor, keys: Tensor) -> Tensor | None:
+    """What dropout multiplies the weights of these tokens by, `[heads, queries, keys]`."""
+    if request.dropout_seed is None:
+        return None
+    h = torch.arange(request.num_heads, device=queries.device)[:, None, None]
+    p = request.dropout_p
+    kept = keep(request.dropout_seed, queries[:, None], keys, h, p)
+    return kept.to(_wide(request)) / (1.0 - p)
+
+
 def _attend(
-    request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, visible: Tensor
+    request: AttentionRequest,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor,
+    dropout_factor: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention of one document: out `[n, heads, dv]` and lse `[heads, n]`."""
     group = request.num_heads // request.num_kv_heads
@@ -121,8 +138,8 @@ def _attend(
     lse = lse.masked_fill(~visible.any(dim=-1), -torch.inf)
     finite = torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
     weights = torch.exp(scores - finite[..., None])
-    if request.dropout_p > 0.0:
-        weights = torch.dropout(weights, request.dropout_p, True)
+    if dropout_factor is not None:
+        weights = weights * dropout_factor
     # The product is rounded once: a kernel that keeps the weights wide cannot be held to less.
     out = torch.einsum("hij,jhd->ihd", weights, v.to(wide)).to(q.dtype)
     return out, lse

@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from packed_attn.dropout import drawn_seed
 from packed_attn.layout import DocumentLayout
 from packed_attn.visibility import Visibility, check_window
 
@@ -17,7 +19,8 @@ class AttentionRequest:
     """What `attention` was asked for, after its checks. Backends read it and nothing else.
 
     Shapes: q `[total_queries, num_heads, head_dim]`, k `[total_keys, num_kv_heads, head_dim]`,
-    v `[total_keys, num_kv_heads, value_head_dim]`; sinks and alibi_slopes `[num_heads]`.
+    v `[total_keys, num_kv_heads, value_head_dim]`; sinks and alibi_slopes `[num_heads]`;
+    dropout_seed int64 `[1]`, there if and only if dropout_p > 0 (see `packed_attn.dropout`).
     """
 
     q: Tensor
@@ -34,6 +37,7 @@ class AttentionRequest:
     sinks: Tensor | None
     alibi_slopes: Tensor | None
     dropout_p: float
+    dropout_seed: Tensor | None
     deterministic: bool
     return_lse: bool
     confine_nonfinite: bool
@@ -81,6 +85,7 @@ def checked_request(
     deterministic: bool,
     return_lse: bool,
     confine_nonfinite: bool,
+    dropout_seed: Tensor | None = None,
 ) -> AttentionRequest:
     """A request whose arguments agree with each other.
 
@@ -106,6 +111,7 @@ def checked_request(
         raise ValueError(f"softcap must be positive and finite, or None for off, got {softcap}")
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    _check_seed(dropout_seed, q)
     request = AttentionRequest(
         q,
         k,
@@ -121,12 +127,29 @@ def checked_request(
         sinks,
         alibi_slopes,
         dropout_p,
+        _seed(dropout_p, dropout_seed, q),
         deterministic,
         return_lse,
         confine_nonfinite,
     )
     request.visibility()  # checks window, chunk and prefix, and is needed by most backends anyway
     return request
+
+
+def _check_seed(seed: Tensor | None, q: Tensor) -> None:
+    if seed is None:
+        return
+    if not isinstance(seed, Tensor) or seed.dtype != torch.int64 or list(seed.shape) != [1]:
+        got = f"{seed.dtype} of shape {list(seed.shape)}" if isinstance(seed, Tensor) else seed
+        raise ValueError(f"dropout_seed must be an int64 tensor of shape [1], got {got}")
+    if seed.device != q.device:
+        raise ValueError(f"dropout_seed is on {seed.device}, but q is on {q.device}")
+
+
+def _seed(dropout_p: float, seed: Tensor | None, q: Tensor) -> Tensor | None:
+    if dropout_p == 0.0:
+        return None
+    return drawn_seed(q.device) if seed is None else seed
 
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:

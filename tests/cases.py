@@ -68,6 +68,7 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     alibi: bool = False
+    dropout_p: float = 0.0
     lse_gradient: bool = False
     strided: bool = False
     heavy_tailed: bool = False
@@ -94,7 +95,14 @@ class Case:
             "prefix_lengths": self.prefix_lengths,
             "softmax_scale": self.softmax_scale,
             "softcap": self.softcap,
+            "dropout_p": self.dropout_p,
         }
+
+    def dropout_seed(self, device: torch.device | str = "cpu") -> Tensor | None:
+        """One seed for all backends, with bits in both of its words."""
+        if self.dropout_p == 0.0:
+            return None
+        return torch.tensor([0x0123_4567_89AB_CDEF], device=device)
 
     def inputs(
         self,
@@ -246,6 +254,10 @@ SMALL: tuple[Case, ...] = (
     Case("alibi", MIXED, alibi=True),
     Case("alibi_bidirectional", MIXED, alibi=True, causal=False),
     Case("everything", MIXED, window_size=(11, 0), softcap=5.0, sinks=True, softmax_scale=0.2),
+    Case("dropout", MIXED, dropout_p=0.2),
+    Case("dropout_long", (150, 30), dropout_p=0.5, causal=False),
+    Case("dropout_everything", MIXED, dropout_p=0.1, window_size=(11, 0), softcap=5.0, sinks=True),
+    Case("dropout_lse_gradient", MIXED, dropout_p=0.3, lse_gradient=True, num_kv_heads=1),
     Case("lse_gradient", MIXED, lse_gradient=True),
     Case("lse_gradient_sinks_softcap", MIXED, lse_gradient=True, sinks=True, softcap=3.0),
     Case("lse_gradient_padding", (19, 8, 6), padding=(False, True, False), lse_gradient=True),
@@ -262,6 +274,7 @@ SMALL: tuple[Case, ...] = (
     Case("forest_bidirectional", **NESTED, causal=False),
     Case("forest_sinks_softcap", **NESTED, sinks=True, softcap=3.0),
     Case("forest_alibi", **NESTED, alibi=True),
+    Case("forest_dropout", **NESTED, dropout_p=0.2),
     Case(
         "forest_padding",
         (12, 5, 7, 9),
@@ -276,6 +289,7 @@ SMALL: tuple[Case, ...] = (
     Case("cross_chunk", **CROSS, chunk_size=7),
     Case("cross_sinks", **CROSS, sinks=True),
     Case("cross_alibi", **CROSS, alibi=True),
+    Case("cross_dropout", **CROSS, dropout_p=0.2),
     Case("cross_no_keys", (9, 4), key_lengths=(0, 0)),
     Case("cross_no_queries", (0, 0), key_lengths=(9, 4)),
     Case(
@@ -292,6 +306,7 @@ SMALL: tuple[Case, ...] = (
     Case("bf16_gpt_oss", MIXED, dtype=BF16, head_dim=64, sinks=True, window_size=(7, 0)),
     Case("bf16_forest", **NESTED, dtype=BF16),
     Case("bf16_bidirectional", MIXED, dtype=BF16, causal=False),
+    Case("bf16_dropout", MIXED, dtype=BF16, dropout_p=0.1),
     Case("bf16_value_head_dim", MIXED, dtype=BF16, head_dim=48, value_head_dim=32),
     Case("fp16", MIXED, dtype=FP16),
     Case("fp16_window", MIXED, dtype=FP16, head_dim=64, window_size=(7, 0)),

@@ -156,6 +156,7 @@ def run(
             key_layout=case.key_layout(device),
             sinks=leaves.get("sinks"),
             alibi_slopes=inputs.alibi_slopes,
+            dropout_seed=case.dropout_seed(device),
             backend=backend,
             return_lse=True,
             confine_nonfinite=confine_nonfinite,
@@ -194,7 +195,7 @@ def _request(case: Case, device: str, *, confine_nonfinite: bool = False) -> Att
         key_layout=case.key_layout(device),
         sinks=inputs.sinks,
         alibi_slopes=inputs.alibi_slopes,
-        dropout_p=0.0,
+        dropout_seed=case.dropout_seed(device),
         deterministic=False,
         return_lse=True,
         confine_nonfinite=confine_nonfinite,
@@ -257,7 +258,7 @@ def _roundings(case: Case) -> dict[str, Tensor]:
     delta = scale * (inputs.grad_out * exact.out).abs().sum(-1, keepdim=True)
     weighted = run(
         "reference",
-        case,
+        replace(case, dropout_p=0.0),  # delta is multiplied by the weights before dropout
         replace(inputs, v=inputs.k, grad_out=delta * inputs.q, grad_lse=None),
         "cpu",
     )

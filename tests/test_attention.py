@@ -39,6 +39,7 @@ def test_signature() -> None:
         "sinks": None,
         "alibi_slopes": None,
         "dropout_p": 0.0,
+        "dropout_seed": None,
         "deterministic": False,
         "backend": "auto",
         "return_lse": False,
@@ -110,6 +111,19 @@ def test_signature() -> None:
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
         ({"dropout_p": -0.1}, r"dropout_p must be in \[0, 1\), got -0.1"),
         ({"dropout_p": float("nan")}, r"dropout_p must be in \[0, 1\), got nan"),
+        ({"dropout_seed": 7}, r"dropout_seed must be an int64 tensor of shape \[1\], got 7"),
+        (
+            {"dropout_seed": torch.zeros(1, dtype=torch.int32)},
+            r"dropout_seed must be an int64 tensor .* got torch.int32 of shape \[1\]",
+        ),
+        (
+            {"dropout_seed": torch.zeros((), dtype=torch.int64)},
+            r"dropout_seed must be an int64 tensor .* got torch.int64 of shape \[\]",
+        ),
+        (
+            {"dropout_seed": torch.zeros(1, dtype=torch.int64, device="meta")},
+            "dropout_seed is on meta, but q is on cpu",
+        ),
     ],
     ids=lambda value: "_".join(value) if isinstance(value, dict) else "",
 )

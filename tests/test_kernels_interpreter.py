@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -24,7 +24,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         "needs a process started with TRITON_INTERPRET=1 (make test)", allow_module_level=True
     )
 
-from packed_attn_kernels import configurations, forward, interval_attention
+from packed_attn_kernels import configurations, forward, interval_attention, tile_list
 from packed_attn_kernels.configurations import Configuration
 
 from packed_attn import DocumentLayout
@@ -285,19 +285,27 @@ def test_offsets_past_32_bits() -> None:
         assert torch.equal(got[key], value), key
 
 
+@pytest.mark.parametrize("backward", ["split", "fused"])
 @pytest.mark.usefixtures("small_tiles")
-def test_operators_and_compilation() -> None:
+def test_operators_and_compilation(backward: Literal["split", "fused"]) -> None:
     case = Case({"lengths": (20, 5)}, {}, sinks=True)
     inputs, vis = case.inputs(), _layout(case).visibility()
     q, k, v, sinks = (inputs[n].requires_grad_() for n in ("q", "k", "v", "sinks"))
     vectors = (vis.key_start, vis.key_stop, vis.query_start, vis.query_stop)
+    positions = (vis.query_position, vis.key_position)
+    slopes, seed = torch.tensor([0.5, 0.25]), torch.tensor([7])
+    tiles = [tile_list(*vectors[:2], 32), tile_list(*vectors[2:], 32), tile_list(*vectors[:2], 32)]
     torch.library.opcheck(
         torch.ops.packed_attn.interval_forward.default,
-        (q, k, v, *vectors, sinks, 0.25, 20.0, vis.halves),
-    )
+        (q, k, v, list(vectors), list(positions), tiles, sinks, slopes, seed,
+         0.25, 20.0, 0.1, vis.halves, backward == "fused"),
+    )  # fmt: skip
 
     def loss(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out, lse = interval_attention(q, k, v, *vectors, softmax_scale=0.25, sinks=sinks)
+        out, lse = interval_attention(
+            q, k, v, *vectors, softmax_scale=0.25, sinks=sinks, alibi_slopes=slopes,
+            positions=positions, dropout_p=0.1, dropout_seed=seed, backward=backward,
+        )  # fmt: skip
         return (out * inputs["dout"]).sum() + (lse * inputs["dlse"]).sum()
 
     compiled: Any = torch.compile(loss, fullgraph=True, backend="aot_eager")
