@@ -107,7 +107,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         for key in configurations.TABLE
     }
     monkeypatch.setattr(configurations, "TABLE", rows)
-    monkeypatch.setattr(configurations, "BOTH_HALVES", {})
+    monkeypatch.setattr(configurations, "LEAN", {})
     monkeypatch.setattr(configurations, "SPAN", 32)
 
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from packed_attn_kernels.rules import (
-    any_nan,
+    any_nonfinite,
     biased,
     block_offsets,
     block_runs,
@@ -146,8 +146,14 @@ def dkdv_kernel(
     HAS_DROPOUT: tl.constexpr,
     ACCURATE: tl.constexpr,
     FUSED: tl.constexpr,
+    WITH_DK: tl.constexpr,
+    WITH_DV: tl.constexpr,
 ):
-    """One tile of keys of one kv head; flat loops over (head of the group, query block)."""
+    """One tile of keys of one kv head; flat loops over (head of the group, query block).
+
+    Two float32 tiles as wide as head_dim 256 do not fit the registers, so one kernel then makes dk
+    and another dv; what is not made is one zero.
+    """
     first, stop = listed_tile(tiles_ptr)
     if first == stop:
         return
@@ -183,8 +189,8 @@ def dkdv_kernel(
         # Rows of no key here must not meet a query without a mask: all of them add to dq.
         full_stop = tl.where(tl.min(live.to(tl.int32), 0) == 1, full_stop, 0)
 
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dk = tl.zeros([BLOCK_N if WITH_DK else 1, BLOCK_D if WITH_DK else 1], tl.float32)
+    dv = tl.zeros([BLOCK_N if WITH_DV else 1, BLOCK_DV if WITH_DV else 1], tl.float32)
     # Aligned blocks load lse and delta in vectors and stay inside their padding.
     hull_start = hull_start // BLOCK_M * BLOCK_M
     if KEY_HALF:
@@ -209,7 +215,7 @@ def dkdv_kernel(
                     dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
                     q_stride_h, dout_stride_t, dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D,
                     BLOCK_DV, BLOCK_M, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
-                    ACCURATE, FUSED, True, False,
+                    ACCURATE, FUSED, WITH_DK, WITH_DV, True, False,
                 )  # fmt: skip
     else:
         for x in tl.range(0, edges * GROUP, num_stages=LOOP_STAGES):
@@ -222,12 +228,18 @@ def dkdv_kernel(
                 dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
                 q_stride_h, dout_stride_t, dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
                 BLOCK_M, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, ACCURATE, FUSED,
-                True, False,
+                WITH_DK, WITH_DV, True, False,
             )  # fmt: skip
     # Full blocks cannot leak: checking between the runs leaves their code and order as they are.
-    if any_nan(tl.where(live[:, None], dk, 0.0)) | any_nan(tl.where(live[:, None], dv, 0.0)):
-        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    if WITH_DK and WITH_DV:
+        leaks = any_nonfinite(dk, live) | any_nonfinite(dv, live)
+    elif WITH_DK:
+        leaks = any_nonfinite(dk, live)
+    else:
+        leaks = any_nonfinite(dv, live)
+    if leaks:
+        dk = tl.zeros_like(dk)
+        dv = tl.zeros_like(dv)
         for x in tl.range(0, edges * GROUP, num_stages=1):
             y = x % edges
             at = tl.multiple_of(hull_start + tl.where(y < left, y, y + full) * BLOCK_M, BLOCK_M)
@@ -238,7 +250,7 @@ def dkdv_kernel(
                 dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
                 q_stride_h, dout_stride_t, dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
                 BLOCK_M, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, ACCURATE, False,
-                True, True,
+                WITH_DK, WITH_DV, True, True,
             )  # fmt: skip
     if not KEY_HALF:
         for x in tl.range(0, full * GROUP, num_stages=LOOP_STAGES):
@@ -250,21 +262,23 @@ def dkdv_kernel(
                 dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
                 q_stride_h, dout_stride_t, dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
                 BLOCK_M, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, ACCURATE, FUSED,
-                False, False,
+                WITH_DK, WITH_DV, False, False,
             )  # fmt: skip
 
     if FUSED:
         dv = tl.where(broken_key[:, None], float("nan"), dv)
-    if HAS_DROPOUT:
-        dv *= dropout_scale
-    dk = tl.where(live[:, None], dk * softmax_scale, 0.0)
-    dv = tl.where(live[:, None], dv, 0.0)
-    dk_ptrs = dk_ptr + kv_head * dk_stride_h + tile_offsets(j, c, dk_stride_t)
-    dv_ptrs = dv_ptr + kv_head * dv_stride_h + tile_offsets(j, cv, dv_stride_t)
-    dk_ok = key_ok[:, None] & (c < HEAD_DIM)[None, :]
-    dv_ok = key_ok[:, None] & (cv < VALUE_DIM)[None, :]
-    tl.store(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), mask=dk_ok)
-    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=dv_ok)
+    if WITH_DK:
+        dk = tl.where(live[:, None], dk * softmax_scale, 0.0)
+        dk_ptrs = dk_ptr + kv_head * dk_stride_h + tile_offsets(j, c, dk_stride_t)
+        dk_ok = key_ok[:, None] & (c < HEAD_DIM)[None, :]
+        tl.store(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), mask=dk_ok)
+    if WITH_DV:
+        if HAS_DROPOUT:
+            dv *= dropout_scale
+        dv = tl.where(live[:, None], dv, 0.0)
+        dv_ptrs = dv_ptr + kv_head * dv_stride_h + tile_offsets(j, cv, dv_stride_t)
+        dv_ok = key_ok[:, None] & (cv < VALUE_DIM)[None, :]
+        tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=dv_ok)
 
 
 @triton.jit
@@ -312,6 +326,8 @@ def _dkdv_step(
     HAS_DROPOUT: tl.constexpr,
     ACCURATE: tl.constexpr,
     FUSED: tl.constexpr,
+    WITH_DK: tl.constexpr,
+    WITH_DV: tl.constexpr,
     MASKED: tl.constexpr,
     CONFINED: tl.constexpr,
 ):
@@ -351,20 +367,22 @@ def _dkdv_step(
             visible &= (lse != float("inf"))[None, :]
             p = tl.where(broken[None, :], float("nan"), p)
         p = tl.where(visible, p, 0.0)
-    # dv before dp: the other order keeps p longer and spills.
+    kept_p = p
     if HAS_DROPOUT:
-        h = (head + g).to(tl.int32)
-        keep = kept(seed, i[None, :], j[:, None], h, dropout_threshold)
-        dv = dot(tl.where(keep, p, 0.0).to(dout.dtype), dout, dv)
-        dp = tl.where(keep, dot(v, tl.trans(dout), None) * dropout_scale, 0.0)
-    else:
-        dv = dot(p.to(dout.dtype), dout, dv)
+        keep = kept(seed, i[None, :], j[:, None], (head + g).to(tl.int32), dropout_threshold)
+        kept_p = tl.where(keep, p, 0.0)
+    # dv before dp: the other order keeps p longer and spills.
+    if WITH_DV:
+        dv = dot(kept_p.to(dout.dtype), dout, dv)
+    if WITH_DK:
         dp = dot(v, tl.trans(dout), None)
-    ds = p * (dp - delta[None, :]) * slope
-    if CONFINED or (FUSED and MASKED):
-        ds = tl.where(visible, ds, 0.0)
-    ds = ds.to(q.dtype)
-    dk = dot(ds, q, dk)
+        if HAS_DROPOUT:
+            dp = tl.where(keep, dp * dropout_scale, 0.0)
+        ds = p * (dp - delta[None, :]) * slope
+        if CONFINED or (FUSED and MASKED):
+            ds = tl.where(visible, ds, 0.0)
+        ds = ds.to(q.dtype)
+        dk = dot(ds, q, dk)
     if FUSED:
         # Transposed: head_dim fills the 64 rows that wgmma wants, a block of queries may not.
         share = dot(tl.trans(k), ds, None)
@@ -512,7 +530,7 @@ def dq_kernel(
                 v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, KEY_HALF, QUERY_HALF,
                 HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, ACCURATE, True, False,
             )  # fmt: skip
-    if any_nan(tl.where(live[:, None], dq, 0.0)):
+    if any_nonfinite(dq, live):
         dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
         for y in tl.range(0, edges, num_stages=1):
             n = hull_start + tl.where(y < left, y, y + full) * BLOCK_N

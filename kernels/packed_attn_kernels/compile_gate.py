@@ -17,7 +17,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from packed_attn_kernels.configurations import KernelName, Problem, constants, options
+from packed_attn_kernels.configurations import (
+    Configuration,
+    KernelName,
+    Problem,
+    constants,
+    options,
+)
 from packed_attn_kernels.launch import KERNELS
 
 TARGET = GPUTarget("cuda", 90, 32)
@@ -58,10 +64,15 @@ class Resources:
         return faults
 
 
-def compile_kernel(kernel: KernelName, problem: Problem, element: str) -> Resources:
-    """The resources of a kernel as the launch would compile it for `element` ("bf16", ...)."""
+def compile_kernel(
+    kernel: KernelName, problem: Problem, element: str, chosen: Configuration | None = None
+) -> Resources:
+    """The resources of a kernel as the launch would compile it for `element` ("bf16", ...).
+
+    `chosen` replaces the table's configuration.
+    """
     function = KERNELS[kernel]
-    values = constants(kernel, problem)
+    values = constants(kernel, problem, chosen)
     signature = {name: _argument_type(name, element) for name in function.arg_names}
     attributes = {}
     absent = _absent_arguments(kernel, problem)
@@ -74,7 +85,9 @@ def compile_kernel(kernel: KernelName, problem: Problem, element: str) -> Resour
             attributes[(position,)] = [["tt.divisibility", 16]]
     constexprs = {(function.arg_names.index(name),): value for name, value in values.items()}
     source = ASTSource(function, signature=signature, constexprs=constexprs, attrs=attributes)
-    return _resources(triton.compile(source, target=TARGET, options=options(kernel, problem)))
+    return _resources(
+        triton.compile(source, target=TARGET, options=options(kernel, problem, chosen))
+    )
 
 
 def _absent_arguments(kernel: KernelName, problem: Problem) -> set[str]:

@@ -20,7 +20,7 @@ import triton.language as tl
 from packed_attn_kernels.rules import (
     LN2,
     LOWEST,
-    any_nan,
+    any_nonfinite,
     biased,
     block_offsets,
     block_runs,
@@ -146,7 +146,7 @@ def forward_kernel(
                 HAS_DROPOUT, ACCURATE, True, False,
             )  # fmt: skip
     # Full blocks cannot leak: checking between the runs leaves their code and order as they are.
-    if any_nan(tl.where(live[:, None], acc, 0.0)):
+    if any_nonfinite(acc, live):
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
         m, l = _empty_softmax(sinks_ptr, h, BLOCK_M, HAS_SINKS, ACCURATE)
         for y in tl.range(0, edges, num_stages=1):

@@ -137,7 +137,8 @@ def _launch_keys(
     gradients = {"dk_ptr": dk, "dv_ptr": dv, "dq_sums_ptr": sums, "tiles_ptr": tiles}
     gradients |= _strides(dk=dk, dv=dv)
     grid = (tiles.shape[0], dk.shape[1])
-    _launch(inputs.problem.keys_kernel, grid, inputs, arguments | gradients)
+    for kernel in inputs.problem.keys_kernels:
+        _launch(kernel, grid, inputs, arguments | gradients)
     return dk, dv
 
 
@@ -185,6 +186,8 @@ KERNELS: dict[KernelName, Any] = {
     "forward": forward_kernel,
     "delta": delta_kernel,
     "dkdv": dkdv_kernel,
+    "dk": dkdv_kernel,
+    "dv": dkdv_kernel,
     "dq": dq_kernel,
     "fused": dkdv_kernel,
     "dq_cast": dq_cast_kernel,

@@ -219,6 +219,10 @@ def nonfinite_rows(tile):
 
 
 @triton.jit
-def any_nan(tile):
-    """Whether a float32 tile holds a NaN, as a scalar."""
-    return tl.max(tl.max((tile != tile).to(tl.int32), 1), 0) > 0
+def any_nonfinite(tile, live):
+    """Whether a live row of a float32 tile holds a NaN or an infinity, as a scalar.
+
+    A sum of products with 0 needs one register a row, where comparisons took one an element.
+    """
+    row = tl.sum(tile * 0.0, 1)
+    return tl.max((live & (row != row)).to(tl.int32), 0) > 0
