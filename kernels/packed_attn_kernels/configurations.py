@@ -87,8 +87,8 @@ TABLE: dict[tuple[KernelName, int, int], Configuration] = {
 
 # One kernel for dk, dv and, by atomic additions in float32, dq.
 FUSED: dict[tuple[int, int], Configuration] = {
-    (64, 2): Configuration(64, 128, 8, 2),
-    (128, 2): Configuration(32, 128, 8, 2),
+    (64, 2): Configuration(32, 128, 8, 2),
+    (128, 2): Configuration(32, 64, 8, 2),
     (256, 2): Configuration(32, 64, 8, 1),
     (64, 4): Configuration(32, 64, 4, 1),
     (128, 4): Configuration(32, 32, 4, 1),
@@ -137,7 +137,7 @@ def constants(kernel: KernelName, problem: Problem) -> dict[str, Any]:
         }
     common = {"HEAD_DIM": problem.head_dim, "BLOCK_D": problem.block_d, "BLOCK_M": chosen.BLOCK_M}
     if kernel == "dq_cast":
-        return common
+        return common | {"SUM_BLOCK": configuration("fused", problem).BLOCK_M}
     constants = (
         common
         | {
