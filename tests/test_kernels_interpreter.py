@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -37,10 +37,13 @@ Tensors = dict[str, Tensor]
 MIXED = (37, 1, 0, 1, 50, 1, 6)
 TREE = {"lengths": (9, 20, 13, 1, 17, 9, 1, 12), "parents": (-1, -1, 1, 1, 3, 3, -1, -1)}
 
+SLOPES = torch.tensor([0.5, 0.0625])
+SEED = torch.tensor([-(2**40) + 12345])
+
 
 @dataclass(frozen=True)
 class Case:
-    """Documents, a mask and shapes; `heads` is (heads, kv heads)."""
+    """Documents, a mask, modifiers and shapes; `heads` is (heads, kv heads)."""
 
     layout: dict[str, Any]
     mask: dict[str, Any]
@@ -49,6 +52,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     sinks: bool = False
     keys: tuple[int, ...] | None = None
+    backward: Literal["split", "fused"] = "split"
 
     def inputs(self, seed: int = 0) -> Tensors:
         """q, k, v, the gradients of out and lse, and sinks where there are any."""
@@ -96,6 +100,32 @@ CASES = {
     "bfloat16": Case({"lengths": MIXED}, {}, heads=(4, 1), dims=(64, 64), dtype=torch.bfloat16),
     "float16": Case({"lengths": MIXED}, {}, sinks=True, dtype=torch.float16),
     "bfloat16 forest": Case(TREE, {}, dtype=torch.bfloat16),
+    "ALiBi": Case({"lengths": MIXED}, {"alibi_slopes": SLOPES}),
+    "ALiBi, forest with window": Case(TREE, {"window_size": (8, 0), "alibi_slopes": SLOPES}),
+    "ALiBi, cross attention": Case(
+        {"lengths": (12, 3, 9)}, {"causal": False, "alibi_slopes": SLOPES}, keys=(30, 3, 2)
+    ),
+    "dropout": Case({"lengths": MIXED}, {"dropout_p": 0.3, "dropout_seed": SEED}, heads=(4, 2)),
+    "dropout, ALiBi, forest, bfloat16": Case(
+        TREE,
+        {"dropout_p": 0.1, "dropout_seed": SEED, "alibi_slopes": SLOPES},
+        dtype=torch.bfloat16,
+    ),
+    "head_dim 8": Case({"lengths": (20, 9)}, {}, dims=(8, 8)),
+    "head_dim 192, value head_dim 128": Case({"lengths": (20, 9)}, {}, dims=(192, 128)),
+}
+# The fused backward differs in dq alone, so a few of them do.
+FUSED = {
+    name: replace(CASES[name], backward="fused")
+    for name in (
+        "documents, grouped",
+        "one document longer than every tile",
+        "padding",
+        "cross attention",
+        "forest with window, softcap, sinks",
+        "head_dim 24 in tiles of 32",
+        "dropout, ALiBi, forest, bfloat16",
+    )
 }
 
 
@@ -107,6 +137,8 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
         for key in configurations.TABLE
     }
     monkeypatch.setattr(configurations, "TABLE", rows)
+    fused = dict.fromkeys(configurations.FUSED, Configuration(16, 32, 4, 1))
+    monkeypatch.setattr(configurations, "FUSED", fused)
     monkeypatch.setattr(configurations, "LEAN", {})
     monkeypatch.setattr(configurations, "SPAN", 32)
 
@@ -123,6 +155,12 @@ def _poisoned_memory() -> Iterator[None]:
 @pytest.mark.usefixtures("small_tiles")
 def test_exact(name: str) -> None:
     assert_exact(CASES[name])
+
+
+@pytest.mark.parametrize("name", FUSED)
+@pytest.mark.usefixtures("small_tiles")
+def test_exact_fused(name: str) -> None:
+    assert_exact(FUSED[name])
 
 
 @pytest.mark.parametrize("name", ["documents, grouped", "bfloat16", "forest"])
@@ -159,11 +197,25 @@ def test_loss_of_one_document_has_no_gradient_in_another(name: str) -> None:
         assert not got[key][mine].any(), key
 
 
-@pytest.mark.parametrize("value", [torch.nan, torch.inf])
-@pytest.mark.parametrize("name", ["documents, grouped", "forest", "softcap"])
+@pytest.mark.parametrize(
+    ("name", "value", "backward"),
+    [
+        ("window", torch.nan, "split"),
+        ("window", torch.inf, "fused"),
+        ("forest", torch.inf, "split"),
+        pytest.param("forest", torch.nan, "fused", marks=pytest.mark.slow),
+        pytest.param("softcap", torch.nan, "split", marks=pytest.mark.slow),
+        pytest.param("softcap", torch.inf, "fused", marks=pytest.mark.slow),
+        pytest.param("documents, grouped", torch.nan, "fused", marks=pytest.mark.slow),
+        pytest.param("documents, grouped", torch.inf, "split", marks=pytest.mark.slow),
+        pytest.param("dropout", torch.nan, "split", marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.usefixtures("small_tiles")
-def test_nonfinite_stays_in_its_document(name: str, value: float) -> None:
-    case = CASES[name]
+def test_nonfinite_stays_in_its_document(
+    name: str, value: float, backward: Literal["split", "fused"]
+) -> None:
+    case = replace(CASES[name], backward=backward)
     clean = run(case, case.inputs())
     mine, yours = _two_unrelated(case)
     token = int(yours.nonzero()[4])
@@ -194,7 +246,7 @@ def test_siblings_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.clear()
         layout = {"lengths": (32,) * (answers + 1), "parents": (-1,) + (0,) * answers}
         case = Case(layout, {}, heads=(1, 1))
-        _kernels(_request(case, case.inputs()))
+        _kernels(_request(case, case.inputs()), case)
         totals.append(len(calls))
     assert totals[2] - totals[1] == totals[1] - totals[0] == 2 * (2 + 2)
 
@@ -359,7 +411,7 @@ def run(case: Case, inputs: Tensors, reference: bool = False) -> Tensors:
         n: inputs[n].detach().requires_grad_() for n in ("q", "k", "v", "sinks") if n in inputs
     }
     request = _request(case, leaves)
-    out, lse = reference_attention(request) if reference else _kernels(request)
+    out, lse = reference_attention(request) if reference else _kernels(request, case)
     blind = lse == -torch.inf
     grads = torch.autograd.grad(
         (out, lse.masked_fill(blind, 0)),
@@ -369,7 +421,7 @@ def run(case: Case, inputs: Tensors, reference: bool = False) -> Tensors:
     return {"out": out.detach(), "lse": lse.detach()} | dict(zip(leaves, grads))
 
 
-def _kernels(request: AttentionRequest) -> tuple[Tensor, Tensor]:
+def _kernels(request: AttentionRequest, case: Case) -> tuple[Tensor, Tensor]:
     vis = request.visibility()
     return interval_attention(
         request.q,
@@ -382,7 +434,12 @@ def _kernels(request: AttentionRequest) -> tuple[Tensor, Tensor]:
         softmax_scale=request.softmax_scale,
         softcap=request.softcap,
         sinks=request.sinks,
+        alibi_slopes=request.alibi_slopes,
+        positions=(vis.query_position, vis.key_position),
+        dropout_p=request.dropout_p,
+        dropout_seed=request.dropout_seed,
         halves=vis.halves,
+        backward=case.backward,
     )
 
 

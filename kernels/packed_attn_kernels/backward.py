@@ -180,9 +180,8 @@ def dkdv_kernel(
     dout_ptrs = dout_ptr + head * dout_stride_h + block_offsets(m_offset, cv, dout_stride_t)
     row_lse_ptrs = row_lse_ptr + head * padded_queries + m_offset
     delta_ptrs = delta_ptr + head * padded_queries + m_offset
-    dq_sums_ptrs = dq_sums_ptr
     if FUSED:
-        dq_sums_ptrs += (head * HEAD_DIM + c[:, None]) * padded_queries + m_offset[None, :]
+        dq_sums_ptr += head * padded_queries * BLOCK_D
         broken_key = nonfinite_rows(k)
         k = tl.where(broken_key[:, None], 0.0, k)
         v = tl.where(broken_key[:, None], float("nan"), v)
@@ -209,8 +208,8 @@ def dkdv_kernel(
             for x in tl.range(0, blocks * GROUP, num_stages=LOOP_STAGES):
                 at = tl.multiple_of(run_start + x % blocks * BLOCK_M, BLOCK_M)
                 dk, dv = _dkdv_step(
-                    dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptrs, at, x
-                    // blocks, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
+                    dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptr, at, x //
+                    blocks, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
                     query_position_ptr, key_position, softmax_scale, softcap, alibi_ptr, seed,
                     dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
                     q_stride_h, dout_stride_t, dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D,
@@ -222,7 +221,7 @@ def dkdv_kernel(
             y = x % edges
             at = tl.multiple_of(hull_start + tl.where(y < left, y, y + full) * BLOCK_M, BLOCK_M)
             dk, dv = _dkdv_step(
-                dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptrs, at, x //
+                dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptr, at, x //
                 edges, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
                 query_position_ptr, key_position, softmax_scale, softcap, alibi_ptr, seed,
                 dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
@@ -244,7 +243,7 @@ def dkdv_kernel(
             y = x % edges
             at = tl.multiple_of(hull_start + tl.where(y < left, y, y + full) * BLOCK_M, BLOCK_M)
             dk, dv = _dkdv_step(
-                dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptrs, at, x //
+                dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptr, at, x //
                 edges, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
                 query_position_ptr, key_position, softmax_scale, softcap, alibi_ptr, seed,
                 dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
@@ -256,7 +255,7 @@ def dkdv_kernel(
         for x in tl.range(0, full * GROUP, num_stages=LOOP_STAGES):
             at = tl.multiple_of(hull_start + (left + x % full) * BLOCK_M, BLOCK_M)
             dk, dv = _dkdv_step(
-                dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptrs, at, x //
+                dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptr, at, x //
                 full, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
                 query_position_ptr, key_position, softmax_scale, softcap, alibi_ptr, seed,
                 dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
@@ -291,7 +290,7 @@ def _dkdv_step(
     dout_ptrs,
     row_lse_ptrs,
     delta_ptrs,
-    dq_sums_ptrs,
+    dq_sums_ptr,
     at,
     g,
     j,
@@ -386,8 +385,9 @@ def _dkdv_step(
     if FUSED:
         # Transposed: head_dim fills the 64 rows that wgmma wants, a block of queries may not.
         share = dot(tl.trans(k), ds, None)
-        sums = dq_sums_ptrs + g * HEAD_DIM * padded_queries + at
-        tl.atomic_add(sums, share, mask=c_ok[:, None], sem="relaxed")
+        sums = dq_sums_ptr + (g * padded_queries + at) * BLOCK_D
+        place = tl.arange(0, BLOCK_D)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        tl.atomic_add(sums + place, share, sem="relaxed")
     return dk, dv
 
 
@@ -404,14 +404,20 @@ def dq_cast_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    SUM_BLOCK: tl.constexpr,
 ):
-    """dq in its dtype from the sums of the fused kernel, `[heads, head_dim, padded_queries]`."""
+    """dq in its dtype from the sums of the fused kernel.
+
+    They stand `[heads, padded_queries / SUM_BLOCK, BLOCK_D, SUM_BLOCK]`: the places of a block's
+    share are then constants, which take no registers of the kernel that adds.
+    """
     h = tl.program_id(1).to(tl.int64)
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     c = tl.arange(0, BLOCK_D)
     c_ok = c < HEAD_DIM
-    sums_ptrs = dq_sums_ptr + (h * HEAD_DIM + c[:, None]) * padded_queries + i[None, :]
-    sums = tl.load(sums_ptrs, mask=c_ok[:, None], other=0.0)
+    row = (i % SUM_BLOCK)[None, :]
+    block = (h * padded_queries + i - i % SUM_BLOCK) * BLOCK_D
+    sums = tl.load(dq_sums_ptr + block[None, :] + c[:, None] * SUM_BLOCK + row)
     blind = tl.load(row_lse_ptr + h * padded_queries + i) == float("inf")
     dq = tl.trans(tl.where(blind[None, :], 0.0, sums * softmax_scale))
     dq_ptrs = dq_ptr + h * dq_stride_h + tile_offsets(i, c, dq_stride_t)

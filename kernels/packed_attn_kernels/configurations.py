@@ -151,8 +151,8 @@ CANDIDATES: dict[tuple[KernelName, int, int], tuple[Configuration, ...]] = {
 
 # One kernel for dk, dv and, by atomic additions in float32, dq.
 FUSED: dict[tuple[int, int], Configuration] = {
-    (64, 2): Configuration(64, 128, 8, 2),
-    (128, 2): Configuration(32, 128, 8, 2),
+    (64, 2): Configuration(32, 128, 8, 2),
+    (128, 2): Configuration(16, 128, 8, 2),
     (256, 2): Configuration(16, 128, 8, 1),
     (64, 4): Configuration(32, 64, 4, 1),
     (128, 4): Configuration(32, 32, 4, 1),
@@ -195,7 +195,7 @@ def constants(
         }
     common = {"HEAD_DIM": problem.head_dim, "BLOCK_D": problem.block_d, "BLOCK_M": chosen.BLOCK_M}
     if kernel == "dq_cast":
-        return common
+        return common | {"SUM_BLOCK": configuration("fused", problem).BLOCK_M}
     constants = (
         common
         | {

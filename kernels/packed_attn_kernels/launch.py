@@ -116,8 +116,7 @@ def launch_backward(
     }
     sums = None
     if inputs.fused:
-        _, heads, head_dim = inputs.q.shape
-        sums = lse.new_zeros(heads, head_dim, row_lse.shape[1])
+        sums = lse.new_zeros(*row_lse.shape, inputs.problem.block_d)
     dk, dv = _launch_keys(inputs, arguments, sums)
     dq = inputs.q.new_empty(inputs.q.shape)
     if sums is None:
