@@ -29,12 +29,14 @@ from packed_attn_kernels.configurations import (
 )
 
 from benchmarks.sm90_resources import (
+    KNOWN_SPILLS,
     REGISTER_MARGIN,
     RESULTS,
     Job,
     Measured,
     all_jobs,
     default_jobs,
+    faults,
     installed_version,
     measure,
     read_table,
@@ -116,10 +118,11 @@ def test_table_is_committed_for_two_versions_and_reads_back() -> None:
     jobs = {str(job) for job in all_jobs()}
     for version in ("3.6", "3.9"):
         assert {job for v, job in rows if v == version} == jobs
-    for (_, job), row in rows.items():
-        assert row.resources.shared_memory <= SHARED_MEMORY_LIMIT
-        if not job.endswith("fp32"):
-            assert not row.resources.stack + row.resources.spills, job
+    for job in all_jobs():
+        for version in ("3.6", "3.9"):
+            assert not faults(job, rows[version, str(job)].resources, version), (version, job)
+    wide = {width for _, _, width in KNOWN_SPILLS if width < 256}
+    assert wide <= {128}, "at 64 nothing spills"
 
 
 def test_table_covers_every_width() -> None:
@@ -163,12 +166,9 @@ def _compiled(jobs: list[Job]) -> dict[Job, Measured]:
 
 
 def _assert_clean(job: Job, found: Measured) -> None:
-    resources = found.resources
-    if job.element == "fp32":
-        faults = [fault for fault in resources.faults(False) if "spills" not in fault]
-    else:
-        faults = resources.faults(needs_wgmma=job.kernel not in ("delta", "dq_cast"))
-    assert not faults, f"{found}: {'; '.join(faults)}"
+    wrong = faults(job, found.resources, installed_version())
+    assert not wrong, f"{found}: {'; '.join(wrong)}"
     committed = read_table(RESULTS.read_text()).get((installed_version(), str(job)))
     if committed is not None:
-        assert not regressions(found, committed), f"{resources}, committed {committed.resources}"
+        worse = regressions(found, committed)
+        assert not worse, f"{'; '.join(worse)}; now {found}"

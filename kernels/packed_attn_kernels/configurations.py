@@ -152,7 +152,7 @@ CANDIDATES: dict[tuple[KernelName, int, int], tuple[Configuration, ...]] = {
 # One kernel for dk, dv and, by atomic additions in float32, dq.
 FUSED: dict[tuple[int, int], Configuration] = {
     (64, 2): Configuration(32, 128, 8, 2),
-    (128, 2): Configuration(16, 128, 8, 2),
+    (128, 2): Configuration(16, 128, 8, 1),
     (256, 2): Configuration(16, 128, 8, 1),
     (64, 4): Configuration(32, 64, 4, 1),
     (128, 4): Configuration(32, 32, 4, 1),
