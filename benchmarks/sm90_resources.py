@@ -48,8 +48,8 @@ FLAGS: dict[str, dict[str, Any]] = {
     },
 }
 GROUP = 4
-# The most bytes of stack, by (triton, kernel, width of the tile), where no tile of those searched is
-# clean: at 256 columns the operands' addresses alone fill the registers that accumulators leave.
+# The most bytes of stack, by (triton, kernel, width of the tile), where no tile that was tried is
+# clean: at 256 columns the operands' addresses fill the registers that accumulators leave.
 KNOWN_SPILLS: dict[tuple[str, str, int], int] = {
     ("3.6", "forward", 256): 16,
     ("3.6", "dk", 256): 256,
@@ -201,8 +201,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 _NOTE = f"""\
 Printed by `make resources` and held by `tests/test_compile_gate.py`: offline compilation, no GPU.
 Default configurations of the launches, groups of {GROUP} query heads, tiles as queries x keys.
-float32 keeps its bits on ordinary multiply-adds and has no HGMMA; it may spill. Half precision spills
-only where `KNOWN_SPILLS` of `benchmarks/sm90_resources.py` says so."""
+float32 keeps its bits on ordinary multiply-adds and has no HGMMA; it may spill. Half precision
+spills only where `KNOWN_SPILLS` of `benchmarks/sm90_resources.py` says so."""
 
 
 def _jobs(dims: tuple[int, int], flags: str, element: str = "bf16") -> list[Job]:
