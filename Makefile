@@ -13,7 +13,7 @@ INTERPRETED := tests/test_kernels_interpreter.py tests/test_triton_backend.py te
 test test-all: export OMP_NUM_THREADS ?= 1
 
 # GPU targets also run where nothing may be installed: make gpu-test PY=python3 READY=
-export PYTHONPATH := .:kernels:patches$(if $(PYTHONPATH),:$(PYTHONPATH))
+gpu-test gpu-bench resources: export PYTHONPATH := .:kernels:patches$(if $(PYTHONPATH),:$(PYTHONPATH))
 # The oldest triton that is supported, in an environment of its own; its interpreter needs this numpy.
 OLDEST := .venv-triton36
 

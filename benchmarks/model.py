@@ -15,16 +15,17 @@ import argparse
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from packed_attn_kernels.configurations import BY_KEYS, KernelName, Problem, configuration
 
 from benchmarks.regimes import benchmark_cases, chosen_cases
 from tests.cases import Case
 
-Pass = Literal["forward", "dkdv", "dq", "fused"]
 Ints = NDArray[np.int64]
 
 # Assumptions, not public figures: starting a program; its first loads and its last stores; starting
@@ -35,6 +36,15 @@ LAUNCH_SECONDS = 4e-6
 # Per score: scale and subtract, maximum, sum, correction, conversion (forward); the same order of
 # work backward. What is not modelled: caches, and the atomic additions of a fused backward.
 ARITHMETIC_OPERATIONS = 5
+# Products over head_dim and over value_head_dim of each kernel.
+PRODUCTS: dict[KernelName, tuple[int, int]] = {
+    "forward": (1, 1),
+    "dkdv": (2, 2),
+    "dk": (2, 1),
+    "dv": (1, 1),
+    "dq": (2, 1),
+    "fused": (3, 2),
+}
 
 
 @dataclass(frozen=True)
@@ -57,9 +67,9 @@ DEVICES = {"H100": Device("H100 SXM", 3.35e12), "H200": Device("H200", 4.8e12)}
 class Design:
     """How a kernel cuts the stream into tiles and hands them out.
 
-    tiling: "grid" cuts the stream every so many rows; "listed" begins a tile at each document of
-        two tiles or more; "per_document" gives no tile two documents and launches as many programs
-        for each document as the longest one needs.
+    tiling: "grid" cuts the stream every so many rows; "listed" begins anew at each document of
+        two tiles or more, as the kernels' list of tiles does; "per_document" gives no tile two
+        documents and launches as many programs for each as the longest one needs.
     persistent: as many programs as SMs, each taking every 132nd tile.
     """
 
@@ -77,13 +87,6 @@ DESIGNS = (
     Design("listed, heavy first, fused backward", "listed", True, False, True),
     Design("a grid per document", "per_document", False, False, True),
 )
-
-# Rows and columns of a tile by head_dim: (forward, dkdv, dq, fused), queries x keys.
-TILES: dict[int, dict[Pass, tuple[int, int]]] = {
-    64: {"forward": (128, 64), "dkdv": (64, 128), "dq": (128, 64), "fused": (64, 128)},
-    128: {"forward": (128, 64), "dkdv": (32, 128), "dq": (128, 64), "fused": (32, 128)},
-    256: {"forward": (128, 32), "dkdv": (32, 128), "dq": (128, 16), "fused": (32, 128)},
-}
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ def predict(case: Case, design: Design, device: Device, backward: bool = False) 
     """
     if not backward:
         return _predict_pass(case, design, device, "forward")
-    passes: tuple[Pass, ...] = ("fused",) if design.fused else ("dkdv", "dq")
+    passes = _problem(case, design.fused).keys_kernels + (() if design.fused else ("dq",))
     parts = [_predict_pass(case, design, device, name) for name in passes]
     query_rows = sum(case.lengths) * case.num_heads
     # The kernel that makes delta reads out and dout once; the fused one adds into float32 dq.
@@ -192,13 +195,16 @@ def tiles(case: Case, design: Design, rows: int) -> list[tuple[int, int]]:
             stops = [min(begin, begin - n + (tile + 1) * rows) for tile in range(most)]
             cut += [(min(begin, begin - n + tile * rows), stop) for tile, stop in enumerate(stops)]
         return cut
-    cut, begin, open_ = [], 0, 0
+    sections, begin = [0], 0
     for n in lengths:
-        if n >= 2 * rows:
-            cut += [(at, min(at + rows, begin)) for at in range(open_, begin, rows)]
-            open_ = begin
+        if n >= 2 * rows and begin:
+            sections.append(begin)
         begin += n
-    return cut + [(at, min(at + rows, begin)) for at in range(open_, begin, rows)]
+    return [
+        (at, min(at + rows, stop))
+        for first, stop in pairwise([*sections, total])
+        for at in range(first, stop, rows)
+    ]
 
 
 def blocks_walked(case: Case, cut: Sequence[tuple[int, int]], columns: int, by: str) -> Ints:
@@ -233,10 +239,12 @@ def makespan(costs: NDArray[np.float64], slots: int, persistent: bool) -> float:
     return max(free)
 
 
-def _predict_pass(case: Case, design: Design, device: Device, name: Pass) -> Prediction:
-    queries, keys = _tile(case, name)
-    by_keys = name in ("dkdv", "fused")
-    rows, columns = (keys, queries) if by_keys else (queries, keys)
+def _predict_pass(case: Case, design: Design, device: Device, name: KernelName) -> Prediction:
+    chosen = configuration(name, _problem(case, design.fused))
+    by_keys = name in BY_KEYS
+    rows, columns = chosen.BLOCK_M, chosen.BLOCK_N
+    if by_keys:
+        rows, columns = columns, rows
     cut = tiles(case, design, rows)
     walked = blocks_walked(case, cut, columns, "key" if by_keys else "query")
     # A tile of keys walks the queries of all heads of its group.
@@ -271,10 +279,10 @@ def _tile_costs(
 
 
 def _block_cost(
-    case: Case, device: Device, name: Pass, scores: int
+    case: Case, device: Device, name: KernelName, scores: int
 ) -> tuple[float, tuple[float, float]]:
     """FLOPs of one block of one head, and its seconds: overlapped and one after another."""
-    over_dim, over_value = {"forward": (1, 1), "dkdv": (2, 2), "dq": (2, 1), "fused": (3, 2)}[name]
+    over_dim, over_value = PRODUCTS[name]
     value_dim = case.value_head_dim or case.head_dim
     flops = 2.0 * scores * (over_dim * case.head_dim + over_value * value_dim)
     parts = (
@@ -291,7 +299,7 @@ def _useful_flops(case: Case, over_dim: int, over_value: int) -> float:
     return 2.0 * visible_pairs(case) * products * case.num_heads
 
 
-def _bytes(case: Case, name: Pass) -> float:
+def _bytes(case: Case, name: KernelName) -> float:
     """What must cross the memory bus once: operands in, results out, two bytes an element."""
     tokens, value_dim = sum(case.lengths), case.value_head_dim or case.head_dim
     queries = tokens * case.num_heads * case.head_dim
@@ -299,13 +307,25 @@ def _bytes(case: Case, name: Pass) -> float:
     values = tokens * case.num_kv_heads * value_dim
     outputs = tokens * case.num_heads * value_dim
     elements = queries + keys + values + outputs
-    elements += {"forward": 0, "dkdv": keys + values, "dq": queries, "fused": keys + values}[name]
+    elements += keys * (name in ("dkdv", "dk", "fused")) + values * (
+        name in ("dkdv", "dv", "fused")
+    )
+    elements += queries * (name == "dq")
     return 2.0 * elements + 4.0 * tokens * case.num_heads * (1 if name == "forward" else 2)
 
 
-def _tile(case: Case, name: Pass) -> tuple[int, int]:
-    largest = max(case.head_dim, case.value_head_dim or case.head_dim)
-    return TILES[next(width for width in TILES if largest <= width)][name]
+def _problem(case: Case, fused: bool) -> Problem:
+    return Problem(
+        case.head_dim,
+        case.value_head_dim or case.head_dim,
+        case.num_heads // case.num_kv_heads,
+        2,
+        "either" if case.parents is None else "query",
+        has_softcap=case.softcap is not None,
+        has_sinks=case.sinks,
+        has_alibi=case.alibi,
+        fused=fused,
+    )
 
 
 def _tree_lengths(case: Case) -> list[int]:

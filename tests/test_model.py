@@ -109,6 +109,24 @@ def test_schedules_are_possible_and_heavy_first_helps() -> None:
     assert makespan(np.array([]), 4, True) == 0.0
 
 
+@pytest.mark.parametrize("name", REGIMES)
+def test_listed_tiles_are_those_that_the_kernels_read(name: str) -> None:
+    tile_list = pytest.importorskip("packed_attn_kernels").tile_list
+    case = BY_NAME[name]
+    seen = case.layout().visibility(case.causal)
+    wanted = [(a, b) for a, b in tile_list(seen.key_start, seen.key_stop, 128).tolist() if a < b]
+    assert sorted(tiles(case, LISTED, 128)) == sorted(wanted)
+
+
+def test_two_kernels_of_keys_at_256_compute_the_scores_again() -> None:
+    """s, dp, dk; s, dv; s, dp, dq: eight products where five are useful."""
+    case = BY_NAME["llama3_8b/one_32k"]
+    wide = next(c for c in benchmark_cases() if c.name.endswith("one_32k/head_dim_256"))
+    assert predict(wide, LISTED, H200, backward=True).useful_share == pytest.approx(5 / 8, abs=0.01)
+    assert predict(wide, LISTED, H200, backward=True).launches == 4
+    assert predict(case, LISTED, H200, backward=True).launches == 3
+
+
 def test_forest_with_a_window_is_refused() -> None:
     with pytest.raises(ValueError, match="forest_window: a forest with a window"):
         visible_pairs(BY_NAME["forest_window"])
