@@ -117,7 +117,8 @@ def test_table_is_committed_for_two_versions_and_reads_back() -> None:
     rows = read_table(text)
     assert write_table(rows) == text
     for version in ("3.6", "3.9"):
-        assert {(version, str(job)) for job in default_jobs()} <= rows.keys()
+        half = {(version, str(job)) for job in default_jobs() if job.element != "fp32"}
+        assert half <= rows.keys()
     named = {str(job): job for job in all_jobs()}
     for (version, name), row in rows.items():
         assert not faults(named[name], row.resources, version), (version, name)
