@@ -184,13 +184,13 @@ def _gathered(
         longest = host[first]
         full = (i - first + 1) * longest > call_tokens
         if i == len(host) or full or host[i] * padded_length < longest:
-            yield _gathered_bucket(starts[first:i], lengths[first:i], total_tokens)
+            yield gathered_bucket(starts[first:i], lengths[first:i], total_tokens)
             first = i
 
 
-def _gathered_bucket(starts: np.ndarray, lengths: np.ndarray, total_tokens: int) -> Bucket:
-    """One batch of documents, each padded to the first's length."""
-    length = int(lengths[0])
+def gathered_bucket(starts: np.ndarray, lengths: np.ndarray, total_tokens: int) -> Bucket:
+    """One batch of documents, each padded to the longest."""
+    length = int(lengths.max())
     place = np.arange(length)
     tokens = starts[:, None] + np.minimum(place, lengths[:, None] - 1)
     pads = np.flatnonzero(place >= lengths[:, None])

@@ -11,17 +11,27 @@ turns it into the one mask rule that every kernel follows:
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from packed_attn.visibility import Visibility, build_visibility, check_window, is_whole
+from packed_attn.visibility import (
+    Visibility,
+    build_visibility,
+    check_window,
+    is_whole,
+    prefix_tensor,
+)
 
 INT32_MAX = 2**31 - 1
+
+# Masks and prefixes that a layout keeps: more kinds than a model has, and a bound where every
+# call brings a new one.
+KEPT_MASKS = 16
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -102,7 +112,7 @@ class DocumentLayout:
         )
         layout._derived["lengths"] = host
         if links is not None:
-            layout._derived["forest"] = _Forest.build(host, links)
+            layout._derived["forest"] = Forest.build(host, links)
             _check_padding_stands_alone(links, flags)
         return layout.to(device) if device is not None else layout
 
@@ -321,10 +331,40 @@ class DocumentLayout:
         def make() -> Visibility:
             return build_visibility(self, key_layout, left, right, chunk_size, prefix_lengths)
 
-        if prefix_lengths is not None:
-            return make()
         # The key keeps key_layout itself alive, so an id is never reused while it is cached.
-        return self._once(("visibility", left, right, chunk_size, key_layout), make)
+        prefix = _prefix_key(prefix_lengths)
+        key = ("visibility", left, right, chunk_size, key_layout, prefix)
+        return self._one_of_few(key, make)
+
+    def prefix(self, prefix_lengths: Sequence[int] | Tensor | None) -> Tensor | None:
+        """`prefix_lengths` as int64 `[num_documents]` on the layout's device, made once; or None.
+
+        Raises:
+            ValueError: not one integer of at least 0 for each document.
+        """
+        if prefix_lengths is None:
+            return None
+        key = ("prefix", _prefix_key(prefix_lengths))
+        return self._one_of_few(key, lambda: prefix_tensor(prefix_lengths, self))
+
+    def prepare(self, kinds: Iterable[Mapping[str, Any]] = ({},)) -> DocumentLayout:
+        """Makes what layers read, once: before a compiled region, or in the collator.
+
+        A region compiled after it reads tensors alone, whose shapes depend on the numbers of
+        tokens and of documents: other boundaries compile nothing new. What is made moves with
+        `to`, `pin_memory` and pickling.
+
+        Args:
+            kinds: the masks of the model's layers, as keyword arguments of `visibility`.
+
+        Returns:
+            the layout itself.
+        """
+        _ = self.document_ids, self.position_ids, self.padding_tokens
+        for kind in kinds:
+            self.visibility(**kind)
+            self.prefix(kind.get("prefix_lengths"))
+        return self
 
     def to(
         self, device: torch.device | str | int, non_blocking: bool = False, **_: Any
@@ -343,14 +383,13 @@ class DocumentLayout:
         return self._mapped(lambda t: t.pin_memory())
 
     def __getstate__(self) -> dict[str, Any]:
-        # Host facts travel with a pickle, derived tensors are made again where it lands.
-        host = {k: v for k, v in self._derived.items() if k in ("lengths", "starts", "forest")}
+        # What a collator's worker has prepared arrives with the batch; copies elsewhere do not.
         return {
             "cu_seqlens": self.cu_seqlens,
             "total_tokens": self.total_tokens,
             "parents": self.parents,
             "padding": self.padding,
-            "_derived": host,
+            "_derived": dict(self._own_facts()),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -372,6 +411,14 @@ class DocumentLayout:
             self._derived[key] = make()
         return self._derived[key]
 
+    def _one_of_few(self, key: tuple[Any, ...], make: Any) -> Any:
+        """`_once` for what callers make keys of: the oldest of its kind makes room."""
+        if key not in self._derived:
+            kept = [k for k in self._derived if isinstance(k, tuple) and k[0] == key[0]]
+            if len(kept) >= KEPT_MASKS:
+                del self._derived[kept[0]]
+        return self._once(key, make)
+
     def _document_ids(self) -> Tensor:
         token = torch.arange(self.total_tokens, dtype=torch.int32, device=self.device)
         # The number of documents that have ended by this token; empty documents drop out.
@@ -390,10 +437,10 @@ class DocumentLayout:
         starts[1:] = ids[1:] != ids[:-1]
         return starts
 
-    def _forest(self) -> _Forest:
+    def _forest(self) -> Forest:
         links = [] if self.parents is None else self.parents
         return self._once(
-            "forest", lambda: _Forest.build(self.lengths, _whole_numbers(links, "parents"))
+            "forest", lambda: Forest.build(self.lengths, _whole_numbers(links, "parents"))
         )
 
     def forest_tensors(self) -> _ForestTensors:
@@ -415,10 +462,19 @@ class DocumentLayout:
             None if self.parents is None else function(self.parents),
             None if self.padding is None else function(self.padding),
         )
-        for key in ("lengths", "starts", "forest"):
-            if key in self._derived:
-                copy._derived[key] = self._derived[key]
+        for key, value in self._own_facts():
+            copy._derived[key] = _map_tensors(value, function)
         return copy
+
+    def _own_facts(self) -> Iterator[tuple[Any, Any]]:
+        """What follows from this layout alone: no copies elsewhere, nothing of a caller's tensor
+        or of another layout."""
+        for key, value in self._derived.items():
+            parts = (key,) if isinstance(key, str) else key
+            if parts[0] != "to" and not any(
+                isinstance(part, DocumentLayout) or _holds_tensor(part) for part in parts
+            ):
+                yield key, value
 
     def _moved(self, device: torch.device, non_blocking: bool) -> DocumentLayout:
         copy = self._mapped(lambda t: t.to(device, non_blocking=non_blocking))
@@ -427,7 +483,7 @@ class DocumentLayout:
 
 
 @dataclass(frozen=True)
-class _Forest:
+class Forest:
     """Host facts of a forest, per document."""
 
     parents: tuple[int, ...]
@@ -442,7 +498,7 @@ class _Forest:
         return tuple(reversed(path))
 
     @staticmethod
-    def build(lengths: Sequence[int], parents: Sequence[int]) -> _Forest:
+    def build(lengths: Sequence[int], parents: Sequence[int]) -> Forest:
         """Checks that parents come before their children, depth-first, and derives the rest."""
         offset, stop, at, depth = [0] * len(lengths), [0] * len(lengths), 0, 0
         branch: list[int] = []  # the path of the document before this one
@@ -464,7 +520,7 @@ class _Forest:
             for ancestor in branch:
                 stop[ancestor] = at
             depth = max(depth, len(branch) - 1)
-        return _Forest(tuple(parents), tuple(offset), tuple(stop), depth)
+        return Forest(tuple(parents), tuple(offset), tuple(stop), depth)
 
 
 @dataclass(frozen=True, eq=False)
@@ -472,6 +528,33 @@ class _ForestTensors:
     path_offset: Tensor
     subtree_stop: Tensor
     depth: int
+
+
+def _holds_tensor(part: Any) -> bool:
+    return isinstance(part, tuple) and any(isinstance(x, Tensor) for x in part)
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A derived fact with its tensors mapped; facts of the host as they are."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Visibility | _ForestTensors):
+        columns = {f.name: getattr(value, f.name) for f in fields(value)}
+        return replace(
+            value, **{k: function(x) for k, x in columns.items() if isinstance(x, Tensor)}
+        )
+    return value
+
+
+def _prefix_key(prefix_lengths: Sequence[int] | Tensor | None) -> Any:
+    """What stands for these prefixes in a cache: their values, or a tensor as it is now."""
+    if prefix_lengths is None:
+        return None
+    if isinstance(prefix_lengths, Tensor):
+        # The key keeps the tensor alive, and its version tells when it was written to.
+        version = 0 if prefix_lengths.is_inference() else prefix_lengths._version
+        return prefix_lengths, version
+    return tuple(prefix_lengths)
 
 
 def _from_starts(starts: Tensor, padding: Tensor | None) -> DocumentLayout:

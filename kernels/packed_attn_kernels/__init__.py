@@ -3,14 +3,15 @@
     query i sees key j   iff   key_start[i] <= j < key_stop[i]
                          and   query_start[j] <= i < query_stop[j]
 
-    rules.py           the mask rule and what else every kernel shares
-    tiles.py           which rows each program takes, heavy tiles first
-    forward.py         the forward kernel
-    backward.py        delta, dk and dv, dq
-    configurations.py  tile sizes, one table
-    launch.py          grids, strides, workspaces
-    ops.py             the operators and `interval_attention`
-    compile_gate.py    compiles the kernels for sm_90 without a GPU and reads the machine code
+    rules.py             the mask rule and what else every kernel shares
+    tiles.py             which rows each program takes, heavy tiles first
+    forward.py           the forward kernel
+    backward.py          delta, dk and dv
+    backward_queries.py  dq
+    configurations.py    tile sizes, one table
+    launch.py            grids, strides, workspaces
+    ops.py               the operators and `interval_attention`
+    compile_gate.py      compiles the kernels for sm_90 without a GPU and reads the machine code
 
 `TRITON_INTERPRET=1`, set before triton is imported, runs the kernels on CPU tensors.
 """

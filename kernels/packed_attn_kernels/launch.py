@@ -14,7 +14,8 @@ import triton
 from torch import Tensor
 
 from packed_attn_kernels import configurations
-from packed_attn_kernels.backward import delta_kernel, dkdv_kernel, dq_cast_kernel, dq_kernel
+from packed_attn_kernels.backward import delta_kernel, dkdv_kernel
+from packed_attn_kernels.backward_queries import dq_cast_kernel, dq_kernel
 from packed_attn_kernels.configurations import DELTA_BLOCK, KernelName, Problem
 from packed_attn_kernels.forward import forward_kernel
 
