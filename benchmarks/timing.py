@@ -5,6 +5,9 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
 
 
 def paired_seconds(
@@ -30,3 +33,53 @@ def paired_seconds(
 def median_ratio(slower: list[float], faster: list[float]) -> float:
     """How many times longer `slower` takes: the median over rounds of the ratio inside a round."""
     return statistics.median(s / f for s, f in zip(slower, faster))
+
+
+def paired_milliseconds(
+    candidates: Mapping[str, Callable[[int], object]],
+    device: str,
+    runs: int = 15,
+    warmup: int = 2,
+) -> dict[str, list[float]]:
+    """Milliseconds of each candidate in each of `runs` rounds, on the device's own clock.
+
+    Candidates take the number of the round, by which they rotate their inputs. On CUDA two events
+    stand around each call and the host waits once a round; elsewhere it is wall time.
+    """
+    names = list(candidates)
+    milliseconds: dict[str, list[float]] = {name: [] for name in names}
+    for round_ in range(-warmup, runs):
+        turn = round_ % max(1, len(names))
+        clocks = {}
+        for name in names[turn:] + names[:turn]:
+            clocks[name] = clock = _Clock(device)
+            candidates[name](round_)
+            clock.stop()
+        if round_ >= 0:
+            for name in names:
+                milliseconds[name].append(clocks[name].milliseconds())
+    return milliseconds
+
+
+class _Clock:
+    """Runs from its creation to `stop`."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device == "cuda"
+        self.begin = self._now()
+
+    def stop(self) -> None:
+        self.end = self._now()
+
+    def milliseconds(self) -> float:
+        if self.on_gpu:
+            self.end.synchronize()
+            return self.begin.elapsed_time(self.end)
+        return 1e3 * (self.end - self.begin)
+
+    def _now(self) -> Any:
+        if not self.on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import os
 import platform
+import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -42,6 +43,24 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     gpu = torch.cuda.get_device_name(device)
     return next((peak for name, peak in PEAK_FLOPS.items() if name in gpu), None)
+
+
+def gpu_facts() -> dict[str, str]:
+    """Driver, clocks, power limit and CUDA of the first GPU, as text; empty without one."""
+    if not torch.cuda.is_available():
+        return {}
+    fields = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.mem", "power.limit")
+    query = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
+    try:
+        printed = subprocess.run(query, check=True, capture_output=True, text=True).stdout
+        values = [value.strip() for value in printed.strip().split(",")]
+    except (OSError, subprocess.CalledProcessError) as error:
+        values = [f"nvidia-smi: {error}"] * len(fields)
+    return dict(zip(fields, values)) | {
+        "cuda": torch.version.cuda or "none",
+        "cudnn": str(torch.backends.cudnn.version()),
+        "compute_capability": ".".join(map(str, torch.cuda.get_device_capability())),
+    }
 
 
 def _processor() -> str:

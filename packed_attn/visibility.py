@@ -6,9 +6,9 @@ query i sees key j   iff   key_start[i] <= j < key_stop[i]
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,10 +19,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, eq=False)
 class Visibility:
-    """Who sees whom, as four int32 vectors.
+    """Who sees whom, as four int32 vectors, and where tokens stand.
 
-    Shapes: key_start, key_stop `[total_queries]`; query_start, query_stop `[total_keys]`.
+    Shapes: key_start, key_stop, query_position `[total_queries]`; query_start, query_stop,
+    key_position `[total_keys]`, all int32.
     An empty interval (start == stop) belongs to a token that sees nothing or that nobody sees.
+    Where query i sees key j, `query_position[i] - key_position[j]` is the distance between them:
+    bottom-right aligned in cross attention, along the path to the root in a forest.
 
     `halves` says which half of the rule decides alone: `"either"` (plain documents: the halves are
     transposes of each other), `"query"` (forests: only query_start/query_stop tell siblings
@@ -34,6 +37,16 @@ class Visibility:
     query_start: Tensor
     query_stop: Tensor
     halves: Literal["either", "query", "both"]
+    query_position: Tensor
+    key_position: Tensor
+    # What backends derive from the mask, each thing made once and shared by all layers.
+    _derived: dict[Any, Any] = field(default_factory=dict, repr=False)
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """What `make` gives, made at the first call with this key."""
+        if key not in self._derived:
+            self._derived[key] = make()
+        return self._derived[key]
 
     def dense(self) -> Tensor:
         """The rule written out, bool `[total_queries, total_keys]`: for tests and pictures only."""
@@ -93,7 +106,11 @@ def build_visibility(
     hidden = _hidden_documents(queries, keys)
     key_start, key_stop = _settled(key_start, key_stop, q, hidden)
     query_start, query_stop = _settled(query_start, query_stop, k, hidden)
-    return Visibility(key_start, key_stop, query_start, query_stop, halves)
+    query_position = (queries.position_ids + q.per_token(excess)).to(torch.int32)
+    key_position = keys.position_ids.to(torch.int32)
+    return Visibility(
+        key_start, key_stop, query_start, query_stop, halves, query_position, key_position
+    )
 
 
 def check_window(window_size: tuple[int, int]) -> tuple[int, int]:

@@ -1,100 +1,176 @@
 """The offline gate: the kernels' machine code for sm_90, compiled on a machine without a GPU.
 
-Default configurations must not spill, must fit shared memory and must use wgmma. float32 keeps
-its bits on ordinary multiply-adds, so it must only compile and fit.
+Default configurations must not spill, must fit shared memory and must use wgmma, and nothing may be
+worse than the committed table. float32 keeps its bits on ordinary multiply-adds, so it must only
+compile and fit. `make test-all` compiles all jobs, on two versions of triton.
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from concurrent.futures import ProcessPoolExecutor
-from multiprocessing import get_context
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 
 pytest.importorskip("triton", reason="the gate compiles with triton")
 
-from packed_attn_kernels.compile_gate import Resources, compile_kernel
-from packed_attn_kernels.configurations import BOTH_HALVES, TABLE, KernelName, Problem
+from packed_attn_kernels.compile_gate import SHARED_MEMORY_LIMIT, Resources, compile_kernel
+from packed_attn_kernels.configurations import (
+    BY_KEYS,
+    CANDIDATES,
+    FUSED,
+    LEAN,
+    SPAN,
+    TABLE,
+    Configuration,
+    configuration,
+    constants,
+    tile_rows,
+)
 
-KERNELS_FOLDER = Path(__file__).parent.parent / "kernels"
-FLAGS = {
-    "causal": ("either", False, False),
-    "forest": ("query", False, False),
-    "forest+window": ("both", False, False),
-    "softcap+sinks": ("either", True, True),
-}
-Job = tuple[KernelName, int, str, str]
+from benchmarks.sm90_resources import (
+    KNOWN_SPILLS,
+    REGISTER_MARGIN,
+    RESULTS,
+    Job,
+    Measured,
+    all_jobs,
+    default_jobs,
+    faults,
+    installed_version,
+    measure,
+    read_table,
+    regressions,
+    write_table,
+)
 
-
-def jobs() -> list[Job]:
-    """(kernel, head_dim, flags, element type), the slowest to compile first."""
-    kernels: tuple[KernelName, ...] = ("dkdv", "dq", "forward")
-    half: list[Job] = [
-        (kernel, head_dim, flags, "bf16")
-        for head_dim in (128, 64)
-        for flags in FLAGS
-        for kernel in kernels
-        # dk and dv ask the query half alone in both, which is one kernel.
-        if (kernel, flags) != ("dkdv", "forest")
-    ]
-    single: list[Job] = [
-        (kernel, head_dim, "softcap+sinks", "fp32") for head_dim in (128, 64) for kernel in kernels
-    ]
-    delta: list[Job] = [("delta", head_dim, "softcap+sinks", "bf16") for head_dim in (128, 64)]
-    return half + single + delta
-
-
-def compile_job(job: Job) -> Resources:
-    """Runs in a process of its own, where triton compiles and does not interpret."""
-    kernel, head_dim, flags, element = job
-    halves, softcap, sinks = FLAGS[flags]
-    itemsize = 4 if element == "fp32" else 2
-    problem = Problem(head_dim, head_dim, 4, itemsize, halves, softcap, sinks)
-    return compile_kernel(kernel, problem, element)
+WORKERS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2
+OTHERS = [job for job in all_jobs() if job not in default_jobs()]
+CLEAN = Resources(registers=128, stack=0, shared_memory=1024, spills=0, wgmma=8)
 
 
 @pytest.fixture(scope="module")
-def resources() -> dict[Job, Resources]:
-    """Every job's machine code, two processes at a time or as many as there are cores."""
+def defaults() -> dict[Job, Measured]:
+    return _compiled(default_jobs())
+
+
+@pytest.fixture(scope="module")
+def others() -> dict[Job, Measured]:
+    return _compiled(OTHERS)
+
+
+@pytest.mark.parametrize("job", default_jobs(), ids=str)
+def test_machine_code(job: Job, defaults: dict[Job, Measured]) -> None:
+    _assert_clean(job, defaults[job])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("job", OTHERS, ids=str)
+def test_machine_code_of_all(job: Job, others: dict[Job, Measured]) -> None:
+    _assert_clean(job, others[job])
+
+
+@pytest.mark.slow
+def test_candidates_compile_and_fit() -> None:
+    """What tuning would time can be launched; spilling is for the clock to judge."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
-    workers = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return dict(zip(jobs(), pool.map(compile_job, jobs())))
-
-
-@pytest.mark.parametrize("job", jobs(), ids=lambda job: "-".join(map(str, job)))
-def test_machine_code(job: Job, resources: dict[Job, Resources]) -> None:
-    kernel, _, _, element = job
-    found = resources[job]
-    if element == "fp32":
-        faults = [fault for fault in found.faults(needs_wgmma=False) if "spills" not in fault]
-    else:
-        faults = found.faults(needs_wgmma=kernel != "delta")
-    assert not faults, f"{found}: {'; '.join(faults)}"
+    for (kernel, width, _), rows in CANDIDATES.items():
+        problem = Job(kernel, (width, width), "causal").problem
+        for row in rows:
+            found = compile_kernel(kernel, problem, "bf16", row)
+            assert found.shared_memory <= SHARED_MEMORY_LIMIT, (kernel, row)
+            assert found.wgmma, (kernel, row)
 
 
 def test_gate_shuts() -> None:
     """Each fault is found: a gate that cannot fail guards nothing."""
-    assert not Resources(128, 0, 1024, 0, 8).faults(needs_wgmma=True)
-    assert "stack" in Resources(255, 8, 1024, 0, 8).faults(needs_wgmma=True)[0]
-    assert "local" in Resources(255, 0, 1024, 2, 8).faults(needs_wgmma=True)[0]
-    assert "shared memory" in Resources(255, 0, 240_000, 0, 8).faults(needs_wgmma=True)[0]
-    assert "HGMMA" in Resources(255, 0, 1024, 0, 0).faults(needs_wgmma=True)[0]
+    assert not CLEAN.faults(needs_wgmma=True)
+    assert "stack" in replace(CLEAN, stack=8).faults(needs_wgmma=True)[0]
+    assert "local" in replace(CLEAN, spills=2).faults(needs_wgmma=True)[0]
+    assert "shared memory" in replace(CLEAN, shared_memory=240_000).faults(needs_wgmma=True)[0]
+    assert "HGMMA" in replace(CLEAN, wgmma=0).faults(needs_wgmma=True)[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"stack": 8}, "spills: 8 B and 0, were 0 B and 0"),
+        ({"spills": 2}, "spills"),
+        ({"wgmma": 7}, "7 HGMMA, were 8"),
+        ({"shared_memory": 2048}, "2048 B of shared memory, were 1024"),
+        ({"registers": 128 + REGISTER_MARGIN + 1}, "145 registers, were 128"),
+    ],
+)
+def test_a_regression_is_found(change: dict[str, int], named: str) -> None:
+    row = Measured(Configuration(128, 64, 8, 2), CLEAN)
+    assert not regressions(row, row)
+    assert not regressions(replace(row, resources=replace(CLEAN, registers=140)), row)
+    assert regressions(replace(row, resources=replace(CLEAN, **change)), row)[0].startswith(named)
+    other = replace(row, configuration=Configuration(64, 64, 4, 2))
+    assert "make resources" in regressions(other, row)[0]
+
+
+def test_table_is_committed_for_two_versions_and_reads_back() -> None:
+    text = RESULTS.read_text()
+    rows = read_table(text)
+    assert write_table(rows) == text
+    for version in ("3.6", "3.9"):
+        half = {(version, str(job)) for job in default_jobs() if job.element != "fp32"}
+        assert half <= rows.keys()
+    named = {str(job): job for job in all_jobs()}
+    for (version, name), row in rows.items():
+        assert not faults(named[name], row.resources, version), (version, name)
+        assert row.configuration == configuration(named[name].kernel, named[name].problem), name
+    wide = {width for _, _, width in KNOWN_SPILLS if width < 256}
+    assert wide <= {128}, "at 64 nothing spills"
 
 
 def test_table_covers_every_width() -> None:
-    """Each kernel has a row for each width and element size, and tiles divide their padding."""
-    widths = {(kernel, width, size) for kernel, width, size in TABLE}
-    assert widths == {
-        (kernel, width, size)
-        for kernel in ("forward", "dkdv", "dq")
-        for width in (64, 128, 256)
-        for size in (2, 4)
-    }
-    for row in (*TABLE.values(), *BOTH_HALVES.values()):
-        assert 128 % row.BLOCK_M == 0
-        assert 1024 % row.BLOCK_N == 0
+    """Each kernel has a row for each width and element size that its problems need."""
+    for kernel in ("forward", "dkdv", "dq"):
+        for width in (64, 128, 256):
+            for size in (2, 4):
+                split = kernel == "dkdv" and (width, size) == (256, 2)
+                assert ((kernel, width, size) in TABLE) != split
+    for job in all_jobs():
+        assert constants(job.kernel, job.problem)
+        assert tile_rows(job.problem)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "size", "row"),
+    [
+        *((key[0], key[2], row) for table in (TABLE, LEAN) for key, row in table.items()),
+        *(("fused", key[1], row) for key, row in FUSED.items()),
+        *((key[0], key[2], row) for key, rows in CANDIDATES.items() for row in rows),
+    ],
+    ids=str,
+)
+def test_tiles_divide_their_padding_and_fill_their_warps(
+    kernel: str, size: int, row: Configuration
+) -> None:
+    """Fewer rows than 16 a warp, and all warpgroups compute the same scores: twice the work."""
+    assert 128 % row.BLOCK_M == 0
+    assert SPAN % row.BLOCK_N == 0
+    assert SPAN % row.BLOCK_M == 0
+    rows = row.BLOCK_N if kernel in BY_KEYS else row.BLOCK_M
+    if size == 2:
+        assert rows == 16 * row.num_warps
+
+
+def _compiled(jobs: list[Job]) -> dict[Job, Measured]:
+    """As many processes as there are cores."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
+    return measure(jobs, WORKERS)
+
+
+def _assert_clean(job: Job, found: Measured) -> None:
+    wrong = faults(job, found.resources, installed_version())
+    assert not wrong, f"{found}: {'; '.join(wrong)}"
+    committed = read_table(RESULTS.read_text()).get((installed_version(), str(job)))
+    if committed is not None:
+        worse = regressions(found, committed)
+        assert not worse, f"{'; '.join(worse)}; now {found}"

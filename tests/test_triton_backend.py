@@ -51,8 +51,10 @@ def request_with(
         (request_with(dtype=torch.float64), "not torch.float64"),
         (request_with(dim=12), "head_dim must be a multiple of 8 from 8 to 256, not 12"),
         (request_with(dim=264), "head_dim must be a multiple of 8 from 8 to 256, not 264"),
-        (request_with(alibi_slopes=torch.ones(2)), "has no ALiBi yet"),
-        (request_with(dropout_p=0.1), "has no dropout yet"),
+        (
+            request_with(alibi_slopes=torch.ones(2, requires_grad=True)),
+            "gives no gradient in alibi_slopes, which requires one",
+        ),
     ],
 )
 def test_refusals_name_the_value(request_: AttentionRequest, reason: str) -> None:

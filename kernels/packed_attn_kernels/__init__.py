@@ -3,18 +3,31 @@
     query i sees key j   iff   key_start[i] <= j < key_stop[i]
                          and   query_start[j] <= i < query_stop[j]
 
-    rules.py           the mask rule and what else every kernel shares
-    forward.py         the forward kernel
-    backward.py        delta, dk and dv, dq
-    configurations.py  tile sizes, one table
-    launch.py          grids, strides, workspaces
-    ops.py             the operators and `interval_attention`
-    compile_gate.py    compiles the kernels for sm_90 without a GPU and reads the machine code
+    rules.py             the mask rule and what else every kernel shares
+    tiles.py             which rows each program takes, heavy tiles first
+    forward.py           the forward kernel
+    backward.py          delta, dk and dv
+    backward_queries.py  dq
+    configurations.py    tile sizes, one table
+    launch.py            grids, strides, workspaces
+    ops.py               the operators and `interval_attention`
+    compile_gate.py      compiles the kernels for sm_90 without a GPU and reads the machine code
 
 `TRITON_INTERPRET=1`, set before triton is imported, runs the kernels on CPU tensors.
 """
 
-from packed_attn_kernels.ops import interval_attention
+from packed_attn_kernels.configurations import tile_rows
+from packed_attn_kernels.ops import faster_backward, interval_attention, tile_problem
 from packed_attn_kernels.rules import INTERPRETED
+from packed_attn_kernels.tiles import Tiles, plan_tiles, tile_list
 
-__all__ = ["INTERPRETED", "interval_attention"]
+__all__ = [
+    "INTERPRETED",
+    "Tiles",
+    "faster_backward",
+    "interval_attention",
+    "plan_tiles",
+    "tile_list",
+    "tile_problem",
+    "tile_rows",
+]

@@ -1,9 +1,14 @@
-"""The backward kernels: delta, then dk and dv by tiles of keys, then dq by tiles of queries.
+"""The backward kernels by keys: delta, then dk and dv. dq is in `backward_queries.py`.
 
 Dao, "FlashAttention-2" (2023), split so that nothing is added atomically: the gradients have the
 same bits every time. Grouped queries add up inside the loop of their key tile, so k, v, dk and dv
 are never expanded. As in the forward, a tile whose result holds a NaN is walked again with
 non-finite operand rows taken out of the products and every row that may see one set to NaN.
+
+FUSED makes dq in the kernel of dk and dv, which saves two of seven products: each block's share is
+added to a float32 workspace atomically, in any order, and `dq_cast_kernel` writes dq. A share that
+has been added cannot be taken back, so nothing may reach it that is to be walked again: a key that
+is not finite enters as zeros from the start, and what may see it gets its NaN through v.
 """
 
 # Triton's language is not Python's: its stubs know neither constexpr arguments nor tensors.
@@ -15,11 +20,14 @@ import triton
 import triton.language as tl
 
 from packed_attn_kernels.rules import (
-    LOG2E,
-    any_nan,
+    any_nonfinite,
+    biased,
     block_offsets,
     block_runs,
     dot,
+    in_logit_unit,
+    kept,
+    listed_tile,
     load_tile,
     logits,
     nonfinite_rows,
@@ -27,6 +35,7 @@ from packed_attn_kernels.rules import (
     sees,
     tile_interval,
     tile_offsets,
+    weights,
 )
 
 
@@ -50,11 +59,12 @@ def delta_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    ACCURATE: tl.constexpr,
 ):
-    """delta = rowsum(out * dout) - dlse, and lse as the other kernels want it.
+    """delta = rowsum(out * dout) - dlse, and lse in the unit of the logits.
 
     Both are float32 `[heads, padded_queries]` and need no bounds check: past the end, and for rows
-    that see nothing, the base-2 lse is +inf, so every weight is 0, and delta is 0. A sink is a key
+    that see nothing, this lse is +inf, so every weight is 0, and delta is 0. A sink is a key
     without a value, so its gradient is -sum(p_sink * delta): one partial sum a tile.
     """
     h = tl.program_id(1).to(tl.int64)
@@ -71,16 +81,17 @@ def delta_kernel(
         delta -= tl.load(dlse_ptr + h * total_queries + i, mask=row_ok, other=0.0)
     blind = lse == -float("inf")
     delta = tl.where(blind, 0.0, delta)
-    row_lse = tl.where(blind, float("inf"), lse * LOG2E)
+    row_lse = tl.where(blind, float("inf"), in_logit_unit(lse, ACCURATE))
     tl.store(delta_ptr + h * padded_queries + i, delta)
     tl.store(row_lse_ptr + h * padded_queries + i, row_lse)
     if HAS_SINKS:
-        sink = tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
-        partial = -tl.sum(tl.exp2(sink - row_lse) * delta, 0)
+        sink = tl.load(sinks_ptr + h).to(tl.float32)
+        weight = tl.where(blind, 0.0, weights(sink - lse, True))
+        partial = -tl.sum(weight * delta, 0)
         tl.store(dsinks_ptr + tl.program_id(0) * tl.num_programs(1) + h, partial)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dropout_threshold"])
 def dkdv_kernel(
     q_ptr,
     k_ptr,
@@ -90,12 +101,20 @@ def dkdv_kernel(
     delta_ptr,
     dk_ptr,
     dv_ptr,
+    dq_sums_ptr,
+    alibi_ptr,
+    seed_ptr,
+    tiles_ptr,
     key_start_ptr,
     key_stop_ptr,
     query_start_ptr,
     query_stop_ptr,
+    query_position_ptr,
+    key_position_ptr,
     softmax_scale,
     softcap,
+    dropout_threshold,
+    dropout_scale,
     total_queries,
     total_keys,
     padded_queries,
@@ -118,81 +137,147 @@ def dkdv_kernel(
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPAN: tl.constexpr,
     LOOP_STAGES: tl.constexpr,
     KEY_HALF: tl.constexpr,
     QUERY_HALF: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     ACCURATE: tl.constexpr,
+    FUSED: tl.constexpr,
+    WITH_DK: tl.constexpr,
+    WITH_DV: tl.constexpr,
 ):
-    """One tile of BLOCK_N keys of one kv head; flat loops over (head of the group, query block)."""
+    """One tile of keys of one kv head; flat loops over (head of the group, query block).
+
+    Two float32 tiles as wide as head_dim 256 do not fit the registers, so one kernel then makes dk
+    and another dv; what is not made is one zero.
+    """
+    first, stop = listed_tile(tiles_ptr)
+    if first == stop:
+        return
     kv_head = tl.program_id(1).to(tl.int64)
-    j = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    j = first + tl.arange(0, BLOCK_N)
+    key_ok = j < stop
     c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     query_start, query_stop, live, hull_start, hull_stop, full_start, full_stop = tile_interval(
-        query_start_ptr, query_stop_ptr, j, total_keys
+        query_start_ptr, query_stop_ptr, j, stop
     )
-    key_ok = j < total_keys
+    key_position = 0
+    seed = 0
+    if HAS_ALIBI:
+        key_position = tl.load(key_position_ptr + j, mask=key_ok, other=0)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
     k_ptrs = k_ptr + kv_head * k_stride_h + tile_offsets(j, c, k_stride_t)
     v_ptrs = v_ptr + kv_head * v_stride_h + tile_offsets(j, cv, v_stride_t)
     k = load_tile(k_ptrs, key_ok, c < HEAD_DIM, True, HEAD_DIM < BLOCK_D)
     v = load_tile(v_ptrs, key_ok, cv < VALUE_DIM, True, VALUE_DIM < BLOCK_DV)
-    m_offset = tl.arange(0, BLOCK_M)
     head = kv_head * GROUP
+    m_offset = tl.arange(0, BLOCK_M)
     q_ptrs = q_ptr + head * q_stride_h + block_offsets(m_offset, c, q_stride_t)
     dout_ptrs = dout_ptr + head * dout_stride_h + block_offsets(m_offset, cv, dout_stride_t)
     row_lse_ptrs = row_lse_ptr + head * padded_queries + m_offset
     delta_ptrs = delta_ptr + head * padded_queries + m_offset
+    if FUSED:
+        dq_sums_ptr += head * padded_queries * BLOCK_D
+        broken_key = nonfinite_rows(k)
+        k = tl.where(broken_key[:, None], 0.0, k)
+        v = tl.where(broken_key[:, None], float("nan"), v)
+        # Rows of no key here must not meet a query without a mask: all of them add to dq.
+        full_stop = tl.where(tl.min(live.to(tl.int32), 0) == 1, full_stop, 0)
 
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dk = tl.zeros([BLOCK_N if WITH_DK else 1, BLOCK_D if WITH_DK else 1], tl.float32)
+    dv = tl.zeros([BLOCK_N if WITH_DV else 1, BLOCK_DV if WITH_DV else 1], tl.float32)
     # Aligned blocks load lse and delta in vectors and stay inside their padding.
     hull_start = hull_start // BLOCK_M * BLOCK_M
     if KEY_HALF:
         full_start, full_stop = hull_stop, hull_start
     left, full, edges = block_runs(hull_start, hull_stop, full_start, full_stop, BLOCK_M)
-    for x in tl.range(0, edges * GROUP, num_stages=LOOP_STAGES):
-        y = x % edges
-        at = tl.multiple_of(hull_start + tl.where(y < left, y, y + full) * BLOCK_M, BLOCK_M)
-        dk, dv = _dkdv_step(
-            dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, at, x // edges, j,
-            query_start, query_stop, key_start_ptr, key_stop_ptr, softmax_scale, softcap,
-            total_queries, padded_queries, q_stride_t, q_stride_h, dout_stride_t, dout_stride_h,
-            HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
-            ACCURATE, True, False,
-        )  # fmt: skip
+    if KEY_HALF:
+        first_key = tl.min(tl.where(live, j, total_keys), 0)
+        last_key = tl.max(tl.where(live, j, -1), 0)
+        for span in tl.range(hull_start, hull_stop, SPAN, num_stages=1):
+            run_start, run_stop = seen_run(
+                key_start_ptr, key_stop_ptr, span, hull_stop, first_key, last_key, SPAN
+            )
+            # Blocks stay on the span's grid, so no query is met in two spans.
+            run_start = span + (run_start - span) // BLOCK_M * BLOCK_M
+            blocks = tl.cdiv(tl.maximum(run_stop - run_start, 0), BLOCK_M)
+            for x in tl.range(0, blocks * GROUP, num_stages=LOOP_STAGES):
+                at = tl.multiple_of(run_start + x % blocks * BLOCK_M, BLOCK_M)
+                dk, dv = _dkdv_step(
+                    dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptr, at, x //
+                    blocks, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
+                    query_position_ptr, key_position, softmax_scale, softcap, alibi_ptr, seed,
+                    dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
+                    q_stride_h, dout_stride_t, dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D,
+                    BLOCK_DV, BLOCK_M, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT,
+                    ACCURATE, FUSED, WITH_DK, WITH_DV, True, False,
+                )  # fmt: skip
+    else:
+        for x in tl.range(0, edges * GROUP, num_stages=LOOP_STAGES):
+            y = x % edges
+            at = tl.multiple_of(hull_start + tl.where(y < left, y, y + full) * BLOCK_M, BLOCK_M)
+            dk, dv = _dkdv_step(
+                dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptr, at, x //
+                edges, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
+                query_position_ptr, key_position, softmax_scale, softcap, alibi_ptr, seed,
+                dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
+                q_stride_h, dout_stride_t, dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                BLOCK_M, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, ACCURATE, FUSED,
+                WITH_DK, WITH_DV, True, False,
+            )  # fmt: skip
     # Full blocks cannot leak: checking between the runs leaves their code and order as they are.
-    if any_nan(tl.where(live[:, None], dk, 0.0)) | any_nan(tl.where(live[:, None], dv, 0.0)):
-        dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-        dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    if WITH_DK and WITH_DV:
+        leaks = any_nonfinite(dk, live) | any_nonfinite(dv, live)
+    elif WITH_DK:
+        leaks = any_nonfinite(dk, live)
+    else:
+        leaks = any_nonfinite(dv, live)
+    if leaks:
+        dk = tl.zeros_like(dk)
+        dv = tl.zeros_like(dv)
         for x in tl.range(0, edges * GROUP, num_stages=1):
             y = x % edges
             at = tl.multiple_of(hull_start + tl.where(y < left, y, y + full) * BLOCK_M, BLOCK_M)
             dk, dv = _dkdv_step(
-                dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, at, x // edges, j,
-                query_start, query_stop, key_start_ptr, key_stop_ptr, softmax_scale, softcap,
-                total_queries, padded_queries, q_stride_t, q_stride_h, dout_stride_t,
-                dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, KEY_HALF,
-                QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, True,
+                dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptr, at, x //
+                edges, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
+                query_position_ptr, key_position, softmax_scale, softcap, alibi_ptr, seed,
+                dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
+                q_stride_h, dout_stride_t, dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                BLOCK_M, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, ACCURATE, False,
+                WITH_DK, WITH_DV, True, True,
             )  # fmt: skip
     if not KEY_HALF:
         for x in tl.range(0, full * GROUP, num_stages=LOOP_STAGES):
             at = tl.multiple_of(hull_start + (left + x % full) * BLOCK_M, BLOCK_M)
             dk, dv = _dkdv_step(
-                dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, at, x // full, j,
-                query_start, query_stop, key_start_ptr, key_stop_ptr, softmax_scale, softcap,
-                total_queries, padded_queries, q_stride_t, q_stride_h, dout_stride_t, dout_stride_h,
-                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
-                ACCURATE, False, False,
+                dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptr, at, x //
+                full, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
+                query_position_ptr, key_position, softmax_scale, softcap, alibi_ptr, seed,
+                dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
+                q_stride_h, dout_stride_t, dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
+                BLOCK_M, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, ACCURATE, FUSED,
+                WITH_DK, WITH_DV, False, False,
             )  # fmt: skip
 
-    dk = tl.where(live[:, None], dk * softmax_scale, 0.0)
-    dv = tl.where(live[:, None], dv, 0.0)
-    dk_ptrs = dk_ptr + kv_head * dk_stride_h + tile_offsets(j, c, dk_stride_t)
-    dv_ptrs = dv_ptr + kv_head * dv_stride_h + tile_offsets(j, cv, dv_stride_t)
-    dk_ok = key_ok[:, None] & (c < HEAD_DIM)[None, :]
-    dv_ok = key_ok[:, None] & (cv < VALUE_DIM)[None, :]
-    tl.store(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), mask=dk_ok)
-    tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=dv_ok)
+    if FUSED:
+        dv = tl.where(broken_key[:, None], float("nan"), dv)
+    if WITH_DK:
+        dk = tl.where(live[:, None], dk * softmax_scale, 0.0)
+        dk_ptrs = dk_ptr + kv_head * dk_stride_h + tile_offsets(j, c, dk_stride_t)
+        dk_ok = key_ok[:, None] & (c < HEAD_DIM)[None, :]
+        tl.store(dk_ptrs, dk.to(dk_ptr.dtype.element_ty), mask=dk_ok)
+    if WITH_DV:
+        if HAS_DROPOUT:
+            dv *= dropout_scale
+        dv = tl.where(live[:, None], dv, 0.0)
+        dv_ptrs = dv_ptr + kv_head * dv_stride_h + tile_offsets(j, cv, dv_stride_t)
+        dv_ok = key_ok[:, None] & (cv < VALUE_DIM)[None, :]
+        tl.store(dv_ptrs, dv.to(dv_ptr.dtype.element_ty), mask=dv_ok)
 
 
 @triton.jit
@@ -205,15 +290,23 @@ def _dkdv_step(
     dout_ptrs,
     row_lse_ptrs,
     delta_ptrs,
+    dq_sums_ptr,
     at,
     g,
     j,
+    head,
     query_start,
     query_stop,
     key_start_ptr,
     key_stop_ptr,
+    query_position_ptr,
+    key_position,
     softmax_scale,
     softcap,
+    alibi_ptr,
+    seed,
+    dropout_threshold,
+    dropout_scale,
     total_queries,
     padded_queries,
     q_stride_t,
@@ -228,7 +321,12 @@ def _dkdv_step(
     KEY_HALF: tl.constexpr,
     QUERY_HALF: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     ACCURATE: tl.constexpr,
+    FUSED: tl.constexpr,
+    WITH_DK: tl.constexpr,
+    WITH_DV: tl.constexpr,
     MASKED: tl.constexpr,
     CONFINED: tl.constexpr,
 ):
@@ -248,7 +346,11 @@ def _dkdv_step(
         q = tl.where(broken[:, None], 0.0, q)
         dout = tl.where(broken[:, None], 0.0, dout)
     s, slope = logits(dot(k, tl.trans(q), None), softmax_scale, softcap, HAS_SOFTCAP, ACCURATE)
-    p = tl.exp2(s - lse[None, :])
+    if HAS_ALIBI:
+        alibi = in_logit_unit(tl.load(alibi_ptr + head + g), ACCURATE)
+        query_position = tl.load(query_position_ptr + i, mask=row_ok, other=0)
+        s = biased(s, alibi, query_position[None, :], key_position[:, None])
+    p = weights(s - lse[None, :], ACCURATE)
     if MASKED:
         key_start = 0
         key_stop = 0
@@ -264,184 +366,26 @@ def _dkdv_step(
             visible &= (lse != float("inf"))[None, :]
             p = tl.where(broken[None, :], float("nan"), p)
         p = tl.where(visible, p, 0.0)
-    dv = dot(p.to(dout.dtype), dout, dv)
-    ds = p * (dot(v, tl.trans(dout), None) - delta[None, :]) * slope
-    if CONFINED:
-        ds = tl.where(visible, ds, 0.0)
-    dk = dot(ds.to(q.dtype), q, dk)
+    kept_p = p
+    if HAS_DROPOUT:
+        keep = kept(seed, i[None, :], j[:, None], (head + g).to(tl.int32), dropout_threshold)
+        kept_p = tl.where(keep, p, 0.0)
+    # dv before dp: the other order keeps p longer and spills.
+    if WITH_DV:
+        dv = dot(kept_p.to(dout.dtype), dout, dv)
+    if WITH_DK:
+        dp = dot(v, tl.trans(dout), None)
+        if HAS_DROPOUT:
+            dp = tl.where(keep, dp * dropout_scale, 0.0)
+        ds = p * (dp - delta[None, :]) * slope
+        if CONFINED or (FUSED and MASKED):
+            ds = tl.where(visible, ds, 0.0)
+        ds = ds.to(q.dtype)
+        dk = dot(ds, q, dk)
+    if FUSED:
+        # Transposed: head_dim fills the 64 rows that wgmma wants, a block of queries may not.
+        share = dot(tl.trans(k), ds, None)
+        sums = dq_sums_ptr + (g * padded_queries + at) * BLOCK_D
+        place = tl.arange(0, BLOCK_D)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        tl.atomic_add(sums + place, share, sem="relaxed")
     return dk, dv
-
-
-@triton.jit
-def dq_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    dout_ptr,
-    row_lse_ptr,
-    delta_ptr,
-    dq_ptr,
-    key_start_ptr,
-    key_stop_ptr,
-    query_start_ptr,
-    query_stop_ptr,
-    softmax_scale,
-    softcap,
-    total_queries,
-    total_keys,
-    padded_queries,
-    q_stride_t,
-    q_stride_h,
-    k_stride_t,
-    k_stride_h,
-    v_stride_t,
-    v_stride_h,
-    dout_stride_t,
-    dout_stride_h,
-    dq_stride_t,
-    dq_stride_h,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPAN: tl.constexpr,
-    LOOP_STAGES: tl.constexpr,
-    KEY_HALF: tl.constexpr,
-    QUERY_HALF: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    ACCURATE: tl.constexpr,
-):
-    """One tile of BLOCK_M queries of one head; walks the keys as the forward does."""
-    h = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    key_start, key_stop, live, hull_start, hull_stop, full_start, full_stop = tile_interval(
-        key_start_ptr, key_stop_ptr, i, total_queries
-    )
-    row_ok = i < total_queries
-    q_ptrs = q_ptr + h * q_stride_h + tile_offsets(i, c, q_stride_t)
-    dout_ptrs = dout_ptr + h * dout_stride_h + tile_offsets(i, cv, dout_stride_t)
-    q = load_tile(q_ptrs, row_ok, c < HEAD_DIM, True, HEAD_DIM < BLOCK_D)
-    dout = load_tile(dout_ptrs, row_ok, cv < VALUE_DIM, True, VALUE_DIM < BLOCK_DV)
-    lse = tl.load(row_lse_ptr + h * padded_queries + i)
-    delta = tl.load(delta_ptr + h * padded_queries + i)
-    n_offset = tl.arange(0, BLOCK_N)
-    k_ptrs = k_ptr + (h // GROUP) * k_stride_h + block_offsets(n_offset, c, k_stride_t)
-    v_ptrs = v_ptr + (h // GROUP) * v_stride_h + block_offsets(n_offset, cv, v_stride_t)
-
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if QUERY_HALF:
-        full_start, full_stop = hull_stop, hull_start
-    left, full, edges = block_runs(hull_start, hull_stop, full_start, full_stop, BLOCK_N)
-    if QUERY_HALF:
-        first_row = tl.min(tl.where(live, i, total_queries), 0)
-        last_row = tl.max(tl.where(live, i, -1), 0)
-        for span in tl.range(hull_start, hull_stop, SPAN, num_stages=1):
-            run_start, run_stop = seen_run(
-                query_start_ptr, query_stop_ptr, span, hull_stop, first_row, last_row, SPAN
-            )
-            run_start = span + (run_start - span) // BLOCK_N * BLOCK_N
-            for n in tl.range(run_start, run_stop, BLOCK_N, num_stages=LOOP_STAGES):
-                dq = _dq_step(
-                    dq, q, dout, lse, delta, k_ptrs, v_ptrs, n, i, key_start, key_stop,
-                    query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
-                    k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-                    KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, False,
-                )  # fmt: skip
-    else:
-        for y in tl.range(0, edges, num_stages=LOOP_STAGES):
-            n = hull_start + tl.where(y < left, y, y + full) * BLOCK_N
-            dq = _dq_step(
-                dq, q, dout, lse, delta, k_ptrs, v_ptrs, n, i, key_start, key_stop,
-                query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
-                k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, False,
-            )  # fmt: skip
-    if any_nan(tl.where(live[:, None], dq, 0.0)):
-        dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-        for y in tl.range(0, edges, num_stages=1):
-            n = hull_start + tl.where(y < left, y, y + full) * BLOCK_N
-            dq = _dq_step(
-                dq, q, dout, lse, delta, k_ptrs, v_ptrs, n, i, key_start, key_stop,
-                query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
-                k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, True,
-            )  # fmt: skip
-    if not QUERY_HALF:
-        for y in tl.range(left, left + full, num_stages=LOOP_STAGES):
-            dq = _dq_step(
-                dq, q, dout, lse, delta, k_ptrs, v_ptrs, hull_start + y * BLOCK_N, i, key_start,
-                key_stop, query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
-                k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, False, False,
-            )  # fmt: skip
-
-    blind = (lse == float("inf")) | ~live
-    dq = tl.where(blind[:, None], 0.0, dq * softmax_scale)
-    dq_ptrs = dq_ptr + h * dq_stride_h + tile_offsets(i, c, dq_stride_t)
-    dq_ok = row_ok[:, None] & (c < HEAD_DIM)[None, :]
-    tl.store(dq_ptrs, dq.to(dq_ptr.dtype.element_ty), mask=dq_ok)
-
-
-@triton.jit
-def _dq_step(
-    dq,
-    q,
-    dout,
-    lse,
-    delta,
-    k_ptrs,
-    v_ptrs,
-    n,
-    i,
-    key_start,
-    key_stop,
-    query_start_ptr,
-    query_stop_ptr,
-    softmax_scale,
-    softcap,
-    total_keys,
-    k_stride_t,
-    v_stride_t,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    KEY_HALF: tl.constexpr,
-    QUERY_HALF: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    ACCURATE: tl.constexpr,
-    MASKED: tl.constexpr,
-    CONFINED: tl.constexpr,
-):
-    """One block of keys; k_ptrs and v_ptrs point at block 0."""
-    j = n + tl.arange(0, BLOCK_N)
-    key_ok = j < total_keys
-    c_ok, cv_ok = tl.arange(0, BLOCK_D) < HEAD_DIM, tl.arange(0, BLOCK_DV) < VALUE_DIM
-    at = tl.cast(n, tl.int64)
-    k = load_tile(k_ptrs + at * k_stride_t, key_ok, c_ok, MASKED, HEAD_DIM < BLOCK_D)
-    v = load_tile(v_ptrs + at * v_stride_t, key_ok, cv_ok, MASKED, VALUE_DIM < BLOCK_DV)
-    if CONFINED:
-        broken = nonfinite_rows(k)
-        k = tl.where(broken[:, None], 0.0, k)
-    s, slope = logits(dot(q, tl.trans(k), None), softmax_scale, softcap, HAS_SOFTCAP, ACCURATE)
-    p = tl.exp2(s - lse[:, None])
-    if MASKED:
-        query_start = 0
-        query_stop = 0
-        if QUERY_HALF:
-            query_start = tl.load(query_start_ptr + j, mask=key_ok, other=0)[None, :]
-            query_stop = tl.load(query_stop_ptr + j, mask=key_ok, other=0)[None, :]
-        visible = sees(
-            i[:, None], j[None, :], key_start[:, None], key_stop[:, None],
-            query_start, query_stop, KEY_HALF, QUERY_HALF,
-        )  # fmt: skip
-        p = tl.where(visible, p, 0.0)
-    ds = p * (dot(dout, tl.trans(v), None) - delta[:, None]) * slope
-    if CONFINED:
-        ds = tl.where(visible, tl.where(broken[None, :], float("nan"), ds), 0.0)
-    return dot(ds.to(k.dtype), k, dq)

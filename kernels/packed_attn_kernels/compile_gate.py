@@ -17,11 +17,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from packed_attn_kernels.configurations import KernelName, Problem, constants, options
+from packed_attn_kernels.configurations import (
+    Configuration,
+    KernelName,
+    Problem,
+    constants,
+    options,
+)
 from packed_attn_kernels.launch import KERNELS
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED_MEMORY_LIMIT = 227 * 1024
+FLOAT32 = (
+    "lse_ptr",
+    "dlse_ptr",
+    "row_lse_ptr",
+    "delta_ptr",
+    "dsinks_ptr",
+    "sinks_ptr",
+    "alibi_ptr",
+    "dq_sums_ptr",
+)
 
 
 @dataclass(frozen=True)
@@ -48,15 +64,18 @@ class Resources:
         return faults
 
 
-def compile_kernel(kernel: KernelName, problem: Problem, element: str) -> Resources:
-    """The resources of a kernel as the launch would compile it for `element` ("bf16", ...)."""
+def compile_kernel(
+    kernel: KernelName, problem: Problem, element: str, chosen: Configuration | None = None
+) -> Resources:
+    """The resources of a kernel as the launch would compile it for `element` ("bf16", ...).
+
+    `chosen` replaces the table's configuration.
+    """
     function = KERNELS[kernel]
-    values = constants(kernel, problem)
+    values = constants(kernel, problem, chosen)
     signature = {name: _argument_type(name, element) for name in function.arg_names}
     attributes = {}
-    absent = {"dlse_ptr"}
-    absent |= set() if problem.has_sinks else {"sinks_ptr", "dsinks_ptr"}
-    absent |= set() if problem.has_softcap else {"softcap"}
+    absent = _absent_arguments(kernel, problem)
     for position, name in enumerate(function.arg_names):
         if name in absent:
             values[name] = None
@@ -66,17 +85,39 @@ def compile_kernel(kernel: KernelName, problem: Problem, element: str) -> Resour
             attributes[(position,)] = [["tt.divisibility", 16]]
     constexprs = {(function.arg_names.index(name),): value for name, value in values.items()}
     source = ASTSource(function, signature=signature, constexprs=constexprs, attrs=attributes)
-    return _resources(triton.compile(source, target=TARGET, options=options(kernel, problem)))
+    return _resources(
+        triton.compile(source, target=TARGET, options=options(kernel, problem, chosen))
+    )
+
+
+def _absent_arguments(kernel: KernelName, problem: Problem) -> set[str]:
+    """Arguments that the launch passes as None."""
+    needed = {
+        "dlse_ptr": False,
+        "sinks_ptr": problem.has_sinks,
+        "dsinks_ptr": problem.has_sinks,
+        "softcap": problem.has_softcap,
+        "alibi_ptr": problem.has_alibi,
+        "query_position_ptr": problem.has_alibi,
+        "key_position_ptr": problem.has_alibi,
+        "seed_ptr": problem.has_dropout,
+        "dropout_threshold": problem.has_dropout,
+        "dropout_scale": problem.has_dropout,
+        "dq_sums_ptr": kernel in ("fused", "dq_cast"),
+    }
+    return {name for name, is_needed in needed.items() if not is_needed}
 
 
 def _argument_type(name: str, element: str) -> str:
-    if name in ("softmax_scale", "softcap"):
+    if name in ("softmax_scale", "softcap", "dropout_scale"):
         return "fp32"
     if not name.endswith("_ptr"):
         return "i32"
-    if name in ("lse_ptr", "dlse_ptr", "row_lse_ptr", "delta_ptr", "dsinks_ptr", "sinks_ptr"):
+    if name in FLOAT32:
         return "*fp32"
-    if name.removesuffix("_ptr").endswith(("_start", "_stop")):
+    if name == "seed_ptr":
+        return "*i64"
+    if name.removesuffix("_ptr").endswith(("_start", "_stop", "_position", "tiles")):
         return "*i32"
     return f"*{element}"
 

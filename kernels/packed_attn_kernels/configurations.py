@@ -9,13 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-KernelName = Literal["forward", "delta", "dkdv", "dq"]
+KernelName = Literal["forward", "delta", "dkdv", "dk", "dv", "dq", "fused", "dq_cast"]
+
+# Kernels whose tiles are keys.
+BY_KEYS: tuple[KernelName, ...] = ("dkdv", "dk", "dv", "fused")
 
 # Offsets inside a block are 32-bit, and a block has at most 128 rows.
 LARGEST_TOKEN_STRIDE = 2**24
 # Rows of the delta kernel, which also pads lse and delta: every BLOCK_M below divides it.
 DELTA_BLOCK = 128
-# Keys that one look for visible blocks covers in a forest; every BLOCK_N divides it.
+# Tokens that one look for visible blocks covers in a forest; every block divides it.
 SPAN = 1024
 
 
@@ -40,6 +43,9 @@ class Problem:
     halves: Literal["either", "query", "both"]
     has_softcap: bool
     has_sinks: bool
+    has_alibi: bool = False
+    has_dropout: bool = False
+    fused: bool = False  # one backward kernel with atomic additions, instead of dkdv and dq
 
     @property
     def block_d(self) -> int:
@@ -49,78 +55,176 @@ class Problem:
     def block_dv(self) -> int:
         return padded(self.value_dim)
 
+    @property
+    def keys_kernels(self) -> tuple[KernelName, ...]:
+        """The backward kernels whose tiles are keys; their tiles have the same rows."""
+        if self.fused:
+            return ("fused",)
+        return ("dk", "dv") if (self.width, self.itemsize) == (256, 2) else ("dkdv",)
+
+    @property
+    def is_lean(self) -> bool:
+        """Whether a modifier or the mask asks for smaller tiles."""
+        return self.halves == "both" or self.has_alibi or self.has_dropout
+
+    @property
+    def width(self) -> int:
+        """The table's head_dim: 64, 128 or 256."""
+        return next(w for w in (64, 128, 256) if max(self.block_d, self.block_dv) <= w)
+
 
 # (kernel, largest padded head_dim, bytes an element): configuration
-TABLE: dict[tuple[KernelName, int, int], Configuration] = {
+Table = dict[tuple[KernelName, int, int], Configuration]
+
+# Half precision: the rows of the first product (queries; keys in the kernels by keys) are 16 a
+# warp, or warpgroups compute the same scores twice. What limits a tile are registers: the 255 of a
+# thread hold the accumulators, and each wgmma of a loop keeps its operands' addresses in two more.
+TABLE: Table = {
     ("forward", 64, 2): Configuration(128, 64, 8, 3),
     ("forward", 128, 2): Configuration(128, 64, 8, 2),
-    ("forward", 256, 2): Configuration(64, 32, 8, 1),
+    ("forward", 256, 2): Configuration(128, 16, 8, 2),
     ("forward", 64, 4): Configuration(64, 32, 4, 2),
     ("forward", 128, 4): Configuration(64, 32, 8, 1),
     ("forward", 256, 4): Configuration(32, 16, 8, 1),
     ("dkdv", 64, 2): Configuration(64, 128, 8, 2),
     ("dkdv", 128, 2): Configuration(32, 128, 8, 3),
-    ("dkdv", 256, 2): Configuration(32, 64, 8, 1),
+    ("dk", 256, 2): Configuration(16, 128, 8, 1),
+    ("dv", 256, 2): Configuration(16, 128, 8, 1),
     ("dkdv", 64, 4): Configuration(32, 64, 4, 1),
     ("dkdv", 128, 4): Configuration(32, 32, 4, 1),
     ("dkdv", 256, 4): Configuration(16, 16, 4, 1),
     ("dq", 64, 2): Configuration(128, 64, 8, 2),
     ("dq", 128, 2): Configuration(128, 64, 8, 2),
-    ("dq", 256, 2): Configuration(64, 32, 8, 1),
+    ("dq", 256, 2): Configuration(128, 16, 8, 1),
     ("dq", 64, 4): Configuration(64, 32, 4, 1),
     ("dq", 128, 4): Configuration(32, 32, 4, 1),
     ("dq", 256, 4): Configuration(16, 16, 4, 1),
 }
 
-# Both halves of the rule need more registers; only a forest with a window or chunks has both.
-BOTH_HALVES: dict[tuple[KernelName, int, int], Configuration] = {
+# Smaller tiles where both halves of the rule, ALiBi or dropout need registers of their own.
+LEAN: Table = {
+    ("forward", 128, 2): Configuration(128, 32, 8, 2),
+    ("forward", 256, 2): Configuration(128, 16, 8, 1),
     ("dkdv", 64, 2): Configuration(32, 128, 8, 2),
-    ("dkdv", 128, 2): Configuration(32, 64, 8, 2),
+    ("dkdv", 128, 2): Configuration(16, 128, 8, 2),
+    ("dq", 64, 2): Configuration(128, 32, 8, 2),
+    ("dq", 128, 2): Configuration(128, 32, 8, 2),
 }
+
+# What `benchmarks/tune.py` times beside the rows above; some spill a little and may yet be faster.
+CANDIDATES: dict[tuple[KernelName, int, int], tuple[Configuration, ...]] = {
+    ("forward", 64, 2): (
+        Configuration(128, 128, 8, 2),
+        Configuration(128, 64, 8, 2),
+        Configuration(64, 64, 4, 3),
+    ),
+    ("forward", 128, 2): (
+        Configuration(128, 64, 8, 3),
+        Configuration(128, 128, 8, 2),
+        Configuration(64, 64, 4, 2),
+    ),
+    ("forward", 256, 2): (Configuration(128, 32, 8, 1), Configuration(64, 32, 4, 2)),
+    ("dkdv", 64, 2): (
+        Configuration(32, 128, 8, 3),
+        Configuration(64, 128, 8, 3),
+        Configuration(64, 64, 4, 2),
+    ),
+    ("dkdv", 128, 2): (
+        Configuration(32, 128, 8, 2),
+        Configuration(64, 128, 8, 2),
+        Configuration(32, 64, 4, 2),
+    ),
+    ("dk", 256, 2): (Configuration(32, 128, 8, 1),),
+    ("dv", 256, 2): (Configuration(32, 128, 8, 1),),
+    ("dq", 64, 2): (
+        Configuration(128, 64, 8, 3),
+        Configuration(128, 128, 8, 2),
+        Configuration(64, 64, 4, 2),
+    ),
+    ("dq", 128, 2): (
+        Configuration(128, 32, 8, 3),
+        Configuration(128, 64, 8, 1),
+        Configuration(64, 64, 4, 2),
+    ),
+    ("dq", 256, 2): (Configuration(128, 32, 8, 1), Configuration(64, 16, 4, 1)),
+}
+
+# One kernel for dk, dv and, by atomic additions in float32, dq.
+FUSED: dict[tuple[int, int], Configuration] = {
+    (64, 2): Configuration(32, 128, 8, 2),
+    (128, 2): Configuration(16, 128, 8, 1),
+    (256, 2): Configuration(16, 128, 8, 1),
+    (64, 4): Configuration(32, 64, 4, 1),
+    (128, 4): Configuration(32, 32, 4, 1),
+    (256, 4): Configuration(16, 16, 4, 1),
+}
+
+# (largest padded head_dim, bytes an element) for which `deterministic=False` takes the fused
+# backward. Empty, because no GPU has timed the two yet.
+FUSED_IS_FASTER: frozenset[tuple[int, int]] = frozenset()
 
 
 def configuration(kernel: KernelName, problem: Problem) -> Configuration:
     """The table's row for a problem."""
-    if kernel == "delta":
+    if kernel in ("delta", "dq_cast"):
         return Configuration(DELTA_BLOCK, 0, 4, 1)
-    largest = max(problem.block_d, problem.block_dv)
-    width = next(w for w in (64, 128, 256) if largest <= w)
-    key = (kernel, width, problem.itemsize)
-    if problem.halves == "both" and key in BOTH_HALVES:
-        return BOTH_HALVES[key]
-    return TABLE[key]
+    if kernel == "fused":
+        return FUSED[problem.width, problem.itemsize]
+    key = (kernel, problem.width, problem.itemsize)
+    return LEAN[key] if problem.is_lean and key in LEAN else TABLE[key]
 
 
-def constants(kernel: KernelName, problem: Problem) -> dict[str, Any]:
-    """The compile-time arguments of a kernel, by name."""
-    chosen = configuration(kernel, problem)
-    common = {"VALUE_DIM": problem.value_dim, "BLOCK_DV": problem.block_dv}
+def tile_rows(problem: Problem) -> tuple[int, int, int]:
+    """Rows of a tile of the forward, of the kernel that makes dk and dv, and of dq."""
+    keys = configuration(problem.keys_kernels[0], problem).BLOCK_N
+    return configuration("forward", problem).BLOCK_M, keys, configuration("dq", problem).BLOCK_M
+
+
+def constants(
+    kernel: KernelName, problem: Problem, chosen: Configuration | None = None
+) -> dict[str, Any]:
+    """The compile-time arguments of a kernel, by name; `chosen` replaces the table's row."""
+    chosen = chosen or configuration(kernel, problem)
     if kernel == "delta":
-        return common | {"BLOCK_M": chosen.BLOCK_M, "HAS_SINKS": problem.has_sinks}
+        return {
+            "VALUE_DIM": problem.value_dim,
+            "BLOCK_DV": problem.block_dv,
+            "BLOCK_M": chosen.BLOCK_M,
+            "HAS_SINKS": problem.has_sinks,
+            "ACCURATE": problem.itemsize == 4,
+        }
+    common = {"HEAD_DIM": problem.head_dim, "BLOCK_D": problem.block_d, "BLOCK_M": chosen.BLOCK_M}
+    if kernel == "dq_cast":
+        return common | {"SUM_BLOCK": configuration("fused", problem).BLOCK_M}
     constants = (
         common
         | {
             "GROUP": problem.group,
-            "HEAD_DIM": problem.head_dim,
-            "BLOCK_D": problem.block_d,
-            "BLOCK_M": chosen.BLOCK_M,
+            "VALUE_DIM": problem.value_dim,
+            "BLOCK_DV": problem.block_dv,
             "BLOCK_N": chosen.BLOCK_N,
+            "SPAN": SPAN,
             "LOOP_STAGES": chosen.stages,
             "HAS_SOFTCAP": problem.has_softcap,
+            "HAS_ALIBI": problem.has_alibi,
+            "HAS_DROPOUT": problem.has_dropout,
             "ACCURATE": problem.itemsize == 4,
         }
         | _halves(kernel, problem.halves)
     )
-    if kernel != "dkdv":
-        constants["SPAN"] = SPAN
+    if kernel in BY_KEYS:
+        constants["FUSED"] = kernel == "fused"
+        constants["WITH_DK"], constants["WITH_DV"] = kernel != "dv", kernel != "dk"
     if kernel == "forward":
         constants["HAS_SINKS"] = problem.has_sinks
     return constants
 
 
-def options(kernel: KernelName, problem: Problem) -> dict[str, Any]:
-    """The compiler's options for a kernel."""
-    chosen = configuration(kernel, problem)
+def options(
+    kernel: KernelName, problem: Problem, chosen: Configuration | None = None
+) -> dict[str, Any]:
+    """The compiler's options for a kernel; `chosen` replaces the table's row."""
+    chosen = chosen or configuration(kernel, problem)
     # Said aloud because triton 3.10 changes its default.
     fusion = {"enable_fp_fusion": True}
     return fusion | {"num_warps": chosen.num_warps, "num_stages": chosen.stages}
@@ -134,5 +238,5 @@ def padded(dim: int) -> int:
 def _halves(kernel: KernelName, halves: str) -> dict[str, bool]:
     """Which halves of the mask rule decide: where either would do, the one the tile's rows hold."""
     if halves == "either":
-        return {"KEY_HALF": kernel != "dkdv", "QUERY_HALF": kernel == "dkdv"}
+        return {"KEY_HALF": kernel not in BY_KEYS, "QUERY_HALF": kernel in BY_KEYS}
     return {"KEY_HALF": halves == "both", "QUERY_HALF": True}

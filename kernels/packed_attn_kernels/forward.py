@@ -19,12 +19,15 @@ import triton.language as tl
 
 from packed_attn_kernels.rules import (
     LN2,
-    LOG2E,
     LOWEST,
-    any_nan,
+    any_nonfinite,
+    biased,
     block_offsets,
     block_runs,
     dot,
+    in_logit_unit,
+    kept,
+    listed_tile,
     load_tile,
     logits,
     nonfinite_rows,
@@ -32,10 +35,11 @@ from packed_attn_kernels.rules import (
     sees,
     tile_interval,
     tile_offsets,
+    weights,
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["dropout_threshold"])
 def forward_kernel(
     q_ptr,
     k_ptr,
@@ -43,12 +47,19 @@ def forward_kernel(
     out_ptr,
     lse_ptr,
     sinks_ptr,
+    alibi_ptr,
+    seed_ptr,
+    tiles_ptr,
     key_start_ptr,
     key_stop_ptr,
     query_start_ptr,
     query_stop_ptr,
+    query_position_ptr,
+    key_position_ptr,
     softmax_scale,
     softcap,
+    dropout_threshold,
+    dropout_scale,
     total_queries,
     total_keys,
     q_stride_t,
@@ -71,24 +82,38 @@ def forward_kernel(
     KEY_HALF: tl.constexpr,
     QUERY_HALF: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     ACCURATE: tl.constexpr,
 ):
-    """One tile of BLOCK_M queries of one head: out in q's dtype and lse, natural, float32."""
+    """One tile of queries of one head: out in q's dtype and lse, natural, float32."""
+    first, stop = listed_tile(tiles_ptr)
+    if first == stop:
+        return
     h = tl.program_id(1).to(tl.int64)
-    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    i = first + tl.arange(0, BLOCK_M)
+    row_ok = i < stop
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     key_start, key_stop, live, hull_start, hull_stop, full_start, full_stop = tile_interval(
-        key_start_ptr, key_stop_ptr, i, total_queries
+        key_start_ptr, key_stop_ptr, i, stop
     )
+    query_position = 0
+    alibi = 0.0
+    seed = 0
+    if HAS_ALIBI:
+        query_position = tl.load(query_position_ptr + i, mask=row_ok, other=0)
+        alibi = in_logit_unit(tl.load(alibi_ptr + h), ACCURATE)
+    if HAS_DROPOUT:
+        seed = tl.load(seed_ptr)
     q_ptrs = q_ptr + h * q_stride_h + tile_offsets(i, d, q_stride_t)
-    q = load_tile(q_ptrs, i < total_queries, d < HEAD_DIM, True, HEAD_DIM < BLOCK_D)
+    q = load_tile(q_ptrs, row_ok, d < HEAD_DIM, True, HEAD_DIM < BLOCK_D)
     n_offset = tl.arange(0, BLOCK_N)
     k_ptrs = k_ptr + (h // GROUP) * k_stride_h + block_offsets(n_offset, d, k_stride_t)
     v_ptrs = v_ptr + (h // GROUP) * v_stride_h + block_offsets(n_offset, dv, v_stride_t)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    m, l = _empty_softmax(sinks_ptr, h, BLOCK_M, HAS_SINKS)
+    m, l = _empty_softmax(sinks_ptr, h, BLOCK_M, HAS_SINKS, ACCURATE)
     if QUERY_HALF:
         # Siblings come and go in a forest: every block is an edge.
         full_start, full_stop = hull_stop, hull_start
@@ -104,46 +129,55 @@ def forward_kernel(
             run_start = span + (run_start - span) // BLOCK_N * BLOCK_N
             for n in tl.range(run_start, run_stop, BLOCK_N, num_stages=LOOP_STAGES):
                 acc, m, l = _forward_step(
-                    acc, m, l, q, k_ptrs, v_ptrs, n, i, key_start, key_stop,
-                    query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
-                    k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-                    KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, False,
+                    acc, m, l, q, k_ptrs, v_ptrs, n, i, h, key_start, key_stop, query_start_ptr,
+                    query_stop_ptr, query_position, key_position_ptr, softmax_scale, softcap, alibi,
+                    seed, dropout_threshold, total_keys, k_stride_t, v_stride_t, HEAD_DIM,
+                    VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
+                    HAS_ALIBI, HAS_DROPOUT, ACCURATE, True, False,
                 )  # fmt: skip
     else:
         for y in tl.range(0, edges, num_stages=LOOP_STAGES):
             n = hull_start + tl.where(y < left, y, y + full) * BLOCK_N
             acc, m, l = _forward_step(
-                acc, m, l, q, k_ptrs, v_ptrs, n, i, key_start, key_stop,
-                query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
-                k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, False,
+                acc, m, l, q, k_ptrs, v_ptrs, n, i, h, key_start, key_stop, query_start_ptr,
+                query_stop_ptr, query_position, key_position_ptr, softmax_scale, softcap, alibi,
+                seed, dropout_threshold, total_keys, k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM,
+                BLOCK_D, BLOCK_DV, BLOCK_N, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_ALIBI,
+                HAS_DROPOUT, ACCURATE, True, False,
             )  # fmt: skip
     # Full blocks cannot leak: checking between the runs leaves their code and order as they are.
-    if any_nan(tl.where(live[:, None], acc, 0.0)):
+    if any_nonfinite(acc, live):
         acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        m, l = _empty_softmax(sinks_ptr, h, BLOCK_M, HAS_SINKS)
+        m, l = _empty_softmax(sinks_ptr, h, BLOCK_M, HAS_SINKS, ACCURATE)
         for y in tl.range(0, edges, num_stages=1):
             n = hull_start + tl.where(y < left, y, y + full) * BLOCK_N
             acc, m, l = _forward_step(
-                acc, m, l, q, k_ptrs, v_ptrs, n, i, key_start, key_stop,
-                query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
-                k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, True, True,
+                acc, m, l, q, k_ptrs, v_ptrs, n, i, h, key_start, key_stop, query_start_ptr,
+                query_stop_ptr, query_position, key_position_ptr, softmax_scale, softcap, alibi,
+                seed, dropout_threshold, total_keys, k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM,
+                BLOCK_D, BLOCK_DV, BLOCK_N, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_ALIBI,
+                HAS_DROPOUT, ACCURATE, True, True,
             )  # fmt: skip
     if not QUERY_HALF:
         for y in tl.range(left, left + full, num_stages=LOOP_STAGES):
             acc, m, l = _forward_step(
-                acc, m, l, q, k_ptrs, v_ptrs, hull_start + y * BLOCK_N, i, key_start, key_stop,
-                query_start_ptr, query_stop_ptr, softmax_scale, softcap, total_keys,
-                k_stride_t, v_stride_t, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N,
-                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, ACCURATE, False, False,
+                acc, m, l, q, k_ptrs, v_ptrs, hull_start + y * BLOCK_N, i, h, key_start, key_stop,
+                query_start_ptr, query_stop_ptr, query_position, key_position_ptr, softmax_scale,
+                softcap, alibi, seed, dropout_threshold, total_keys, k_stride_t, v_stride_t,
+                HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_N, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
+                HAS_ALIBI, HAS_DROPOUT, ACCURATE, False, False,
             )  # fmt: skip
 
     blind = (l == 0.0) | ~live
     out = tl.where(blind[:, None], 0.0, acc / tl.where(blind, 1.0, l)[:, None])
-    lse = tl.where(blind, -float("inf"), (m + tl.log2(tl.where(blind, 1.0, l))) * LN2)
+    if HAS_DROPOUT:
+        out *= dropout_scale
+    if ACCURATE:
+        lse = m + tl.log(tl.where(blind, 1.0, l))
+    else:
+        lse = (m + tl.log2(tl.where(blind, 1.0, l))) * LN2
+    lse = tl.where(blind, -float("inf"), lse)
     out_ptrs = out_ptr + h * out_stride_h + tile_offsets(i, dv, out_stride_t)
-    row_ok = i < total_queries
     tl.store(
         out_ptrs, out.to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & (dv < VALUE_DIM)[None, :]
     )
@@ -151,13 +185,16 @@ def forward_kernel(
 
 
 @triton.jit
-def _empty_softmax(sinks_ptr, h, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr):
+def _empty_softmax(
+    sinks_ptr, h, BLOCK_M: tl.constexpr, HAS_SINKS: tl.constexpr, ACCURATE: tl.constexpr
+):
     """The running maximum and sum before the first key."""
     m = tl.full([BLOCK_M], LOWEST, tl.float32)
     l = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:
         # A sink is a key without a value that every row has seen before the loop.
-        m = tl.zeros([BLOCK_M], tl.float32) + tl.load(sinks_ptr + h).to(tl.float32) * LOG2E
+        sink = in_logit_unit(tl.load(sinks_ptr + h).to(tl.float32), ACCURATE)
+        m = tl.zeros([BLOCK_M], tl.float32) + sink
         l += 1.0
     return m, l
 
@@ -172,12 +209,18 @@ def _forward_step(
     v_ptrs,
     n,
     i,
+    h,
     key_start,
     key_stop,
     query_start_ptr,
     query_stop_ptr,
+    query_position,
+    key_position_ptr,
     softmax_scale,
     softcap,
+    alibi,
+    seed,
+    dropout_threshold,
     total_keys,
     k_stride_t,
     v_stride_t,
@@ -189,6 +232,8 @@ def _forward_step(
     KEY_HALF: tl.constexpr,
     QUERY_HALF: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
     ACCURATE: tl.constexpr,
     MASKED: tl.constexpr,
     CONFINED: tl.constexpr,
@@ -200,6 +245,9 @@ def _forward_step(
     at = tl.cast(n, tl.int64)
     k = load_tile(k_ptrs + at * k_stride_t, key_ok, d_ok, MASKED, HEAD_DIM < BLOCK_D)
     s, _ = logits(dot(q, tl.trans(k), None), softmax_scale, softcap, HAS_SOFTCAP, ACCURATE)
+    if HAS_ALIBI:
+        key_position = tl.load(key_position_ptr + j, mask=key_ok, other=0)
+        s = biased(s, alibi, query_position[:, None], key_position[None, :])
     if MASKED:
         query_start = 0
         query_stop = 0
@@ -212,9 +260,11 @@ def _forward_step(
         )  # fmt: skip
         s = tl.where(visible, s, -float("inf"))
     m_new = tl.maximum(m, tl.max(s, 1))
-    p = tl.exp2(s - m_new[:, None])
-    alpha = tl.exp2(m - m_new)
+    p = weights(s - m_new[:, None], ACCURATE)
+    alpha = weights(m - m_new, ACCURATE)
     l = l * alpha + tl.sum(p, 1)
+    if HAS_DROPOUT:
+        p = tl.where(kept(seed, i[:, None], j[None, :], h.to(tl.int32), dropout_threshold), p, 0.0)
     v = load_tile(v_ptrs + at * v_stride_t, key_ok, dv_ok, MASKED, VALUE_DIM < BLOCK_DV)
     if CONFINED:
         broken = nonfinite_rows(v)

@@ -14,9 +14,13 @@ import triton
 from torch import Tensor
 
 from packed_attn_kernels import configurations
-from packed_attn_kernels.backward import delta_kernel, dkdv_kernel, dq_kernel
+from packed_attn_kernels.backward import delta_kernel, dkdv_kernel
+from packed_attn_kernels.backward_queries import dq_cast_kernel, dq_kernel
 from packed_attn_kernels.configurations import DELTA_BLOCK, KernelName, Problem
 from packed_attn_kernels.forward import forward_kernel
+
+# Words of the generator are compared as signed ones.
+SIGNED = 2**31
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,14 +30,17 @@ class Inputs:
     q: Tensor
     k: Tensor
     v: Tensor
-    key_start: Tensor
-    key_stop: Tensor
-    query_start: Tensor
-    query_stop: Tensor
+    intervals: tuple[Tensor, ...]  # key_start, key_stop, query_start, query_stop
+    positions: tuple[Tensor, ...]  # of queries and keys; empty without ALiBi
+    tiles: tuple[Tensor, ...]  # lists of the forward, of keys and of dq
     sinks: Tensor | None
+    alibi_slopes: Tensor | None
+    dropout_seed: Tensor | None
     softmax_scale: float
     softcap: float | None
+    dropout_p: float
     halves: str
+    fused: bool
 
     @property
     def problem(self) -> Problem:
@@ -46,25 +53,42 @@ class Inputs:
             halves=cast(Literal["either", "query", "both"], self.halves),
             has_softcap=self.softcap is not None,
             has_sinks=self.sinks is not None,
+            has_alibi=self.alibi_slopes is not None,
+            has_dropout=self.dropout_seed is not None,
+            fused=self.fused,
         )
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The kernel arguments that every kernel but delta takes."""
+        """The kernel arguments that the forward, dk and dv, and dq share."""
+        key_start, key_stop, query_start, query_stop = self.intervals
+        query_position, key_position = self.positions or (None, None)
+        has_dropout = self.dropout_seed is not None
         return {
             "q_ptr": self.q,
             "k_ptr": self.k,
             "v_ptr": self.v,
-            "key_start_ptr": self.key_start,
-            "key_stop_ptr": self.key_stop,
-            "query_start_ptr": self.query_start,
-            "query_stop_ptr": self.query_stop,
+            "alibi_ptr": self.alibi_slopes,
+            "seed_ptr": self.dropout_seed,
+            "key_start_ptr": key_start,
+            "key_stop_ptr": key_stop,
+            "query_start_ptr": query_start,
+            "query_stop_ptr": query_stop,
+            "query_position_ptr": query_position,
+            "key_position_ptr": key_position,
             "softmax_scale": self.softmax_scale,
             "softcap": self.softcap,
+            "dropout_threshold": dropout_threshold(self.dropout_p) if has_dropout else None,
+            "dropout_scale": 1.0 / (1.0 - self.dropout_p) if has_dropout else None,
             "total_queries": self.q.shape[0],
             "total_keys": self.k.shape[0],
             **_strides(q=self.q, k=self.k, v=self.v),
         }
+
+
+def dropout_threshold(dropout_p: float) -> int:
+    """The smallest word that keeps a weight, `dropout_p * 2^32` rounded, less 2^31."""
+    return min(round(dropout_p * 2**32), 2**32 - 1) - SIGNED
 
 
 def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
@@ -72,9 +96,10 @@ def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     total_queries, heads, _ = inputs.q.shape
     out = inputs.q.new_empty(total_queries, heads, inputs.v.shape[-1])
     lse = inputs.q.new_empty(heads, total_queries, dtype=torch.float32)
-    arguments = inputs.arguments | {"out_ptr": out, "lse_ptr": lse, "sinks_ptr": inputs.sinks}
-    tiles = triton.cdiv(total_queries, _configuration("forward", inputs).BLOCK_M)
-    _launch("forward", (tiles, heads), inputs, arguments | _strides(out=out))
+    tiles = inputs.tiles[0]
+    results = {"out_ptr": out, "lse_ptr": lse, "tiles_ptr": tiles, **_strides(out=out)}
+    arguments = inputs.arguments | results | {"sinks_ptr": inputs.sinks}
+    _launch("forward", (tiles.shape[0], heads), inputs, arguments)
     return out, lse
 
 
@@ -83,7 +108,6 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv in their inputs' dtypes, contiguous, and dsinks (empty without sinks)."""
     row_lse, delta, dsinks = _launch_delta(inputs, out, lse, dout, dlse)
-    dq, dk, dv = (x.new_empty(x.shape) for x in (inputs.q, inputs.k, inputs.v))
     arguments = inputs.arguments | {
         "dout_ptr": dout,
         "row_lse_ptr": row_lse,
@@ -91,13 +115,45 @@ def launch_backward(
         "padded_queries": row_lse.shape[1],
         **_strides(dout=dout),
     }
-    tiles = triton.cdiv(inputs.k.shape[0], _configuration("dkdv", inputs).BLOCK_N)
-    gradients = {"dk_ptr": dk, "dv_ptr": dv, **_strides(dk=dk, dv=dv)}
-    _launch("dkdv", (tiles, inputs.k.shape[1]), inputs, arguments | gradients)
-    tiles = triton.cdiv(inputs.q.shape[0], _configuration("dq", inputs).BLOCK_M)
-    gradients = {"dq_ptr": dq, **_strides(dq=dq)}
-    _launch("dq", (tiles, inputs.q.shape[1]), inputs, arguments | gradients)
+    sums = None
+    if inputs.fused:
+        sums = lse.new_zeros(*row_lse.shape, inputs.problem.block_d)
+    dk, dv = _launch_keys(inputs, arguments, sums)
+    dq = inputs.q.new_empty(inputs.q.shape)
+    if sums is None:
+        tiles = inputs.tiles[2]
+        gradient = {"dq_ptr": dq, "tiles_ptr": tiles, **_strides(dq=dq)}
+        _launch("dq", (tiles.shape[0], dq.shape[1]), inputs, arguments | gradient)
+    else:
+        _launch_cast(inputs, sums, row_lse, dq)
     return dq, dk, dv, dsinks
+
+
+def _launch_keys(
+    inputs: Inputs, arguments: dict[str, Any], sums: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dk, dv = inputs.k.new_empty(inputs.k.shape), inputs.v.new_empty(inputs.v.shape)
+    tiles = inputs.tiles[1]
+    gradients = {"dk_ptr": dk, "dv_ptr": dv, "dq_sums_ptr": sums, "tiles_ptr": tiles}
+    gradients |= _strides(dk=dk, dv=dv)
+    grid = (tiles.shape[0], dk.shape[1])
+    for kernel in inputs.problem.keys_kernels:
+        _launch(kernel, grid, inputs, arguments | gradients)
+    return dk, dv
+
+
+def _launch_cast(inputs: Inputs, sums: Tensor, row_lse: Tensor, dq: Tensor) -> None:
+    arguments = {
+        "dq_sums_ptr": sums,
+        "row_lse_ptr": row_lse,
+        "dq_ptr": dq,
+        "softmax_scale": inputs.softmax_scale,
+        "total_queries": dq.shape[0],
+        "padded_queries": row_lse.shape[1],
+        **_strides(dq=dq),
+    }
+    rows = configurations.configuration("dq_cast", inputs.problem).BLOCK_M
+    _launch("dq_cast", (row_lse.shape[1] // rows, dq.shape[1]), inputs, arguments)
 
 
 def _launch_delta(
@@ -130,7 +186,11 @@ KERNELS: dict[KernelName, Any] = {
     "forward": forward_kernel,
     "delta": delta_kernel,
     "dkdv": dkdv_kernel,
+    "dk": dkdv_kernel,
+    "dv": dkdv_kernel,
     "dq": dq_kernel,
+    "fused": dkdv_kernel,
+    "dq_cast": dq_cast_kernel,
 }
 
 
@@ -143,10 +203,6 @@ def _launch(
     options = configurations.options(kernel, inputs.problem)
     with _on(inputs.q.device):
         KERNELS[kernel][grid](**arguments, **constants, **options)
-
-
-def _configuration(kernel: KernelName, inputs: Inputs) -> configurations.Configuration:
-    return configurations.configuration(kernel, inputs.problem)
 
 
 def _strides(**tensors: Tensor) -> dict[str, int]:

@@ -8,8 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from packed_attn_kernels.configurations import LARGEST_TOKEN_STRIDE
+from packed_attn_kernels.configurations import (
+    FUSED_IS_FASTER,
+    LARGEST_TOKEN_STRIDE,
+    Problem,
+    tile_rows,
+)
 from packed_attn_kernels.launch import Inputs, launch_backward, launch_forward
+from packed_attn_kernels.tiles import Tiles, plan_tiles
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LARGEST_HEAD_DIM = 256
@@ -27,7 +33,13 @@ def interval_attention(
     softmax_scale: float,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    positions: tuple[Tensor, Tensor] | None = None,
+    dropout_p: float = 0.0,
+    dropout_seed: Tensor | None = None,
     halves: Literal["either", "query", "both"] = "either",
+    backward: Literal["split", "fused"] = "split",
+    tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Softmax attention in which query i sees key j if and only if
 
@@ -43,9 +55,20 @@ def interval_attention(
         softmax_scale: factor of q.k.
         softcap: scores become `softcap * tanh(scores / softcap)`; None is off.
         sinks: `[heads]`: a learned logit per head with no value.
+        alibi_slopes: float32 `[heads]`, without gradient: `slope * |position of the query - of the
+            key|` is taken from the capped scores (Press, Smith, Lewis, "Train short, test long",
+            2021). Needs `positions`.
+        positions: int32 `[total_queries]` and `[total_keys]`.
+        dropout_p: share of the weights that are dropped, in [0, 1); lse is without it.
+        dropout_seed: int64 `[1]`, needed if dropout_p > 0. The weight of (head h, query i, key j)
+            is kept if and only if the first word of Philox4x32-10, with the seed as key and
+            (i, j, h, 0) as counter, is at least dropout_p * 2^32.
         halves: which half of the rule decides alone: "either" (they are transposes of each
             other), "query" (query_start and query_stop) or "both". A query with an empty interval
             sees nothing in every case.
+        backward: "split" gives the same bits every time; "fused" adds dq atomically.
+        tiles: what `plan_tiles` gives for these intervals; made here when it is None. Layers
+            that share a mask share it.
 
     Returns:
         out `[total_queries, heads, value_head_dim]` in q's dtype and lse
@@ -57,22 +80,51 @@ def interval_attention(
         ValueError: names the argument, the rule and the value.
     """
     _check_heads(q, k, v)
-    for name, vector, rows in (
-        ("key_start", key_start, q.shape[0]),
-        ("key_stop", key_stop, q.shape[0]),
-        ("query_start", query_start, k.shape[0]),
-        ("query_stop", query_stop, k.shape[0]),
-    ):
-        if vector.dtype != torch.int32 or list(vector.shape) != [rows]:
-            raise ValueError(
-                f"{name} must be int32 of shape [{rows}], "
-                f"got {vector.dtype} of shape {list(vector.shape)}"
-            )
-    _check_modifiers(q, softmax_scale, softcap, sinks, halves)
+    intervals = [key_start, key_stop, query_start, query_stop]
+    names = ("key_start", "key_stop", "query_start", "query_stop")
+    for name, vector, x in zip(names, intervals, (q, q, k, k)):
+        _check_vector(name, vector, torch.int32, x.shape[0])
+    _check_modifiers(q, softmax_scale, softcap, sinks, halves, backward)
+    _check_alibi(q, k, alibi_slopes, positions)
+    _check_dropout(dropout_p, dropout_seed)
+    fused = backward == "fused"
+    problem = tile_problem(q, k, v, halves=halves, backward=backward)
+    if tiles is None:
+        tiles = plan_tiles(key_start, key_stop, query_start, query_stop, problem)
+    elif tiles.rows != tile_rows(problem):
+        raise ValueError(f"tiles must have {tile_rows(problem)} rows, but they have {tiles.rows}")
     return torch.ops.packed_attn.interval_forward(
-        q, k, v, key_start, key_stop, query_start, query_stop,
-        sinks, softmax_scale, softcap, halves,
+        q, k, v, intervals, [] if alibi_slopes is None or positions is None else list(positions),
+        [tiles.forward, tiles.keys, tiles.dq], sinks, alibi_slopes,
+        dropout_seed if dropout_p > 0.0 else None, softmax_scale, softcap, dropout_p, halves, fused,
     )  # fmt: skip
+
+
+def tile_problem(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    halves: Literal["either", "query", "both"],
+    backward: Literal["split", "fused"],
+) -> Problem:
+    """What decides the tiles of a call, without the modifiers."""
+    return Problem(
+        head_dim=q.shape[2],
+        value_dim=v.shape[2],
+        group=q.shape[1] // k.shape[1],
+        itemsize=q.itemsize,
+        halves=halves,
+        has_softcap=False,
+        has_sinks=False,
+        fused=backward == "fused",
+    )
+
+
+def faster_backward(q: Tensor, v: Tensor) -> Literal["split", "fused"]:
+    """The backward that was measured to be the faster one; split where nothing was measured."""
+    width = tile_problem(q, q, v, halves="either", backward="split").width
+    return "fused" if (width, q.itemsize) in FUSED_IS_FASTER else "split"
 
 
 @torch.library.custom_op("packed_attn::interval_forward", mutates_args=())
@@ -80,45 +132,27 @@ def _interval_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    key_start: Tensor,
-    key_stop: Tensor,
-    query_start: Tensor,
-    query_stop: Tensor,
+    intervals: list[Tensor],
+    positions: list[Tensor],
+    tiles: list[Tensor],
     sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    dropout_seed: Tensor | None,
     softmax_scale: float,
     softcap: float | None,
+    dropout_p: float,
     halves: str,
+    fused: bool,
 ) -> tuple[Tensor, Tensor]:
-    inputs = Inputs(
-        _readable(q),
-        _readable(k),
-        _readable(v),
-        key_start.contiguous(),
-        key_stop.contiguous(),
-        query_start.contiguous(),
-        query_stop.contiguous(),
-        _vector(sinks),
-        softmax_scale,
-        softcap,
-        halves,
-    )
+    inputs = _inputs(
+        q, k, v, intervals, positions, tiles, sinks, alibi_slopes, dropout_seed,
+        softmax_scale, softcap, dropout_p, halves, fused,
+    )  # fmt: skip
     return launch_forward(inputs)
 
 
 @_interval_forward.register_fake
-def _(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    key_start: Tensor,
-    key_stop: Tensor,
-    query_start: Tensor,
-    query_stop: Tensor,
-    sinks: Tensor | None,
-    softmax_scale: float,
-    softcap: float | None,
-    halves: str,
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
     out = q.new_empty(q.shape[0], q.shape[1], v.shape[2])
     return out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
@@ -127,33 +161,27 @@ def _(
 def _interval_backward(
     dout: Tensor,
     dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_start: Tensor,
-    key_stop: Tensor,
-    query_start: Tensor,
-    query_stop: Tensor,
+    intervals: list[Tensor],
+    positions: list[Tensor],
+    tiles: list[Tensor],
     sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    dropout_seed: Tensor | None,
     softmax_scale: float,
     softcap: float | None,
+    dropout_p: float,
     halves: str,
+    fused: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    inputs = Inputs(
-        _readable(q),
-        _readable(k),
-        _readable(v),
-        key_start.contiguous(),
-        key_stop.contiguous(),
-        query_start.contiguous(),
-        query_stop.contiguous(),
-        _vector(sinks),
-        softmax_scale,
-        softcap,
-        halves,
-    )
+    inputs = _inputs(
+        q, k, v, intervals, positions, tiles, sinks, alibi_slopes, dropout_seed,
+        softmax_scale, softcap, dropout_p, halves, fused,
+    )  # fmt: skip
     out, dout = _readable(out), _readable(dout)
     return launch_backward(inputs, out, lse.contiguous(), dout, _vector(dlse))
 
@@ -162,41 +190,71 @@ def _interval_backward(
 def _(
     dout: Tensor,
     dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    key_start: Tensor,
-    key_stop: Tensor,
-    query_start: Tensor,
-    query_stop: Tensor,
+    intervals: list[Tensor],
+    positions: list[Tensor],
+    tiles: list[Tensor],
     sinks: Tensor | None,
-    softmax_scale: float,
-    softcap: float | None,
-    halves: str,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     dsinks = lse.new_empty(0) if sinks is None else sinks.new_empty(sinks.shape)
     return dq, dk, dv, dsinks
 
 
+def _inputs(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    intervals: list[Tensor],
+    positions: list[Tensor],
+    tiles: list[Tensor],
+    sinks: Tensor | None,
+    alibi_slopes: Tensor | None,
+    dropout_seed: Tensor | None,
+    *values: Any,
+) -> Inputs:
+    """Every tensor as the kernels read it."""
+    return Inputs(
+        _readable(q),
+        _readable(k),
+        _readable(v),
+        _vectors(intervals),
+        _vectors(positions),
+        _vectors(tiles),
+        _vector(sinks),
+        _vector(alibi_slopes),
+        _vector(dropout_seed),
+        *values,
+    )
+
+
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.softmax_scale, ctx.softcap, ctx.halves = inputs
-    ctx.save_for_backward(*tensors, *output)
+    q, k, v, intervals, positions, tiles, sinks, alibi_slopes, seed, *ctx.values = inputs
+    ctx.counts = [len(intervals), len(positions), len(tiles)]
+    vectors = (*intervals, *positions, *tiles)
+    ctx.save_for_backward(*output, q, k, v, sinks, alibi_slopes, seed, *vectors)
     ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-    q, k, v, key_start, key_stop, query_start, query_stop, sinks, out, lse = ctx.saved_tensors
+def _backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Any, ...]:
+    out, lse, q, k, v, sinks, alibi_slopes, seed, *vectors = ctx.saved_tensors
+    lists = []
+    for count in ctx.counts:
+        lists.append(vectors[:count])
+        vectors = vectors[count:]
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv, dsinks = torch.ops.packed_attn.interval_backward(
-        dout, dlse, q, k, v, out, lse, key_start, key_stop, query_start, query_stop,
-        sinks, ctx.softmax_scale, ctx.softcap, ctx.halves,
-    )  # fmt: skip
-    intervals = (None, None, None, None)
-    return dq, dk, dv, *intervals, None if sinks is None else dsinks, None, None, None
+        dout, dlse, out, lse, q, k, v, *lists, sinks, alibi_slopes, seed, *ctx.values
+    )
+    nothing = [[None] * count for count in ctx.counts]
+    rest = (None,) * (2 + len(ctx.values))
+    return dq, dk, dv, *nothing, None if sinks is None else dsinks, *rest
 
 
 _interval_forward.register_autograd(_backward, setup_context=_save)
@@ -210,6 +268,10 @@ def _readable(x: Tensor) -> Tensor:
 
 def _vector(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
+
+
+def _vectors(tensors: list[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(x.contiguous() for x in tensors)
 
 
 def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -241,8 +303,21 @@ def _check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
+def _check_vector(name: str, vector: Tensor, dtype: torch.dtype, length: int) -> None:
+    if vector.dtype != dtype or list(vector.shape) != [length]:
+        raise ValueError(
+            f"{name} must be {str(dtype).removeprefix('torch.')} of shape [{length}], "
+            f"got {vector.dtype} of shape {list(vector.shape)}"
+        )
+
+
 def _check_modifiers(
-    q: Tensor, softmax_scale: float, softcap: float | None, sinks: Tensor | None, halves: str
+    q: Tensor,
+    softmax_scale: float,
+    softcap: float | None,
+    sinks: Tensor | None,
+    halves: str,
+    backward: str,
 ) -> None:
     if not math.isfinite(softmax_scale):
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
@@ -252,3 +327,28 @@ def _check_modifiers(
         raise ValueError(f"sinks must have shape [{q.shape[1]}], got {list(sinks.shape)}")
     if halves not in ("either", "query", "both"):
         raise ValueError(f"halves must be 'either', 'query' or 'both', got {halves!r}")
+    if backward not in ("split", "fused"):
+        raise ValueError(f"backward must be 'split' or 'fused', got {backward!r}")
+
+
+def _check_alibi(
+    q: Tensor, k: Tensor, alibi_slopes: Tensor | None, positions: tuple[Tensor, Tensor] | None
+) -> None:
+    if alibi_slopes is None:
+        return
+    _check_vector("alibi_slopes", alibi_slopes, torch.float32, q.shape[1])
+    if alibi_slopes.requires_grad:
+        raise ValueError("alibi_slopes must not require a gradient: the kernels give none")
+    if positions is None:
+        raise ValueError("positions must be given with alibi_slopes, got None")
+    for name, vector, x in zip(("query", "key"), positions, (q, k)):
+        _check_vector(f"positions of the {name} side", vector, torch.int32, x.shape[0])
+
+
+def _check_dropout(dropout_p: float, dropout_seed: Tensor | None) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+    if dropout_p > 0.0:
+        if dropout_seed is None:
+            raise ValueError(f"dropout_seed must be given with dropout_p {dropout_p}, got None")
+        _check_vector("dropout_seed", dropout_seed, torch.int64, 1)

@@ -56,7 +56,7 @@ def sees(
 
 @triton.jit
 def logits(products, softmax_scale, softcap, HAS_SOFTCAP: tl.constexpr, ACCURATE: tl.constexpr):
-    """Base-2 logits of the products q.k and the derivative of the cap.
+    """Logits of the products q.k, in the unit of `weights`, and the derivative of the cap.
 
     With r = 1 / (exp(2x) + 1): tanh(x) = 1 - 2r and 1 - tanh(x)^2 = 4r(1 - r). Near 0 the
     difference 1 - 2r loses float32 digits that half precision never had; ACCURATE takes the
@@ -72,12 +72,54 @@ def logits(products, softmax_scale, softcap, HAS_SOFTCAP: tl.constexpr, ACCURATE
             series = (series * z - 5.37397155531e-2) * z + 1.33314422036e-1
             series = (series * z - 3.33332819422e-1) * z * x + x
             tanh = tl.where(tl.abs(x) < 0.625, series, tanh)
-        scores = tanh * (softcap * LOG2E)
+        scores = tanh * in_logit_unit(softcap, ACCURATE)
         slope = 4.0 * r * (1.0 - r)
     else:
-        scores = products * (softmax_scale * LOG2E)
+        scores = products * in_logit_unit(softmax_scale, ACCURATE)
         slope = 1.0
     return scores, slope
+
+
+@triton.jit
+def in_logit_unit(x, ACCURATE: tl.constexpr):
+    """A natural logit in the unit of the kernels: natural where ACCURATE, else base 2."""
+    if ACCURATE:
+        converted = x
+    else:
+        converted = x * LOG2E
+    return converted
+
+
+@triton.jit
+def weights(difference, ACCURATE: tl.constexpr):
+    """exp of a difference of logits.
+
+    Base 2 saves a product, but its conversion rounds each large logit once more, and the weights
+    by as much relatively. ACCURATE subtracts first and converts the small difference.
+    """
+    if ACCURATE:
+        powers = tl.exp2(difference * LOG2E)
+    else:
+        powers = tl.exp2(difference)
+    return powers
+
+
+@triton.jit
+def biased(scores, slope, query_position, key_position):
+    """ALiBi: logits less `slope`, in their unit, for each position between query and key."""
+    return scores - slope * tl.abs(query_position - key_position).to(tl.float32)
+
+
+@triton.jit
+def kept(seed, i, j, h, threshold):
+    """Whether dropout keeps the weight of key j in query i of head h.
+
+    The first word of Philox4x32-10 with the seed as key and (i, j, h, 0) as counter: nothing but
+    the place of a weight decides, so forward and backward agree whatever their tiles are. The
+    threshold is that of the unsigned word less 2^31, which is compared as a signed one.
+    """
+    word, _, _, _ = tl.philox(seed, i, j, h, 0)
+    return (word.to(tl.int32, bitcast=True) ^ -2147483648) >= threshold
 
 
 @triton.jit
@@ -91,14 +133,21 @@ def dot(a, b, acc):
 
 
 @triton.jit
-def tile_interval(start_ptr, stop_ptr, x, total):
+def listed_tile(tiles_ptr):
+    """The rows [first, last) of this program's entry in the list of tiles; both equal if unused."""
+    entry = tiles_ptr + 2 * tl.program_id(0)
+    return tl.load(entry), tl.load(entry + 1)
+
+
+@triton.jit
+def tile_interval(start_ptr, stop_ptr, x, x_stop):
     """The intervals of the tokens x, their hull and the range that all of them see.
 
-    Tokens past `total` and those with an empty interval are not `live`: they widen nothing, and
-    the caller gives them zeros at the end.
+    Tokens from `x_stop` on, which are another tile's, and those with an empty interval are not
+    `live`: they widen nothing, and the caller writes nothing or zeros for them.
     """
-    start = tl.load(start_ptr + x, mask=x < total, other=0)
-    stop = tl.load(stop_ptr + x, mask=x < total, other=0)
+    start = tl.load(start_ptr + x, mask=x < x_stop, other=0)
+    stop = tl.load(stop_ptr + x, mask=x < x_stop, other=0)
     live = stop > start
     hull_stop = tl.max(tl.where(live, stop, 0), 0)
     hull_start = tl.minimum(tl.min(tl.where(live, start, FAR), 0), hull_stop)
@@ -118,18 +167,18 @@ def block_runs(hull_start, hull_stop, full_start, full_stop, BLOCK: tl.constexpr
 
 
 @triton.jit
-def seen_run(
-    query_start_ptr, query_stop_ptr, span, hull_stop, first_row, last_row, SPAN: tl.constexpr
-):
-    """The run of keys in [span, span + SPAN) that some row may see; (FAR, 0) where there is none.
+def seen_run(start_ptr, stop_ptr, span, hull_stop, first, last, SPAN: tl.constexpr):
+    """The run of tokens in [span, span + SPAN) whose own interval meets the rows [first, last] of
+    the tile; (FAR, 0) where there is none.
 
-    In a forest the hull of a late answer covers all its earlier siblings: skipping them keeps the
-    cost linear in the number of answers.
+    In a forest the hull of a late answer covers all its earlier siblings, and with a window the
+    hull of a prompt's keys covers all answers: skipping those keeps the cost linear in the number
+    of answers.
     """
     x = span + tl.arange(0, SPAN)
-    query_start = tl.load(query_start_ptr + x, mask=x < hull_stop, other=FAR)
-    query_stop = tl.load(query_stop_ptr + x, mask=x < hull_stop, other=0)
-    seen = (query_start <= last_row) & (first_row < query_stop)
+    start = tl.load(start_ptr + x, mask=x < hull_stop, other=FAR)
+    stop = tl.load(stop_ptr + x, mask=x < hull_stop, other=0)
+    seen = (start <= last) & (first < stop)
     return tl.min(tl.where(seen, x, FAR), 0), tl.max(tl.where(seen, x + 1, 0), 0)
 
 
@@ -170,6 +219,10 @@ def nonfinite_rows(tile):
 
 
 @triton.jit
-def any_nan(tile):
-    """Whether a float32 tile holds a NaN, as a scalar."""
-    return tl.max(tl.max((tile != tile).to(tl.int32), 1), 0) > 0
+def any_nonfinite(tile, live):
+    """Whether a live row of a float32 tile holds a NaN or an infinity, as a scalar.
+
+    A sum of products with 0 needs one register a row, where comparisons took one an element.
+    """
+    row = tl.sum(tile * 0.0, 1)
+    return tl.max((live & (row != row)).to(tl.int32), 0) > 0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from importlib.util import find_spec
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from packed_attn.request import AttentionRequest
+from packed_attn.visibility import Visibility
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = range(8, 257, 8)
@@ -23,18 +25,18 @@ def reasons_against(request: AttentionRequest) -> list[str]:
     for name, x in (("head_dim", request.q), ("value head_dim", request.v)):
         if x.shape[-1] not in HEAD_DIMS:
             reasons.append(f"{name} must be a multiple of 8 from 8 to 256, not {x.shape[-1]}")
-    if request.alibi_slopes is not None:
-        reasons.append("has no ALiBi yet")
-    if request.dropout_p > 0.0:
-        reasons.append("has no dropout yet")
+    if request.alibi_slopes is not None and request.alibi_slopes.requires_grad:
+        reasons.append("gives no gradient in alibi_slopes, which requires one")
     return reasons
 
 
 def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     """See `packed_attn_kernels.interval_attention`."""
-    from packed_attn_kernels import interval_attention
+    from packed_attn_kernels import faster_backward, interval_attention
 
     visibility = request.visibility()
+    alibi_slopes = request.alibi_slopes
+    backward = "split" if request.deterministic else faster_backward(request.q, request.v)
     out, lse = interval_attention(
         request.q,
         request.k,
@@ -46,9 +48,34 @@ def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
         softmax_scale=request.softmax_scale,
         softcap=request.softcap,
         sinks=request.sinks,
+        alibi_slopes=None if alibi_slopes is None else alibi_slopes.float(),
+        positions=(visibility.query_position, visibility.key_position),
+        dropout_p=request.dropout_p,
+        dropout_seed=request.dropout_seed,
         halves=visibility.halves,
+        backward=backward,
+        tiles=_tiles(request, visibility, backward),
     )
     return out, lse if request.return_lse else None
+
+
+def _tiles(
+    request: AttentionRequest, visibility: Visibility, backward: Literal["split", "fused"]
+) -> Any:
+    """The lists of tiles, cached with the mask: all layers of its kind share them."""
+    from packed_attn_kernels import plan_tiles, tile_problem, tile_rows
+
+    problem = tile_problem(
+        request.q, request.k, request.v, halves=visibility.halves, backward=backward
+    )
+    vectors = (
+        visibility.key_start,
+        visibility.key_stop,
+        visibility.query_start,
+        visibility.query_stop,
+    )
+    key = ("triton tiles", tile_rows(problem))
+    return visibility.once(key, lambda: plan_tiles(*vectors, problem))
 
 
 def _machine_reasons(request: AttentionRequest) -> list[str]:

@@ -1,0 +1,245 @@
+"""What the compiled kernels need on sm_90: registers, stack, shared memory, spills, HGMMA.
+
+    python -m benchmarks.sm90_resources [--processes N]
+
+Compiles every job below with the installed triton, on any Linux machine, and puts its rows into
+`benchmarks/results/sm90_resources.md`, beside those of other versions. The tests of the gate take
+the jobs from here and hold the machine code against the committed rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import triton
+from packed_attn_kernels.compile_gate import Resources, compile_kernel
+from packed_attn_kernels.configurations import (
+    BY_KEYS,
+    Configuration,
+    KernelName,
+    Problem,
+    configuration,
+)
+
+RESULTS = Path(__file__).parent / "results" / "sm90_resources.md"
+# ptxas moves a few registers between equal sources; below this a change is not a regression.
+REGISTER_MARGIN = 16
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "causal": {},
+    "forest": {"halves": "query"},
+    "forest+window": {"halves": "both"},
+    "softcap+sinks": {"has_softcap": True, "has_sinks": True},
+    "alibi": {"has_alibi": True},
+    "dropout": {"has_dropout": True},
+    "everything": {
+        "halves": "both",
+        "has_softcap": True,
+        "has_sinks": True,
+        "has_alibi": True,
+        "has_dropout": True,
+    },
+}
+GROUP = 4
+# The most bytes of stack, by (triton, kernel, width of the tile), where no tile that was tried is
+# clean: at 256 columns the operands' addresses fill the registers that accumulators leave.
+KNOWN_SPILLS: dict[tuple[str, str, int], int] = {
+    ("3.6", "forward", 256): 16,
+    ("3.6", "dk", 256): 256,
+    ("3.6", "dv", 256): 64,
+    ("3.6", "dq", 256): 256,
+    ("3.6", "dq", 128): 8,
+    ("3.9", "dk", 256): 64,
+}
+HEAD = """\
+| triton | kernel | head_dim | flags | type | tile | warps | stages | registers | stack, B | \
+spills | shared, B | HGMMA |
+|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile; dims are (head_dim, value_head_dim)."""
+
+    kernel: KernelName
+    dims: tuple[int, int]
+    flags: str
+    element: str = "bf16"
+
+    def __str__(self) -> str:
+        return f"{self.kernel} {self.size} {self.flags} {self.element}"
+
+    @property
+    def size(self) -> str:
+        head_dim, value_dim = self.dims
+        return str(head_dim) if head_dim == value_dim else f"{head_dim}/{value_dim}"
+
+    @property
+    def problem(self) -> Problem:
+        return _problem(self.dims, self.flags, self.element, self.kernel in ("fused", "dq_cast"))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A row of the table."""
+
+    configuration: Configuration
+    resources: Resources
+
+
+def default_jobs() -> list[Job]:
+    """Members of `make test`: what most models run, every flag at 128, the hardest at 256."""
+    jobs = [job for flags in FLAGS for job in _jobs((128, 128), flags)]
+    jobs += [*_jobs((64, 64), "causal"), *_jobs((64, 64), "everything")]
+    jobs += [*_jobs((256, 256), "causal"), Job("delta", (128, 128), "softcap+sinks")]
+    return jobs + _jobs((128, 128), "softcap+sinks", "fp32")
+
+
+def all_jobs() -> list[Job]:
+    """Those of `default_jobs`, other flags, the other head sizes of released models, fp16."""
+    jobs = default_jobs() + _jobs((64, 64), "dropout")
+    for flags in ("softcap+sinks", "forest+window", "everything"):
+        jobs += _jobs((256, 256), flags)
+    for dims in ((192, 128), (96, 96), (72, 72)):
+        jobs += _jobs(dims, "causal")
+    jobs += _jobs((128, 128), "causal", "fp16")
+    jobs += [Job("fused", (size, size), "causal") for size in (64, 128)]
+    jobs += [Job("delta", (size, size), "softcap+sinks") for size in (64, 256)]
+    return [*jobs, Job("dq_cast", (128, 128), "causal")]
+
+
+def measure(jobs: Sequence[Job], processes: int) -> dict[Job, Measured]:
+    """Compiles all, in processes of their own, where triton compiles and does not interpret."""
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        return dict(zip(jobs, pool.map(compile_job, jobs)))
+
+
+def compile_job(job: Job) -> Measured:
+    """One row."""
+    resources = compile_kernel(job.kernel, job.problem, job.element)
+    return Measured(configuration(job.kernel, job.problem), resources)
+
+
+def faults(job: Job, found: Resources, version: str) -> list[str]:
+    """Why the gate must stay shut for a job on a version of triton, in sentences.
+
+    float32 may spill, and half precision where `KNOWN_SPILLS` says how much.
+    """
+    needs_wgmma = job.element != "fp32" and job.kernel not in ("delta", "dq_cast")
+    known = KNOWN_SPILLS.get((version, job.kernel, job.problem.width), 0)
+    if job.element == "fp32" or 0 < found.stack <= known:
+        found = replace(found, stack=0, spills=0)
+    return found.faults(needs_wgmma)
+
+
+def regressions(now: Measured, committed: Measured) -> list[str]:
+    """What became worse than the committed row, in sentences."""
+    if now.configuration != committed.configuration:
+        return [f"the table has {committed.configuration}: make resources"]
+    new, old = now.resources, committed.resources
+    worse = []
+    if new.stack > old.stack or new.spills > old.spills:
+        worse.append(f"spills: {new.stack} B and {new.spills}, were {old.stack} B and {old.spills}")
+    if new.wgmma < old.wgmma:
+        worse.append(f"{new.wgmma} HGMMA, were {old.wgmma}")
+    if new.registers > old.registers + REGISTER_MARGIN:
+        worse.append(f"{new.registers} registers, were {old.registers}")
+    if new.shared_memory > old.shared_memory:
+        worse.append(f"{new.shared_memory} B of shared memory, were {old.shared_memory}")
+    return worse
+
+
+def installed_version() -> str:
+    """Major and minor version of triton: patch releases share a row."""
+    return ".".join(triton.__version__.split(".")[:2])
+
+
+def read_table(text: str) -> dict[tuple[str, str], Measured]:
+    """Rows by (triton version, job)."""
+    rows = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if len(cells) != 13 or not cells[0][:1].isdigit():
+            continue
+        version, kernel, size, flags, element, tile, *numbers = cells
+        warps, stages, registers, stack, spills, shared, wgmma = map(int, numbers)
+        block_m, block_n = map(int, tile.split("x"))
+        rows[version, f"{kernel} {size} {flags} {element}"] = Measured(
+            Configuration(block_m, block_n, warps, stages),
+            Resources(registers, stack, shared, spills, wgmma),
+        )
+    return rows
+
+
+def write_table(rows: Mapping[tuple[str, str], Measured]) -> str:
+    """The whole file."""
+    return "\n".join([__doc__.splitlines()[0], "", f"{_NOTE}", "", HEAD, *_lines(rows)]) + "\n"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, default=2)
+    options = parser.parse_args(arguments)
+    version, jobs = installed_version(), all_jobs()
+    measured = {}
+    with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
+        for n, (job, row) in enumerate(zip(jobs, pool.map(compile_job, jobs)), 1):
+            measured[version, str(job)] = row
+            print(f"[{n}/{len(jobs)}] {job}: {row.resources}", file=sys.stderr, flush=True)
+    rows = read_table(RESULTS.read_text()) if RESULTS.exists() else {}
+    others = {key: row for key, row in rows.items() if key[0] != version}
+    RESULTS.write_text(write_table(others | measured))
+
+
+_NOTE = f"""\
+Printed by `make resources` and held by `tests/test_compile_gate.py`: offline compilation, no GPU.
+Default configurations of the launches, groups of {GROUP} query heads, tiles as queries x keys.
+float32 keeps its bits on ordinary multiply-adds and has no HGMMA; it may spill. Half precision
+spills only where `KNOWN_SPILLS` of `benchmarks/sm90_resources.py` says so."""
+
+
+def _jobs(dims: tuple[int, int], flags: str, element: str = "bf16") -> list[Job]:
+    """Forward and backward; the kernels by keys ask one half in trees and documents alike."""
+    kernels: Iterable[KernelName] = (*_problem(dims, flags, element).keys_kernels, "dq", "forward")
+    return [
+        Job(kernel, dims, flags, element)
+        for kernel in kernels
+        if not (kernel in BY_KEYS and flags == "forest")
+    ]
+
+
+def _problem(dims: tuple[int, int], flags: str, element: str, fused: bool = False) -> Problem:
+    plain = {"halves": "either", "has_softcap": False, "has_sinks": False, "fused": fused}
+    itemsize = 4 if element == "fp32" else 2
+    return Problem(*dims, GROUP, itemsize, **(plain | FLAGS[flags]))
+
+
+def _lines(rows: Mapping[tuple[str, str], Measured]) -> list[str]:
+    lines = []
+    for (version, job), row in sorted(rows.items(), key=lambda item: _order(item[0])):
+        kernel, size, flags, element = job.split(" ")
+        chosen, found = row.configuration, row.resources
+        cells = (
+            version, kernel, size, flags, element, f"{chosen.BLOCK_M}x{chosen.BLOCK_N}",
+            chosen.num_warps, chosen.stages, found.registers, found.stack, found.spills,
+            found.shared_memory, found.wgmma,
+        )  # fmt: skip
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return lines
+
+
+def _order(key: tuple[str, str]) -> tuple[Any, ...]:
+    version, job = key
+    kernel, size, flags, element = job.split(" ")
+    return tuple(map(int, version.split("."))), element, int(size.split("/")[0]), flags, kernel
+
+
+if __name__ == "__main__":
+    main()
