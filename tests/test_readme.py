@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pytest
@@ -11,22 +12,36 @@ from transformers import Trainer, TrainingArguments
 
 from tests.models import tiny_model
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 
 
-def test_python_blocks_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def run_blocks(page: str, folder: Path) -> dict[str, Any]:
+    """The names that a page's Python leaves behind."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
     assert len(blocks) >= 3
-    names = {
+    names: dict[str, Any] = {
         "model": tiny_model("llama"),
         "dataset": datasets.Dataset.from_dict({"input_ids": [[5, 6, 7, 8], [9, 10], [11] * 30]}),
         "Trainer": Trainer,
         "args": TrainingArguments(
-            output_dir=str(tmp_path), report_to=[], max_steps=1, save_strategy="no", use_cpu=True
+            output_dir=str(folder), report_to=[], max_steps=1, save_strategy="no", use_cpu=True
         ),
     }
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), names)
+        exec(compile(block, page, "exec"), names)
+    return names
+
+
+def test_training_page_runs(tmp_path: Path) -> None:
+    names = run_blocks("docs/training.md", tmp_path)
+    assert names["sft_arguments"]["padding_free"]
+    assert names["rows"]["seq_lengths"][:] == [[4, 2, 30]]
+    assert names["policy"] is names["model"]
+
+
+def test_python_blocks_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = run_blocks("README.md", tmp_path)
     assert names["out"].shape == (43, 8, 64)
     assert "LlamaForCausalLM, given packed batch: isolated" in capsys.readouterr().out
 
