@@ -73,7 +73,7 @@ def _one_report(args: argparse.Namespace) -> int:
     """The full proof by one convention."""
     from packed_attn.audit import audit
 
-    model = _load(args.model, args.dtype)
+    model = load_model(args.model, args.dtype)
     if not args.unpatched:
         _patch(args)(model)
     report = audit(model, convention=args.convention)
@@ -90,7 +90,7 @@ def _matrix(args: argparse.Namespace) -> Matrix:
     """One model by every convention, in this process."""
     from packed_attn.audit.matrix import audit_models
 
-    model = _load(args.model, args.dtype)
+    model = load_model(args.model, args.dtype)
     return audit_models([(args.model, model)], patch=None if args.unpatched else _patch(args))
 
 
@@ -181,7 +181,7 @@ def _patch(args: argparse.Namespace) -> Callable[[Any], Any]:
     return lambda model: patch_model(model, backend=args.backend, on_unknown=args.on_unknown)
 
 
-def _load(name: str, dtype: str) -> Any:
+def load_model(name: str, dtype: str) -> Any:
     """A causal LM with its weights, or with random ones where only a config is given.
 
     Remote code is never run: such a model is loaded by its user and audited from Python.
