@@ -1,10 +1,12 @@
-"""Packed attention on CPU against torch's sdpa, forward and backward: ratios in one process.
+"""Packed attention on CPU against torch with the dense mask, forward and backward, in one process.
 
     python benchmarks/bench_cpu.py [--json PATH]
 
-Prints a Markdown table and writes the figures with the machine's facts as JSON. The candidates take
-turns in one process and a ratio is the median over rounds, so that load on the machine slows both
-of its sides. Every case is checked against the reference in float64 before it is timed.
+The dense mask is sdpa's where sdpa can, and an eager softmax over all pairs where it cannot
+(softcap and sinks, as transformers runs them). Prints a Markdown table and writes the figures with
+the machine's facts as JSON. The candidates take turns in one process and a ratio is the median over
+rounds, so that load on the machine slows both of its sides. Every case is checked against the
+reference in float64 before it is timed.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import statistics
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +30,7 @@ from torch import Tensor
 from packed_attn import DocumentLayout, attention
 from packed_attn.facts import machine_facts
 
-ROUNDS = 9
+ROUNDS = 5
 HEAD = """\
 | forward + backward | tokens | heads | packed, ms | dense mask | target | is_causal | reference |
 |---|---|---|---|---|---|---|---|"""
@@ -44,6 +47,16 @@ class Case:
     num_kv_heads: int = 8
     head_dim: int = 64
     target: float | None = None
+    mask: dict[str, Any] = field(default_factory=dict)
+    softcap: float | None = None
+    sinks: bool = False
+    alibi: bool = False
+    parents: tuple[int, ...] | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether sdpa's own causal mask is this one but for the boundaries."""
+        return not (self.mask or self.softcap or self.sinks or self.alibi or self.parents)
 
 
 @dataclass(frozen=True)
@@ -64,11 +77,13 @@ class Row:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the figures go")
+    parser.add_argument("--only", default="", help="cases whose name this regular expression finds")
     options = parser.parse_args(arguments)
+    cases = [case for case in CASES if re.search(options.only, case.name)]
     rows = []
     print(HEAD)
-    for number, case in enumerate(CASES, 1):
-        print(f"[{number}/{len(CASES)}] {case.name}", file=sys.stderr, flush=True)
+    for number, case in enumerate(cases, 1):
+        print(f"[{number}/{len(cases)}] {case.name}", file=sys.stderr, flush=True)
         rows.append(measured(case))
         print(markdown(rows[-1]), flush=True)
     options.json.parent.mkdir(parents=True, exist_ok=True)
@@ -92,6 +107,10 @@ def log_normal_lengths(
 
 
 LOG_NORMAL = log_normal_lengths(64, 4096, 512)
+SHORT = log_normal_lengths(64, 2048, 512)
+WINDOW = {"window_size": (127, 0)}
+ANSWERS = (256, 64, 64, 64, 64) * 4
+TREES = tuple(p for root in range(0, 20, 5) for p in (-1, *(root,) * 4))
 CASES = (
     Case("128 documents of 32", (32,) * 128, target=5.0),
     Case("8 documents of 512", (512,) * 8, target=4.0),
@@ -99,6 +118,14 @@ CASES = (
     Case("64 documents, log-normal, grouped 8:2", LOG_NORMAL, num_kv_heads=2),
     Case("8 documents of 512, grouped 8:2", (512,) * 8, num_kv_heads=2),
     Case("40 documents, log-normal, 4:2 heads of 32", log_normal_lengths(40, 2048, 512), 4, 2, 32),
+    Case("log-normal, window of 128", SHORT, 4, 4, target=3.0, mask=WINDOW),
+    Case("log-normal, bidirectional", SHORT, 4, 4, target=3.0, mask={"causal": False}),
+    Case("log-normal, prefix of 16", SHORT, 4, 4, target=3.0, mask={"prefix_lengths": (16,) * 64}),
+    Case("log-normal, softcap", SHORT, 4, 4, target=3.0, softcap=50.0),
+    Case("log-normal, sinks and window", SHORT, 4, 4, target=3.0, sinks=True, mask=WINDOW),
+    Case("log-normal, ALiBi", SHORT, 4, 4, target=3.0, alibi=True),
+    Case("4 prompts of 256, 4 answers of 64 each", ANSWERS, 4, 4, target=3.0, parents=TREES),
+    Case("one document of 2048, window of 128", (2048,), 4, 4, mask=WINDOW),
 )
 
 
@@ -136,7 +163,7 @@ def measured(case: Case) -> Row:
 
 def _candidates(case: Case) -> tuple[dict[str, Callable[..., Tensor]], dict[str, Tensor]]:
     """The contenders, each q, k, v -> out `[tokens, heads, head_dim]`, and the inputs."""
-    layout = DocumentLayout.from_lengths(case.lengths)
+    layout = DocumentLayout.from_lengths(case.lengths, parents=case.parents)
     generator = torch.Generator().manual_seed(0)
     heads = {"q": case.num_heads, "k": case.num_kv_heads, "v": case.num_kv_heads}
     inputs = {
@@ -145,13 +172,43 @@ def _candidates(case: Case) -> tuple[dict[str, Callable[..., Tensor]], dict[str,
     }
     for name in heads:
         inputs[name].requires_grad_()
-    mask = layout.visibility().dense()
-    return {
-        "packed": lambda q, k, v: attention(q, k, v, layout, backend="cpu"),
-        "dense mask": lambda q, k, v: _sdpa(q, k, v, attn_mask=mask),
-        "contaminated": lambda q, k, v: _sdpa(q, k, v, is_causal=True),
-        "reference": lambda q, k, v: attention(q, k, v, layout, backend="reference"),
-    }, inputs
+    options: dict[str, Any] = {**case.mask, "softcap": case.softcap}
+    if case.sinks:
+        options["sinks"] = torch.randn(case.num_heads, generator=generator)
+    if case.alibi:
+        options["alibi_slopes"] = 2.0 ** -torch.arange(1.0, case.num_heads + 1)
+    candidates: dict[str, Callable[..., Tensor]] = {
+        "packed": lambda q, k, v: attention(q, k, v, layout, backend="cpu", **options),
+        "dense mask": _dense(case, layout, options),
+        "reference": lambda q, k, v: attention(q, k, v, layout, backend="reference", **options),
+    }
+    if case.is_plain:
+        candidates["contaminated"] = lambda q, k, v: _sdpa(q, k, v, is_causal=True)
+    return candidates, inputs
+
+
+def _dense(case: Case, layout: DocumentLayout, options: dict[str, Any]) -> Callable[..., Tensor]:
+    """Attention of the whole stream under a mask of tokens x tokens, made once."""
+    mask = layout.visibility(**case.mask).dense()
+    if case.alibi:
+        distance = (layout.position_ids[:, None] - layout.position_ids).abs()
+        bias = -options["alibi_slopes"][:, None, None] * distance
+        mask = bias.masked_fill(~mask, -torch.inf)
+    if not case.sinks and case.softcap is None:
+        return lambda q, k, v: _sdpa(q, k, v, attn_mask=mask.to(q.dtype) if case.alibi else mask)
+
+    def eager(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k, v = (x.transpose(0, 1) for x in (q, k, v))
+        scores = (q @ k.transpose(1, 2)) * case.head_dim**-0.5
+        if case.softcap is not None:
+            scores = case.softcap * torch.tanh(scores / case.softcap)
+        scores = scores.masked_fill(~mask, -torch.inf)
+        if case.sinks:
+            sinks = options["sinks"].to(q.dtype)[:, None, None].expand(-1, q.shape[1], 1)
+            scores = torch.cat([scores, sinks], dim=-1)
+        return (scores.softmax(-1)[..., : k.shape[1]] @ v).transpose(0, 1)
+
+    return eager
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, **mask: Any) -> Tensor:
@@ -200,10 +257,11 @@ def machine() -> dict[str, str]:
 def markdown(row: Row) -> str:
     """Milliseconds of packed attention, and how many times longer the others take."""
     heads = f"{row.num_heads}:{row.num_kv_heads} of {row.head_dim}"
+    causal = f"{row.ratios['contaminated']:.1f}x" if "contaminated" in row.ratios else ""
     target = "" if row.target is None else f">= {row.target:g}x"
     return (
         f"| {row.name} | {row.tokens} | {heads} | {row.milliseconds['packed']:.1f} | "
-        f"{row.ratios['dense mask']:.1f}x | {target} | {row.ratios['contaminated']:.1f}x | "
+        f"{row.ratios['dense mask']:.1f}x | {target} | {causal} | "
         f"{row.ratios['reference']:.1f}x |"
     )
 

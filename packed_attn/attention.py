@@ -11,6 +11,10 @@ from packed_attn import backends
 from packed_attn.layout import DocumentLayout
 from packed_attn.request import checked_request
 
+# A compiler traces a look-up but no import, so all of them are there before the first call.
+for _name in backends.BACKENDS:
+    backends.load(_name)
+
 
 @overload
 def attention(

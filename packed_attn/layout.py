@@ -11,8 +11,8 @@ turns it into the one mask rule that every kernel follows:
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Hashable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -348,6 +348,25 @@ class DocumentLayout:
         key = ("prefix", _prefix_key(prefix_lengths))
         return self._one_of_few(key, lambda: prefix_tensor(prefix_lengths, self))
 
+    def prepare(self, kinds: Iterable[Mapping[str, Any]] = ({},)) -> DocumentLayout:
+        """Makes what layers read, once: before a compiled region, or in the collator.
+
+        A region compiled after it reads tensors alone, whose shapes depend on the numbers of
+        tokens and of documents: other boundaries compile nothing new. What is made moves with
+        `to`, `pin_memory` and pickling.
+
+        Args:
+            kinds: the masks of the model's layers, as keyword arguments of `visibility`.
+
+        Returns:
+            the layout itself.
+        """
+        _ = self.document_ids, self.position_ids, self.padding_tokens
+        for kind in kinds:
+            self.visibility(**kind)
+            self.prefix(kind.get("prefix_lengths"))
+        return self
+
     def to(
         self, device: torch.device | str | int, non_blocking: bool = False, **_: Any
     ) -> DocumentLayout:
@@ -365,14 +384,13 @@ class DocumentLayout:
         return self._mapped(lambda t: t.pin_memory())
 
     def __getstate__(self) -> dict[str, Any]:
-        # Host facts travel with a pickle, derived tensors are made again where it lands.
-        host = {k: v for k, v in self._derived.items() if k in ("lengths", "starts", "forest")}
+        # What a collator's worker has prepared arrives with the batch; copies elsewhere do not.
         return {
             "cu_seqlens": self.cu_seqlens,
             "total_tokens": self.total_tokens,
             "parents": self.parents,
             "padding": self.padding,
-            "_derived": host,
+            "_derived": dict(self._own_facts()),
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -457,10 +475,19 @@ class DocumentLayout:
             None if self.parents is None else function(self.parents),
             None if self.padding is None else function(self.padding),
         )
-        for key in ("lengths", "starts", "forest"):
-            if key in self._derived:
-                copy._derived[key] = self._derived[key]
+        for key, value in self._own_facts():
+            copy._derived[key] = _map_tensors(value, function)
         return copy
+
+    def _own_facts(self) -> Iterator[tuple[Any, Any]]:
+        """What follows from this layout alone: no copies elsewhere, nothing of a caller's tensor
+        or of another layout."""
+        for key, value in self._derived.items():
+            parts = (key,) if isinstance(key, str) else key
+            if parts[0] != "to" and not any(
+                isinstance(part, DocumentLayout) or _holds_tensor(part) for part in parts
+            ):
+                yield key, value
 
     def _moved(self, device: torch.device, non_blocking: bool) -> DocumentLayout:
         copy = self._mapped(lambda t: t.to(device, non_blocking=non_blocking))
@@ -514,6 +541,22 @@ class _ForestTensors:
     path_offset: Tensor
     subtree_stop: Tensor
     depth: int
+
+
+def _holds_tensor(part: Any) -> bool:
+    return isinstance(part, tuple) and any(isinstance(x, Tensor) for x in part)
+
+
+def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A derived fact with its tensors mapped; facts of the host as they are."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Visibility | _ForestTensors):
+        columns = {f.name: getattr(value, f.name) for f in fields(value)}
+        return replace(
+            value, **{k: function(x) for k, x in columns.items() if isinstance(x, Tensor)}
+        )
+    return value
 
 
 def _prefix_key(prefix_lengths: Sequence[int] | Tensor | None) -> Any:

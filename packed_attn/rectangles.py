@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -269,26 +270,35 @@ def _blocked(parts: _Parts, kind: MaskKind, limits: Limits) -> _Parts:
 
 
 def _block_rows(parts: _Parts, kind: MaskKind, limits: Limits) -> np.ndarray:
-    """Rows of a block of each rectangle, int64."""
-    rows, width = np.maximum(parts.n, 1), np.maximum(parts.m, 1)
-    masked = (
-        limits.holds_scores
-        or kind.left >= 0
-        or kind.right > 0
-        or kind.by_distance
-        or parts.prefix is not None
-    )
-    if not masked:
-        return rows
+    """Rows of a block of each rectangle, int64: all where nothing is held for its pairs."""
+    rows, width = parts.n, parts.m
     if limits.holds_scores and kind.right >= 0:
         rows = np.minimum(rows, HELD_ROWS)
-    if kind.left >= 0 and kind.right >= 0:
+    if kind.left >= 0 and kind.right >= 0 and parts.prefix is None:
         span = kind.left + kind.right
         band = max(BAND_ROWS, span)
         rows = np.where(2 * rows > 3 * band, band, rows)
         width = np.minimum(width, rows + span)
-    fitting = limits.elements // (limits.pair_elements * width)
-    return np.minimum(rows, np.maximum(FEWEST_ROWS, fitting))
+    fitting = limits.elements // (limits.pair_elements * np.maximum(width, 1))
+    rows = np.minimum(rows, np.maximum(FEWEST_ROWS, fitting))
+    holds = np.full_like(rows, limits.holds_scores or kind.by_distance, dtype=bool)
+    if parts.prefix is not None:
+        holds[:] = True
+    holds |= _hides(kind, parts.n, parts.m, parts.offset) & ~_is_triangle(kind, parts)
+    return np.maximum(1, np.where(holds, rows, parts.n))
+
+
+def _hides(kind: MaskKind, n: Any, m: Any, offset: Any) -> Any:
+    """Whether the rule hides a pair of n queries and m keys, by their outermost corners."""
+    right = m - 1 - offset > kind.right if kind.right >= 0 else False
+    left = offset + n - 1 > kind.left if kind.left >= 0 else False
+    return right | left
+
+
+def _is_triangle(kind: MaskKind, parts: _Parts) -> np.ndarray:
+    """Whether what is seen is the lower triangle of a square, which needs no mask."""
+    square = (parts.offset == 0) & (parts.n == parts.m) & (kind.right == 0)
+    return square & ((kind.left < 0) | (kind.left >= parts.n - 1))
 
 
 def _shared_prompts(cu: np.ndarray, forest: Forest, skipped: np.ndarray) -> _Parts:
@@ -455,11 +465,8 @@ def _call(parts: _Parts, kind: MaskKind, totals: tuple[int, int], *, in_place: b
     if parts.prefix is None and no_pads and (parts.offset == offset).all():
         shared = (n, m, offset)
         rows, columns = torch.arange(offset, offset + n)[None], torch.arange(m)[None]
-        hides = (kind.right >= 0 and m - 1 - offset > kind.right) or (
-            kind.left >= 0 and offset + n - 1 > kind.left
-        )
-        triangle = kind.right == 0 and offset == 0 and n == m
-        is_causal = triangle and not 0 <= kind.left < n - 1
+        hides = bool(_hides(kind, n, m, offset))
+        is_causal = bool(_is_triangle(kind, parts).all())
         return Call(queries, keys, rows, columns, None, None, hides, is_causal, shared)
     rows = parts.q_position[:, None] + np.arange(n)
     columns = parts.k_position[:, None] + np.arange(m)

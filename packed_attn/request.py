@@ -96,21 +96,13 @@ def checked_request(
     _check_layout("layout", layout, "q", q)
     _check_layout("layout" if key_layout is None else "key_layout", key_layout or layout, "k", k)
     for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
-        if per_head is not None:
-            if list(per_head.shape) != [q.shape[1]]:
-                raise ValueError(
-                    f"{name} must have shape [num_heads] = [{q.shape[1]}], "
-                    f"got {list(per_head.shape)}"
-                )
-            if per_head.device != q.device:
-                raise ValueError(f"{name} is on {per_head.device}, but q is on {q.device}")
-    softmax_scale = float(q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
-    if not math.isfinite(softmax_scale) or softmax_scale <= 0:
-        raise ValueError(f"softmax_scale must be positive and finite, got {softmax_scale}")
-    if softcap is not None and not (math.isfinite(softcap) and softcap > 0):
-        raise ValueError(f"softcap must be positive and finite, or None for off, got {softcap}")
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
+        _check_per_head(name, per_head, q)
+    softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
+    softmax_scale = _positive("softmax_scale", softmax_scale, "")
+    if softcap is not None:
+        softcap = _positive("softcap", softcap, ", or None for off")
+    if not _is_number(dropout_p) or not 0.0 <= dropout_p < 1.0:
+        raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p!r}")
     _check_seed(dropout_seed, q)
     request = AttentionRequest(
         q,
@@ -136,6 +128,32 @@ def checked_request(
     return request
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _positive(name: str, value: object, otherwise: str) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number{otherwise}, got {value!r}")
+    if not math.isfinite(value) or value <= 0:
+        raise ValueError(f"{name} must be positive and finite{otherwise}, got {value}")
+    return float(value)
+
+
+def _check_per_head(name: str, per_head: Tensor | None, q: Tensor) -> None:
+    if per_head is None:
+        return
+    if not isinstance(per_head, Tensor) or not per_head.dtype.is_floating_point:
+        got = per_head.dtype if isinstance(per_head, Tensor) else type(per_head).__name__
+        raise ValueError(f"{name} must be a floating point tensor, got {got}")
+    if list(per_head.shape) != [q.shape[1]]:
+        raise ValueError(
+            f"{name} must have shape [num_heads] = [{q.shape[1]}], got {list(per_head.shape)}"
+        )
+    if per_head.device != q.device:
+        raise ValueError(f"{name} is on {per_head.device}, but q is on {q.device}")
+
+
 def _check_seed(seed: Tensor | None, q: Tensor) -> None:
     if seed is None:
         return
@@ -154,6 +172,8 @@ def _seed(dropout_p: float, seed: Tensor | None, q: Tensor) -> Tensor | None:
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(x, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(x).__name__}")
         if x.ndim != 3:
             raise ValueError(
                 f"{name} must have shape [total_tokens, heads, head_dim], got {list(x.shape)}"

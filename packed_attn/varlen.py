@@ -43,7 +43,8 @@ def flash_attn_varlen_func(
         out `[total_q, num_heads, head_dim]`, or `(out, lse, None)`.
 
     Raises:
-        ValueError: arguments that disagree.
+        ValueError: arguments that disagree. On a GPU the values of cu_seqlens are asserted there
+            (a device-side assertion), so that no call waits for the device.
         NotImplementedError: a `block_table` (paged keys and values are for inference).
     """
     if block_table is not None:
@@ -57,10 +58,9 @@ def flash_attn_varlen_func(
             f"got {list(cu_seqlens_q.shape)} and {list(cu_seqlens_k.shape)}"
         )
     layout = _layout("cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    same = q.shape[0] == k.shape[0] and (
-        cu_seqlens_k is cu_seqlens_q or torch.equal(cu_seqlens_q, cu_seqlens_k)
-    )
-    key_layout = None if same else _layout("cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    key_layout = None
+    if q.shape[0] != k.shape[0] or not _same(cu_seqlens_q, cu_seqlens_k):
+        key_layout = _layout("cu_seqlens_k", cu_seqlens_k, k.shape[0])
     out, lse = attention(
         q,
         k,
@@ -79,8 +79,22 @@ def flash_attn_varlen_func(
     return (out, lse, None) if return_attn_probs else out
 
 
+def _same(cu_seqlens_q: Tensor, cu_seqlens_k: Tensor) -> bool:
+    """Whether these are known to be the same documents. Values on a device are not read: taken as
+    cross attention, equal documents give what self attention gives."""
+    if cu_seqlens_q is cu_seqlens_k:
+        return True
+    if cu_seqlens_q.device.type != "cpu":
+        return cu_seqlens_q.device == cu_seqlens_k.device and (
+            cu_seqlens_q.data_ptr() == cu_seqlens_k.data_ptr()
+        )
+    return torch.equal(cu_seqlens_q, cu_seqlens_k)
+
+
 def _layout(name: str, cu_seqlens: Tensor, total_tokens: int) -> DocumentLayout:
     """Documents of `cu_seqlens`; one document of padding for the tokens past its end."""
+    if cu_seqlens.device.type != "cpu":
+        return _layout_on_device(name, cu_seqlens, total_tokens)
     layout = DocumentLayout.from_cu_seqlens(cu_seqlens)
     beyond = total_tokens - layout.total_tokens
     if beyond < 0:
@@ -89,4 +103,22 @@ def _layout(name: str, cu_seqlens: Tensor, total_tokens: int) -> DocumentLayout:
         )
     lengths = [*layout.lengths, beyond]
     padding = [False] * layout.num_documents + [beyond > 0]
-    return DocumentLayout.from_lengths(lengths, padding=padding, device=cu_seqlens.device)
+    return DocumentLayout.from_lengths(lengths, padding=padding)
+
+
+def _layout_on_device(name: str, cu_seqlens: Tensor, total_tokens: int) -> DocumentLayout:
+    """The same without reading a value, which would make the host wait for the device at every
+    layer: the rules are asserted on the device, which stops the program there and leaks nothing.
+    """
+    if cu_seqlens.ndim != 1 or cu_seqlens.numel() == 0:
+        raise ValueError(
+            f"{name} must have shape [num_documents + 1], got {list(cu_seqlens.shape)}"
+        )
+    ends = torch.cat([cu_seqlens, cu_seqlens.new_full((1,), total_tokens)])
+    torch.ops.aten._assert_async.msg(
+        (ends[0] == 0) & (ends.diff() >= 0).all(),
+        f"{name} must start at 0, never decrease, and not pass the number of tokens",
+    )
+    documents = cu_seqlens.numel()
+    padding = torch.arange(documents, device=cu_seqlens.device) == documents - 1
+    return DocumentLayout(ends, total_tokens, None, padding)

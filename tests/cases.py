@@ -1,7 +1,8 @@
 """The table of named attention cases that tests, benchmarks and tuning share.
 
-`SMALL` cases have at most a few hundred tokens and run in an interpreter; `REAL` cases have the
-shapes of released models on the layouts of real batches and are for GPUs and benchmarks.
+`SMALL` cases have at most a few hundred tokens and run in an interpreter; `COMBINED` cases are as
+small and cross every modifier with every mask; `REAL` cases have the shapes of released models on
+the layouts of real batches and are for GPUs and benchmarks.
 """
 
 from __future__ import annotations
@@ -322,6 +323,52 @@ SMALL: tuple[Case, ...] = (
     ),
 )
 
+SHORT = (9, 1, 26, 14)
+TREE = {"lengths": (12, 9, 1, 20, 7), "parents": (-1, 0, 0, -1, 3)}
+MODIFIERS: dict[str, dict[str, Any]] = {
+    "softcap": {"softcap": 3.0},
+    "sinks": {"sinks": True},
+    "alibi": {"alibi": True},
+    "dropout": {"dropout_p": 0.25},
+    "lse_gradient": {"lse_gradient": True},
+    "heavy_tailed": {"heavy_tailed": True},
+}
+MASKS: dict[str, dict[str, Any]] = {
+    "window": {"lengths": SHORT, "window_size": (5, 0)},
+    "window_both": {"lengths": SHORT, "causal": False, "window_size": (4, 3)},
+    "bidirectional": {"lengths": SHORT, "causal": False},
+    "chunk": {"lengths": SHORT, "chunk_size": 8},
+    "prefix": {"lengths": SHORT, "prefix_lengths": (3, 1, 30, 0)},
+    "forest": TREE,
+    "forest_window": {**TREE, "window_size": (6, 0)},
+    "forest_chunk": {**TREE, "chunk_size": 8},
+    "cross": {"lengths": SHORT, "key_lengths": (4, 0, 31, 14)},
+    "cross_window": {"lengths": SHORT, "key_lengths": (4, 0, 31, 14), "window_size": (6, 0)},
+    "padding": {"lengths": SHORT, "padding": (False, True, False, True)},
+}
+MLA = {"num_heads": 2, "num_kv_heads": 2, "head_dim": 192, "value_head_dim": 128}
+
+# Every modifier on every mask, head sizes in steps of 8, and what they meet in models.
+COMBINED: tuple[Case, ...] = (
+    *(Case(f"{m}/{n}", **MASKS[n], **MODIFIERS[m]) for m in MODIFIERS for n in MASKS),
+    *(Case(f"head_dim/{d}", SHORT, num_heads=2, head_dim=d) for d in range(8, 257, 24)),
+    Case("alibi_dropout_softcap_window", SHORT, alibi=True, dropout_p=0.1, softcap=4.0,
+         window_size=(7, 0)),
+    Case("alibi_dropout_softcap_forest", **TREE, alibi=True, dropout_p=0.1, softcap=4.0),
+    Case("alibi_dropout_softcap_forest_window", **TREE, alibi=True, dropout_p=0.1, softcap=4.0,
+         window_size=(7, 0)),
+    Case("mla", SHORT, **MLA),
+    Case("mla_forest", **TREE, **MLA),
+    Case("mla_bf16", SHORT, **MLA, dtype=BF16),
+    Case("mla_heavy_tailed", SHORT, **MLA, heavy_tailed=True),
+    Case("strided_forest", **TREE, strided=True),
+    Case("strided_window_both", SHORT, strided=True, causal=False, window_size=(4, 3)),
+    Case("strided_dropout", SHORT, strided=True, dropout_p=0.2),
+    Case("bf16_prefix", SHORT, dtype=BF16, prefix_lengths=(3, 1, 30, 0)),
+    Case("bf16_forest_window_sinks", **TREE, dtype=BF16, window_size=(6, 0), sinks=True),
+    Case("fp16_cross_softcap", SHORT, key_lengths=(4, 0, 31, 14), dtype=FP16, softcap=3.0),
+)  # fmt: skip
+
 ONE_32K = (32768,)
 UNIFORM_512 = (512,) * 64
 UNIFORM_32 = (32,) * 1000
@@ -386,4 +433,4 @@ REAL: tuple[Case, ...] = (
     Case("modernbert_base_global/log_normal", LOG_NORMAL, **MODERNBERT_BASE),
 )
 
-BY_NAME: dict[str, Case] = {case.name: case for case in (*SMALL, *REAL)}
+BY_NAME: dict[str, Case] = {case.name: case for case in (*SMALL, *COMBINED, *REAL)}

@@ -7,6 +7,7 @@ import warnings
 from types import SimpleNamespace
 from typing import Any
 
+import numpy
 import pytest
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ def test_signature() -> None:
     }
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("backend", ["auto", *backends.BACKENDS])
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -108,6 +109,34 @@ def test_signature() -> None:
         ({"softcap": float("nan")}, "softcap must be positive and finite, .* got nan"),
         ({"window_size": (-2, 0)}, r"window_size must hold two integers .* got \(-2, 0\)"),
         ({"window_size": 128}, "window_size must hold two integers .* got 128"),
+        ({"window_size": (0, -2)}, r"window_size must hold two integers .* got \(0, -2\)"),
+        ({"window_size": (1.5, 0)}, r"window_size must hold two integers .* got \(1.5, 0\)"),
+        ({"window_size": (1, 0, 0)}, r"window_size must hold two integers .* got \(1, 0, 0\)"),
+        ({"q": numpy.zeros((8, 4, 16))}, "q must be a tensor, got ndarray"),
+        ({"v": None}, "v must be a tensor, got NoneType"),
+        (
+            {"key_layout": LAYOUT.to("meta")},
+            "key_layout is on meta, but k is on cpu: use layout.to",
+        ),
+        ({"sinks": [0.0] * 4}, "sinks must be a floating point tensor, got list"),
+        (
+            {"alibi_slopes": torch.zeros(4, dtype=torch.int64)},
+            "alibi_slopes must be a floating point tensor, got torch.int64",
+        ),
+        ({"alibi_slopes": torch.zeros(4, device="meta")}, "alibi_slopes is on meta, but q is on"),
+        ({"softmax_scale": "0.1"}, "softmax_scale must be a number, got '0.1'"),
+        ({"softmax_scale": 0.0}, "softmax_scale must be positive and finite, got 0.0"),
+        ({"softcap": True}, "softcap must be a number, or None for off, got True"),
+        ({"softcap": float("inf")}, "softcap must be positive and finite, .* got inf"),
+        ({"dropout_p": "0.1"}, r"dropout_p must be in \[0, 1\), got '0.1'"),
+        ({"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\), got 1.5"),
+        ({"chunk_size": 2.5}, "chunk_size must be an integer of at least 1, got 2.5"),
+        ({"prefix_lengths": [1, -2]}, "prefix_lengths must not be negative, got -2"),
+        ({"prefix_lengths": [1.0, 2.0]}, "prefix_lengths must be integers, got torch.float32"),
+        (
+            {"q": torch.randn(8, 4, 16, dtype=torch.complex64)},
+            "q, k and v must share a dtype|q must be floating point",
+        ),
         ({"chunk_size": 0}, "chunk_size must be an integer of at least 1, got 0"),
         ({"prefix_lengths": [1]}, r"prefix_lengths must have shape \[2\], got \[1\]"),
         ({"dropout_p": 1.0}, r"dropout_p must be in \[0, 1\), got 1.0"),
@@ -133,6 +162,40 @@ def test_bad_input(changes: dict[str, Any], message: str, backend: str) -> None:
     """The same error whatever the backend, before any of them is asked."""
     with pytest.raises(ValueError, match=message):
         attention(**{**_qkv(), **changes}, backend=backend)
+
+
+def test_forests_have_no_prefix_and_no_key_layout() -> None:
+    forest = DocumentLayout.from_lengths([3, 5], parents=[-1, 0])
+    for change in ({"prefix_lengths": [1, 1]}, {"key_layout": LAYOUT}):
+        with pytest.raises(NotImplementedError, match="give the shared prefix as a document"):
+            attention(**{**_qkv(), "layout": forest, **change})
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_any_strides_are_read(backend: str) -> None:
+    """Slices, transposes, expanded heads and a last dimension with a stride, to the bit."""
+    inputs = _qkv()
+    wanted = attention(**inputs, backend=backend)
+    fused = torch.cat([inputs[name] for name in "qkv"], dim=1)
+    views = {
+        "slices": dict(zip("qkv", fused.split([4, 2, 2], dim=1))),
+        "heads first": {n: inputs[n].transpose(0, 1).contiguous().transpose(0, 1) for n in "qkv"},
+        "last dimension": {n: inputs[n].mT.contiguous().mT for n in "qkv"},
+        "every other": {n: inputs[n].repeat_interleave(2, dim=2)[..., ::2] for n in "qkv"},
+    }
+    for name, qkv in views.items():
+        assert torch.equal(attention(**{**inputs, **qkv}, backend=backend), wanted), name
+    one = {n: inputs[n][:, :1].expand(-1, 2, -1) for n in "kv"}
+    wanted = attention(**{**inputs, **{n: x.contiguous() for n, x in one.items()}})
+    assert torch.equal(attention(**{**inputs, **one}), wanted)
+
+
+def test_any_head_dim_runs_somewhere() -> None:
+    """A head_dim that is no multiple of 8 is a reason on backends that need one, and no error."""
+    inputs = _qkv(dim=12)
+    assert attention(**inputs).shape == (8, 4, 12)
+    with pytest.raises(NotImplementedError, match="head_dim must be a multiple of 8"):
+        attention(**inputs, backend="triton")
 
 
 def test_unknown_backend() -> None:

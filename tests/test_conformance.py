@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from packed_attn import attention, backends
+from packed_attn import DocumentLayout, attention, backends
 from packed_attn.backends import BACKENDS
 from packed_attn.request import AttentionRequest
-from tests.cases import BY_NAME, REAL, SMALL, Case
+from tests.cases import BY_NAME, COMBINED, REAL, SMALL, Case
 from tests.oracle import (
     assert_confined,
     assert_exact,
@@ -62,6 +62,54 @@ def test_confined_or_refused(backend: str, case: Case, device: str) -> None:
         assert_confined(backend, case, device)
 
 
+# Interpreted, a case takes seconds.
+QUICK = ("cpu", "reference")
+COMBINING = [b if b in QUICK else pytest.param(b, marks=pytest.mark.slow) for b in BACKENDS]
+
+
+@pytest.mark.parametrize("backend", COMBINING)
+@_names(COMBINED)
+def test_combined_exact_or_refused(backend: str, case: Case, device: str) -> None:
+    test_exact_or_refused(backend, case, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", COMBINING)
+@_names([case for case in COMBINED if documents_to_isolate(case)])
+def test_combined_isolated_and_confined(backend: str, case: Case, device: str) -> None:
+    test_isolated_or_refused(backend, case, device)
+    test_confined_or_refused(backend, case, device)
+
+
+@pytest.mark.slow
+@_names(REAL)
+def test_real_shapes_exact_on_cpu(case: Case) -> None:
+    """Real heads and masks on documents 128 times shorter."""
+    assert_exact("cpu", case.shortened(128), "cpu")
+
+
+@pytest.mark.gpu
+def test_offsets_beyond_32_bits() -> None:
+    """More than 2^31 elements of q: what wraps around is finite and repeatable, so values count."""
+    lengths = (*(4096,) * 131, 1000)
+    layout = DocumentLayout.from_lengths(lengths, device="cuda")
+    shapes = (32, 1, 1, 32)
+    q, k, v, grad_out = (
+        torch.randn(layout.total_tokens, heads, 128, dtype=torch.bfloat16, device="cuda")
+        for heads in shapes
+    )
+    assert q.numel() > 2**31
+    alone = DocumentLayout.from_lengths([1000], device="cuda")
+    results = []
+    for part, documents in ((slice(None), layout), (slice(-1000, None), alone)):
+        leaves = [x[part].detach().requires_grad_() for x in (q, k, v)]
+        out = attention(*leaves, documents)  # type: ignore[misc]
+        grads = torch.autograd.grad(out, leaves, grad_out[part])
+        results.append([x[-1000:] for x in (out, *grads)])
+    for packed, wanted in zip(*results):
+        torch.testing.assert_close(packed, wanted, rtol=2e-2, atol=2e-2)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", BACKENDS)
 @_names(REAL)
@@ -95,7 +143,7 @@ def test_auto_runs_every_case(case: Case, device: str) -> None:
 
 def test_table_is_consistent() -> None:
     """Names are unique and every real case is a request that `attention` takes."""
-    assert len(BY_NAME) == len(SMALL) + len(REAL)
+    assert len(BY_NAME) == len(SMALL) + len(COMBINED) + len(REAL)
     for case in REAL:
         layout = case.layout()
         assert 8192 <= layout.total_tokens <= 40960

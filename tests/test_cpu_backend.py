@@ -404,6 +404,32 @@ def test_compiles_whole_and_once_for_all_boundaries() -> None:
     assert counter.frame_count == 2
 
 
+@pytest.mark.parametrize(
+    "mask",
+    [{}, {"window_size": (9, 0), "softcap": 3.0, "dropout_p": 0.1}, {"causal": False}],
+    ids=["causal", "window_softcap_dropout", "bidirectional"],
+)
+def test_prepared_layouts_compile_attention_whole_and_at_most_twice(mask: dict[str, Any]) -> None:
+    """`attention` itself, over 12 batches of one capacity with other boundaries and padding."""
+    counter = CompileCounterWithBackend("eager")
+
+    def layer(q: Tensor, layout: DocumentLayout, seed: Tensor) -> Tensor:
+        return attention(q * 2, q, q, layout, dropout_seed=seed, **mask).sin()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    seed, generator = torch.tensor([3]), torch.Generator().manual_seed(0)
+    kind = {k: v for k, v in mask.items() if k in ("window_size", "causal")}
+    for documents in range(2, 14):
+        cuts = torch.randperm(63, generator=generator)[: documents - 1].add(1).sort().values
+        lengths = torch.diff(cuts, prepend=torch.tensor([0]), append=torch.tensor([64]))
+        padding = [False] * (documents - 1) + [True]
+        layout = DocumentLayout.from_lengths(lengths, padding=padding).prepare([kind])
+        q = torch.randn(64, 2, 16, generator=generator)
+        assert torch.equal(compiled(q, layout, seed), layer(q, layout, seed))
+    assert counter.frame_count <= 2
+
+
 def _request(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout):
     return checked_request(
         q,

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from packed_attn import DocumentLayout
+from packed_attn.layout import KEPT_MASKS
 
 LENGTHS = st.lists(st.integers(0, 9), max_size=12)
 FILLED = st.lists(st.integers(1, 9), min_size=1, max_size=12)
@@ -352,6 +353,73 @@ def test_copies_are_equal_and_independent(clone) -> None:
     assert copied.total_tokens == 6
     assert torch.equal(copied.visibility().dense(), before)
     assert copied.position_ids is not layout.position_ids
+
+
+KINDS = ({}, {"window_size": (2, 0)}, {"causal": False, "prefix_lengths": (1, 0, 2)})
+
+
+@pytest.mark.parametrize(
+    "move",
+    [lambda x: x, lambda x: pickle.loads(pickle.dumps(x)), lambda x: x.to("meta")],
+    ids=["here", "pickle", "to"],
+)
+def test_prepared_masks_move_with_the_layout(move, monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = DocumentLayout.from_lengths([2, 3, 4], padding=[0, 0, 1])
+    assert layout.prepare(KINDS) is layout
+    dense = [layout.visibility(**kind).dense() for kind in KINDS]
+    moved = move(layout)
+
+    def not_again(*_: object) -> None:
+        raise AssertionError("made again")
+
+    monkeypatch.setattr("packed_attn.layout.build_visibility", not_again)
+    monkeypatch.setattr(DocumentLayout, "_position_ids", not_again)
+    monkeypatch.setattr(DocumentLayout, "_document_ids", not_again)
+    for kind, wanted in zip(KINDS, dense):
+        visibility = moved.visibility(**kind)
+        assert visibility.key_stop.device == moved.device
+        if moved.device.type == "cpu":
+            assert torch.equal(visibility.dense(), wanted)
+    assert moved.position_ids.device == moved.document_ids.device == moved.device
+    assert moved.prefix((1, 0, 2)) is not None
+    with pytest.raises(AssertionError, match="made again"):
+        moved.visibility(window_size=(1, 0))
+
+
+def test_a_prepared_forest_moves_with_its_tensors() -> None:
+    layout = DocumentLayout.from_lengths([2, 3, 4], parents=[-1, 0, 0]).prepare()
+    moved = layout.to("meta")
+    assert moved.forest_tensors().path_offset.device.type == "meta"
+    assert moved.forest_tensors().depth == 1
+
+
+def test_masks_of_prefixes_are_kept() -> None:
+    """By values, or by the tensor as it is now."""
+    layout = DocumentLayout.from_lengths([4, 3])
+    first = layout.visibility(prefix_lengths=[2, 1])
+    assert layout.visibility(prefix_lengths=(2, 1)) is first
+    assert layout.visibility(prefix_lengths=(2, 2)) is not first
+    prefix = torch.tensor([2, 1])
+    by_tensor = layout.visibility(prefix_lengths=prefix)
+    assert layout.visibility(prefix_lengths=prefix) is by_tensor
+    assert torch.equal(by_tensor.dense(), first.dense())
+    assert layout.prefix(prefix) is layout.prefix(prefix)
+    prefix[1] = 3
+    changed = layout.visibility(prefix_lengths=prefix)
+    assert changed is not by_tensor
+    assert torch.equal(changed.dense(), layout.visibility(prefix_lengths=[2, 3]).dense())
+
+
+def test_a_layout_keeps_a_bounded_number_of_masks() -> None:
+    layout = DocumentLayout.from_lengths([4, 3])
+    causal = layout.visibility()
+    for n in range(100):
+        layout.visibility(prefix_lengths=torch.tensor([n, 1]))
+        layout.prefix(torch.tensor([n, 1]))
+        layout.visibility(window_size=(n, 0))
+        layout.visibility(key_layout=DocumentLayout.from_lengths([n, 1]))
+    assert len(layout._derived) <= 2 * KEPT_MASKS + 5
+    assert torch.equal(layout.visibility().dense(), causal.dense())
 
 
 def test_layout_is_frozen() -> None:

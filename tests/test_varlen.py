@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from packed_attn import DocumentLayout, attention, flash_attn_varlen_func
+from packed_attn.varlen import _layout_on_device
 
 
 def _cu(*values: int) -> Tensor:
@@ -154,6 +156,66 @@ def test_bad_input() -> None:
         _call(q, k, v, _cu(0, 9), _cu(0, 12))
     with pytest.raises(ValueError, match=r"must have one shape, got \[2\] and \[3\]"):
         _call(q, k, v, _cu(0, 9), _cu(0, 4, 9))
+
+
+class _Recorder(TorchDispatchMode):
+    """Counts the operators that read a value on the host."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.reads += "_local_scalar_dense" in function.name() or "nonzero" in function.name()
+        return function(*args, **(kwargs or {}))
+
+
+def test_boundaries_on_a_device_are_not_read() -> None:
+    """The way of a GPU, on CPU tensors to see the values and on meta tensors, which have none."""
+    cu = _cu(0, 3, 3, 8)
+    with _Recorder() as recorder:
+        layout = _layout_on_device("cu_seqlens_q", cu, 10)
+        visibility = layout.visibility(False)
+    assert recorder.reads == 0
+    assert layout.lengths == (3, 0, 5, 2)
+    wanted = DocumentLayout.from_lengths([3, 0, 5, 2], padding=[0, 0, 0, 1]).visibility(False)
+    assert torch.equal(visibility.dense(), wanted.dense())
+
+    on_meta = _layout_on_device("cu_seqlens_q", cu.to("meta"), 10).visibility()
+    assert on_meta.key_start.shape == (10,)
+    with _Recorder() as recorder:
+        assert cu.any()
+    assert recorder.reads == 1, "the recorder sees what it is there to see"
+
+
+@pytest.mark.parametrize("cu", [_cu(1, 9), _cu(0, 5, 3), _cu(0, 12)])
+def test_bad_boundaries_are_asserted_on_a_device(cu: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="cu_seqlens_q must start at 0, never decrease"):
+        _layout_on_device("cu_seqlens_q", cu, 9)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_equal_documents_given_apart_are_the_same_attention(causal: bool) -> None:
+    """On a device, two tensors of boundaries are cross attention, whatever they hold."""
+    q, k, v = _qkv(9)
+    layout = _layout_on_device("cu_seqlens_q", _cu(0, 4, 7), 9)
+    other = _layout_on_device("cu_seqlens_k", _cu(0, 4, 7), 9)
+    out = attention(q, k, v, layout, key_layout=other, causal=causal, backend="reference")
+    wanted = _call(q, k, v, _cu(0, 4, 7), causal=causal)
+    torch.testing.assert_close(out, wanted)
+
+
+@pytest.mark.gpu
+def test_a_call_on_a_gpu_waits_for_nothing() -> None:
+    q, k, v = (x.detach().cuda() for x in _qkv(9))
+    cu, other = _cu(0, 4, 7).cuda(), _cu(0, 4, 7).cuda()
+    _call(q, k, v, cu, other, causal=True)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = _call(q, k, v, cu, other, causal=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert not out[7:].any()
 
 
 def test_paged_keys_are_refused() -> None:
