@@ -131,9 +131,13 @@ class _Classes:
         documents of a class and longer ones: prices then never fall with length, which steadies
         them from round to round.
         """
-        from scipy.optimize import linprog
-        from scipy.sparse import csc_matrix
-
+        try:
+            from scipy.optimize import linprog
+            from scipy.sparse import csc_matrix
+        except ImportError as error:
+            raise ImportError(
+                "strategy='optimal' needs scipy: pip install 'packed-attn[optimal]'"
+            ) from error
         places = np.cumsum(patterns[:, ::-1], axis=1)[:, ::-1]
         needed = np.cumsum(self.counts[::-1])[::-1]
         ones = np.ones(len(patterns))
