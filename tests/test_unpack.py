@@ -9,8 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from packed_attn_patches import tiny
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from packed_attn import PackedCollator, audit, patch_model, unpatch_model
 from tests.exactness import (
@@ -140,3 +146,79 @@ def test_a_copy_is_patched_and_independent(clone: Any) -> None:
 def test_trainer_reads_the_names_of_forward(mamba: nn.Module) -> None:
     stock = list(inspect.signature(tiny_model("mamba").forward).parameters)
     assert list(inspect.signature(mamba.forward).parameters) == stock
+
+
+def test_documents_of_like_length_share_a_forward(mamba: nn.Module) -> None:
+    model = copy.deepcopy(mamba)
+    calls = []
+    model.backbone.layers[0].register_forward_hook(lambda *args: calls.append(args[1][0].shape))
+    model(**packed(documents(lengths=(3, 3, 3, 1, 1, 29, 30, 31, 2, 3))))
+    assert sorted(shape[0] for shape in calls) == [1, 2, 3, 4]
+
+
+def reward_model(**overrides: Any) -> nn.Module:
+    return tiny.tiny_model(
+        "llama", auto_class=AutoModelForSequenceClassification, num_labels=1, **overrides
+    )
+
+
+@pytest.mark.parametrize("pad_token_id", [0, None])
+def test_a_sequence_head_gives_one_row_a_document(pad_token_id: int | None) -> None:
+    """Pooled at each document's own last token, with labels per document, in stream order."""
+    model = reward_model(pad_token_id=pad_token_id)
+    docs = documents(lengths=(7, 1, 29, 31, 8))
+    want = torch.cat([model(input_ids=d[None]).logits for d in docs])
+    labels = torch.arange(5.0)[:, None]
+    patch_model(model)
+    collator = PackedCollator("documents", pad_to_multiple_of=64)
+    batch = {**collator([{"input_ids": d} for d in docs]), "labels": labels}
+    got = model(**batch)
+    assert got.logits.shape == (5, 1)
+    assert close(got.logits, want)
+    assert got.loss.item() == pytest.approx(((want - labels) ** 2).mean().item(), rel=1e-5)
+
+
+def test_masked_language_models_keep_every_label() -> None:
+    """Their loss shifts nothing, so a document's first label counts."""
+    model = tiny.tiny_model("roberta", auto_class=AutoModelForMaskedLM)
+    docs = documents(lengths=(7, 29, 31))
+    labels = [d.masked_fill(torch.arange(len(d)) > 2, -100) for d in docs]
+    losses = [model(input_ids=d[None], labels=x[None]).loss for d, x in zip(docs, labels)]
+    patch_model(model)
+    batch = {**packed(docs), "labels": torch.cat(labels)[None]}
+    assert model(**batch).loss.item() == pytest.approx(sum(losses).item() / 3, rel=1e-6)
+
+
+def test_positions_may_begin_behind_the_padding_id() -> None:
+    model = patch_model(tiny.tiny_model("roberta"))
+    docs = documents()
+    batch = packed(docs)
+    got = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"] + 1).logits[0]
+    assert close(got, alone(model, docs))
+    with pytest.raises(ValueError, match="position_ids must count up from 0"):
+        model(input_ids=batch["input_ids"], position_ids=batch["position_ids"] + 2)
+
+
+def test_text_of_a_vision_model_with_rotary_ids_of_three_axes() -> None:
+    model = tiny.tiny_model("qwen2_5_vl", auto_class=AutoModelForImageTextToText)
+    docs = documents()
+    want = alone(model, docs)
+    patch_model(model)
+    batch = packed(docs)
+    batch["position_ids"] = batch["position_ids"].expand(3, 1, -1)
+    assert close(model(**batch).logits[0], want)
+    with pytest.raises(NotImplementedError, match=r"pixel_values of shape .* takes text only"):
+        model(**batch, pixel_values=torch.zeros(4, 1176))
+
+
+def test_a_router_loss_over_all_documents_is_refused() -> None:
+    model = patch_model(tiny.tiny_model("jamba"))
+    with pytest.raises(NotImplementedError, match="the output aux_loss of shape"):
+        model(**packed(documents()), output_router_logits=True)
+
+
+def test_tuples_on_request(mamba: nn.Module) -> None:
+    batch = packed(documents())
+    loss, logits = mamba(**batch, return_dict=False)[:2]
+    assert torch.equal(logits, mamba(**batch).logits)
+    assert torch.equal(loss, mamba(**batch).loss)

@@ -62,7 +62,6 @@ UNSHIFTED_TYPES = frozenset(
         "flaubert",
         "marian",
         "mbart",
-        "moshi",
         "mvp",
         "pegasus",
         "plbart",
@@ -98,14 +97,16 @@ UNPACK_CAUSAL = frozenset({
     "blenderbot", "blenderbot-small", "bloom", "codegen", "ctrl", "deepseek_v32",
     "deepseek_v4", "doge", "dory", "dots3_note_text", "emu3_text_model", "exaone", "falcon",
     "falcon_h1", "falcon_mamba", "fuyu", "gemma3", "gemma4", "gemma4_text", "gemma4_unified",
-    "gemma4_unified_text", "glm_moe_dsa", "got_ocr2", "gpt_neo", "gpt_neox_japanese", "gptj",
-    "granitemoehybrid", "hy_v4", "inkling2_loop_text", "inkling2_text", "inkling_text",
-    "jamba", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2",
-    "marian", "mbart", "minimax", "minimax_m3_vl_text", "mllama_text_model", "moshi",
-    "moss_transcribe_diarize", "mpt", "mvp", "nemotron_h", "olmo_hybrid", "openai-gpt",
-    "pegasus", "phi4_multimodal", "plbart", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
-    "qwen4_exp_text", "recurrent_gemma", "rwkv", "sarvam_mla", "sarvam_moe", "trocr",
-    "whisper", "xglm", "zamba", "zamba2", "zaya",
+    "gemma4_unified_text", "glm4v", "glm_moe_dsa", "got_ocr2", "gpt_neo", "gpt_neox_japanese",
+    "gptj", "granitemoehybrid", "hy_v4", "idefics3", "inkling2_loop_text", "inkling2_text",
+    "inkling_text", "internvl", "jamba", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe",
+    "lfm2_vl", "lfm3", "llava", "llava_next", "mamba", "mamba2", "marian", "mbart", "minimax",
+    "minimax_m3_vl_text", "mistral3", "mllama_text_model", "moss_transcribe_diarize",
+    "mpt", "mvp", "nemotron_h", "olmo_hybrid", "openai-gpt", "pegasus", "phi4_multimodal",
+    "plbart", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text",
+    "qwen3_5_text", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp_text",
+    "recurrent_gemma", "rwkv", "sarvam_mla", "sarvam_moe", "smolvlm", "trocr", "whisper",
+    "xglm", "zamba", "zamba2", "zaya",
 })
 # Proven exact unpacked with a mask: encoders, and decoders that may be loaded as encoders.
 UNPACK_MASKED = frozenset({
@@ -119,7 +120,7 @@ UNPACK_MASKED = frozenset({
 })
 # Proven exact unpacked without any padding: what mixes tokens takes no mask.
 UNPACK_EQUAL = frozenset({
-    "convbert", "cpmant", "fnet", "mra", "nystromformer", "yoso",
+    "convbert", "cpmant", "fnet", "mra", "nystromformer", "paligemma", "yoso",
 })
 # Types whose positions begin behind the padding id.
 POSITIONS_AFTER_PADDING = frozenset({

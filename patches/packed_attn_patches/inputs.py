@@ -61,10 +61,19 @@ class LayoutHook:
             return None  # an outer model's hook has done it
         kwargs = named(module, args, kwargs)
         batch = _Batch.of(kwargs)
-        layout = None if batch is None else packed_layout(batch, kwargs, self.first_position)
+        layout = None if batch is None else packed_layout(batch, self._counted_from_0(kwargs))
         if batch is None or layout is None:
             return (), kwargs
         return (), self._packed(module, kwargs, batch, layout)
+
+    def _counted_from_0(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """The arguments with position_ids that begin where others' begin."""
+        ids = kwargs.get("position_ids")
+        if not self.first_position or ids is None or ids.ndim != 2:
+            return kwargs
+        if int(ids[0, 0]) != self.first_position:
+            return kwargs
+        return {**kwargs, "position_ids": (ids - self.first_position).clamp(min=0)}
 
     def _packed(
         self, module: nn.Module, kwargs: dict[str, Any], batch: _Batch, layout: DocumentLayout
@@ -124,13 +133,8 @@ class _Batch:
         return None
 
 
-def packed_layout(
-    batch: Any, kwargs: Mapping[str, Any], first_position: int = 0
-) -> DocumentLayout | None:
+def packed_layout(batch: Any, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
     """The layout of a packed forward, or None for one that is not packed.
-
-    Args:
-        first_position: what position_ids may begin a document with, beside 0.
 
     Raises:
         ValueError: boundaries that do not cover the tokens or contradict each other, or a packed
@@ -149,7 +153,7 @@ def packed_layout(
         )
     _check_rows(name, layout, batch)
     _check_agreement(name, layout, found)
-    _check_positions(name, layout, batch, kwargs, first_position)
+    _check_positions(name, layout, batch, kwargs)
     _check_mask(name, layout, kwargs)
     for cache_name in CACHE_NAMES:
         cache = kwargs.get(cache_name)
@@ -278,19 +282,14 @@ def _check_mask(name: str, layout: DocumentLayout, kwargs: Mapping[str, Any]) ->
 
 
 def _check_positions(
-    name: str,
-    layout: DocumentLayout,
-    batch: _Batch,
-    kwargs: Mapping[str, Any],
-    first_position: int,
+    name: str, layout: DocumentLayout, batch: _Batch, kwargs: Mapping[str, Any]
 ) -> None:
     """position_ids count as the layout does; padding may count as it likes."""
     position_ids = kwargs.get("position_ids")
     if position_ids is None or position_ids.ndim != 2:
         return
     expected = layout.to(batch.device).position_ids.view(batch.rows, batch.tokens)
-    position_ids = position_ids.to(batch.device)
-    agree = (position_ids == expected) | (position_ids == expected + first_position)
+    agree = position_ids.to(batch.device) == expected
     padding = layout.to(batch.device).padding_tokens
     if padding is not None:
         agree |= padding.view_as(agree)

@@ -133,6 +133,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": 16,
     },
     "falcon_h1": {"layer_types": _DEFAULT},
+    "glm4v_text": {"rope_parameters": _ROPE_3D},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granitemoehybrid": {"layer_types": _MIXED},
     "jamba": {
@@ -151,6 +152,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "layer_types": ["full_attention", "minimax_m3_sparse"],
     },
     "prophetnet": {"num_encoder_layers": LAYERS},
+    "qwen2_5_vl_text": {"rope_parameters": _ROPE_3D},
+    "qwen2_vl_text": {"rope_parameters": _ROPE_3D},
     "recurrent_gemma": {"layer_types": _DEFAULT, "num_hidden_layers": 3, "head_dim": _DEFAULT},
     "reformer": {
         "axial_pos_embds": False,
