@@ -53,10 +53,10 @@ def last_head(
     delta" are the size of what a relative error of 1 in every term of delta would change.
 
     Raises:
-        ValueError: ALiBi or cross attention, which no benchmark has.
+        ValueError: ALiBi, dropout or cross attention, which no benchmark has.
     """
-    if case.alibi or case.key_lengths is not None:
-        raise ValueError(f"{case.name}: ALiBi and cross attention are not written out here")
+    if case.alibi or case.dropout_p or case.key_lengths is not None:
+        raise ValueError(f"{case.name}: ALiBi, dropout and cross attention are not written out")
     group = case.num_heads // case.num_kv_heads
     k, v = inputs.k[:, -1].to(dtype), inputs.v[:, -1].to(dtype)
     heads = []

@@ -64,7 +64,6 @@ def _backend(name: str, case: Case, inputs: Inputs, layout: DocumentLayout) -> P
         inputs.v,
         layout,
         key_layout=None,
-        dropout_p=0.0,
         deterministic=False,
         return_lse=False,
         confine_nonfinite=False,
