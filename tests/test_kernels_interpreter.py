@@ -304,6 +304,7 @@ def test_dropout_mask_is_the_one_of_the_package() -> None:
         torch.testing.assert_close(kept, torch.full_like(kept, 1 / (tokens * (1 - p))))
 
 
+@pytest.mark.slow
 def test_gradient_of_sinks_is_as_exact_as_torch() -> None:
     """Over many heads: large logits were rounded once more on their way to base 2, and weights by
     as much relatively, which made this 1.27 times torch's error. One head shows only its luck."""
