@@ -259,7 +259,7 @@ def test_siblings_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
     assert totals[2] - totals[1] == totals[1] - totals[0] == 2 * (2 + 2)
 
 
-@pytest.mark.parametrize("kind", ["split", "fused"])
+@pytest.mark.parametrize("kind", ["split", pytest.param("fused", marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("small_tiles")
 def test_window_in_a_forest_skips_both_ways(
     monkeypatch: pytest.MonkeyPatch, kind: Literal["split", "fused"]
@@ -304,6 +304,7 @@ def test_dropout_mask_is_the_one_of_the_package() -> None:
         torch.testing.assert_close(kept, torch.full_like(kept, 1 / (tokens * (1 - p))))
 
 
+@pytest.mark.slow
 def test_gradient_of_sinks_is_as_exact_as_torch() -> None:
     """Over many heads: large logits were rounded once more on their way to base 2, and weights by
     as much relatively, which made this 1.27 times torch's error. One head shows only its luck."""
@@ -317,7 +318,7 @@ def test_gradient_of_sinks_is_as_exact_as_torch() -> None:
     assert ours <= 1.15 * theirs, f"{ours:.3g} is over {theirs:.3g}"
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("reentrant", [pytest.param(True, marks=pytest.mark.slow), False])
 @pytest.mark.usefixtures("small_tiles")
 def test_autocast_and_checkpointing(reentrant: bool) -> None:
     """What is computed again in the backward is the same, dropout too, to the bit."""
