@@ -2,6 +2,7 @@
 
 from packed_attn.packing.dataset import pack_dataset
 from packed_attn.packing.packed_dataset import PackedDataset, PackPart
+from packed_attn.packing.picture import draw_packs
 from packed_attn.packing.plan import Packs, pack_lengths
 from packed_attn.packing.report import PackingLossError, PackingReport, TruncationReport
 from packed_attn.packing.sampler import PackedBatchSampler
@@ -19,6 +20,7 @@ __all__ = [
     "Packs",
     "TokenFile",
     "TruncationReport",
+    "draw_packs",
     "pack_dataset",
     "pack_lengths",
     "truncate",

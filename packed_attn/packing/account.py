@@ -20,23 +20,25 @@ class Fates:
         given: its tokens.
         kept: tokens that it takes; 0 leaves it out.
         learned: tokens whose label counts, None where labels are not known.
+        histogram: counts the lengths given: what it tells takes no pass over the documents.
     """
 
     given: NDArray[np.int64]
     kept: NDArray[np.int64]
+    histogram: Histogram
     learned: NDArray[np.int64] | None = None
 
     def all_whole(self, pieces: int) -> bool:
         """Whether, given the number of pieces, every document is known to be one whole piece."""
         if self.learned is not None or self.kept is not self.given:
             return False
-        return pieces == self.given.size and bool(self.given.all())
+        return pieces == self.given.size and not self.histogram.has_zeros
 
 
 def document_figures(fates: Fates, order: NDArray[np.int64], all_whole: bool) -> dict[str, int]:
     """Documents and tokens by what became of them; `order` is the document of each piece."""
     given, kept, learned = fates.given, fates.kept, fates.learned
-    documents, tokens = given.size, int(given.sum())
+    documents, tokens = given.size, fates.histogram.total
     if all_whole:
         return _document_sums(documents, tokens, whole_documents=documents, packed_tokens=tokens)
     has_tokens = given > 0

@@ -33,6 +33,19 @@ class Histogram:
     counts: NDArray[np.int64]
     table: NDArray[np.int64] | None = None
 
+    @property
+    def longest(self) -> int:
+        return int(self.lengths[-1]) if self.lengths.size else 0
+
+    @property
+    def has_zeros(self) -> bool:
+        return bool(self.lengths.size) and not self.lengths[0]
+
+    @property
+    def total(self) -> int:
+        """The sum of all lengths."""
+        return int(self.lengths @ self.counts)
+
     @classmethod
     def of(cls, lengths: NDArray[np.int64]) -> Histogram:
         """Counts lengths of at least 0."""

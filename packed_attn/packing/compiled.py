@@ -204,3 +204,29 @@ def _doubled(rows):
     longer = np.empty((2 * len(rows), rows.shape[1]), np.int64)
     longer[: len(rows)] = rows
     return longer
+
+
+@compiled
+def knapsack(sizes, values, capacity):
+    """The most valuable pattern of each size up to capacity, items unlimited.
+
+    Args:
+        sizes: int64 `[num_items]`, ascending, at least 1.
+        values: float64 `[num_items]`.
+
+    Returns:
+        best, float64 `[capacity + 1]`; and chosen, int64 `[capacity + 1]`: the item that a best
+        pattern of that size takes first, -1 where it is that of one token less.
+    """
+    best = np.zeros(capacity + 1)
+    chosen = np.full(capacity + 1, -1, np.int64)
+    for room in range(1, capacity + 1):
+        best[room] = best[room - 1]
+        for item in range(sizes.size):
+            if sizes[item] > room:
+                break
+            value = best[room - sizes[item]] + values[item]
+            if value > best[room] + 1e-12:
+                best[room] = value
+                chosen[room] = item
+    return best, chosen

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
@@ -114,7 +115,8 @@ class PackedDataset(TorchDataset):
     def __getitem__(self, index: int | PackPart) -> dict[str, Any]:
         packs = self.packs
         pieces = self._pieces(packs, index)
-        row = token_columns(self.source, packs, pieces)
+        columns = token_columns(self.source, packs, pieces)
+        row = {name: _out_of_arrow(values) for name, values in columns.items()}
         row["seq_lengths"] = packs.lengths[pieces]
         return row | document_columns(self.source, packs, pieces, self._keep)
 
@@ -135,3 +137,12 @@ class PackedDataset(TorchDataset):
                 f"pack {pack} has {end - begin} pieces, so it has no pieces {first}:{stop}"
             )
         return slice(begin + first, begin + stop)
+
+
+def _out_of_arrow(values: Any) -> Any:
+    """Booleans as numpy; strings and values with nulls, which Arrow holds, as a list."""
+    if isinstance(values, np.ndarray):
+        return values
+    if values.type == "bool" and not values.null_count:
+        return values.to_numpy(zero_copy_only=False)
+    return values.to_pylist()

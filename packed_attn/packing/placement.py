@@ -15,7 +15,7 @@ from packed_attn.packing.bound import lower_bound
 from packed_attn.packing.constrained import ApartPacker
 from packed_attn.packing.in_order import next_fit
 
-Strategy = Literal["bfd", "wrapped", "next_fit"]
+Strategy = Literal["bfd", "wrapped", "next_fit", "optimal"]
 NO_LABELS: frozenset[int] = frozenset()
 
 
@@ -103,19 +103,28 @@ def _place_items(
 ) -> Placement:
     most = max_documents or INT64_MAX
     bound = _fewest(items, capacity, most)
-    ones = np.ones_like(items.sizes)
-    documents = ones if items.documents is None else items.documents
     if strategy == "next_fit":
+        documents = _documents(items)
         offsets = next_fit(items.sizes, documents, capacity, most)
         return Placement(np.arange(items.sizes.size), offsets, bound)
     if items.labels is not None or (items.documents is not None and max_documents is not None):
         labels = items.labels or [NO_LABELS] * items.sizes.size
-        order, offsets = ApartPacker(capacity, most).pack(items.sizes, documents, labels)
+        packer = ApartPacker(capacity, most)
+        order, offsets = packer.pack(items.sizes, _documents(items), labels)
         return Placement(order, offsets, bound)
     order, placed, offsets = best_fit_decreasing(
         items.sizes, capacity, max_documents=max_documents, histogram=items.histogram
     )
-    return Placement(order, offsets, bound, None if items.documents is not None else placed)
+    placement = Placement(order, offsets, bound, None if items.documents is not None else placed)
+    if strategy == "optimal" and items.sizes.size:
+        from packed_attn.packing.optimal import fewest_packs
+
+        return fewest_packs(items.sizes, items.histogram, capacity, placement)
+    return placement
+
+
+def _documents(items: Items) -> NDArray[np.int64]:
+    return np.ones_like(items.sizes) if items.documents is None else items.documents
 
 
 def _fewest(items: Items, capacity: int, most: int) -> int:
