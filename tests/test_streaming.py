@@ -327,7 +327,7 @@ def test_plain_loader_continues(workers: int, batch_size: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2, 4])
 def test_every_step_of_a_run_of_200(workers: int) -> None:
-    documents = numbered(lognormal(860, mean=60).tolist())
+    documents = numbered(lognormal(950, mean=60).tolist())
     assert check_stateful_loader(workers, documents, range_to, "function") >= 200
     assert check_plain_loader(workers, documents, range_to, 1) >= 200
 
