@@ -3,12 +3,13 @@
     interface.py   the attention and mask functions that transformers calls by name
     inputs.py      the forward pre-hook: batch keyword arguments -> one DocumentLayout
     families.py    which model types are accepted, and how that was decided
+    wrappers.py    what stands around a model: taken off, or refused
     apply.py       putting all of it on one model instance, and taking it off again
 
 Importing this package imports transformers and registers the attention names; `packed_attn` itself
 imports it only when a model is patched.
 """
 
-from packed_attn_patches.apply import is_patched, patch, unpatch
+from packed_attn_patches.apply import is_patched, patch, remains, unpatch
 
-__all__ = ["is_patched", "patch", "unpatch"]
+__all__ = ["is_patched", "patch", "remains", "unpatch"]

@@ -20,6 +20,14 @@ from packed_attn_patches.families import Route, route
 from packed_attn_patches.inputs import LayoutHook
 from packed_attn_patches.interface import NAMES
 from packed_attn_patches.unpack import UnpackedForward
+from packed_attn_patches.wrappers import (
+    Origin,
+    forget_compiled,
+    origin,
+    put_forward,
+    take_forward,
+    unwrapped,
+)
 
 TESTED = (Version("5.17"), Version("5.24"))  # the second is the first version not tested
 _RECORD = "_packed_attn_record"
@@ -40,12 +48,23 @@ class PatchRecord:
 
 def patch(model: nn.Module, backend: str = "auto", on_unknown: str = "raise") -> nn.Module:
     """Makes `model` respect document boundaries; see `packed_attn.patch_model`."""
+    _patch(unwrapped(model), backend, on_unknown)
+    forget_compiled(model)
+    return model
+
+
+def _patch(model: nn.Module, backend: str, on_unknown: str) -> nn.Module:
+    """Patches a model that nothing wraps."""
     record = model.__dict__.get(_RECORD)
     if record is not None and record.backend == backend:
         return model
     if record is not None:
         unpatch(model)
-    chosen = route(model, on_unknown)
+    chosen = (
+        route(model, on_unknown)
+        if origin(model) is not Origin.FOREIGN
+        else _foreign(model, on_unknown)
+    )
     assert isinstance(model, PreTrainedModel)
     _warn_untested()
     if chosen is Route.INTERFACE:
@@ -54,7 +73,7 @@ def patch(model: nn.Module, backend: str = "auto", on_unknown: str = "raise") ->
     else:
         record = PatchRecord(backend, ())
         for module in _entrances(model):
-            module.forward = UnpackedForward(module, causal=chosen is Route.UNPACK_CAUSAL)
+            put_forward(module, UnpackedForward(module, causal=chosen is Route.UNPACK_CAUSAL))
     for module in _entrances(model):
         hook = LayoutHook(backend, unpacked=chosen is not Route.INTERFACE)
         module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -68,6 +87,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not patched.
     """
+    wrapper, model = model, unwrapped(model)
     record: PatchRecord | None = model.__dict__.get(_RECORD)
     if record is None:
         raise ValueError(f"{type(model).__name__} is not patched by packed-attn")
@@ -76,17 +96,50 @@ def unpatch(model: nn.Module) -> nn.Module:
             if isinstance(hook, LayoutHook):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
-        if isinstance(vars(module).get("forward"), UnpackedForward):
-            del module.forward
+        take_forward(module)
     for path, name, config in record.configs:
         setattr(model.get_submodule(path), name, config)
     del model.__dict__[_RECORD]
-    return model
+    forget_compiled(wrapper)
+    return wrapper
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `patch` holds on this instance."""
-    return _RECORD in model.__dict__
+    """Whether `patch` holds on this instance or on the model that it wraps."""
+    return any(_RECORD in vars(module) for module in model.modules())
+
+
+def remains(model: nn.Module) -> str | None:
+    """What is left of a patch on a model without a record; None on a whole one.
+
+    An exception inside `patch` undoes all of it; this is for models that something else has
+    copied or rebuilt in parts.
+    """
+    if is_patched(model):
+        return None
+    for path, module in model.named_modules():
+        where = path or type(model).__name__
+        if any(isinstance(hook, LayoutHook) for hook in module._forward_pre_hooks.values()):
+            return f"{where} has the patch's hook"
+        for value in (vars(module).get("forward"), vars(module).get("_old_forward")):
+            if isinstance(value, UnpackedForward):
+                return f"{where} has the patch's forward"
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if implementation in NAMES.values():
+            return f"the config of {where} has the patch's attention {implementation!r}"
+    return None
+
+
+def _foreign(model: nn.Module, on_unknown: str) -> Route:
+    """The route of a model whose code is not transformers' own: model types say nothing of it."""
+    if on_unknown == "unpack" and isinstance(model, PreTrainedModel):
+        return Route.UNPACK
+    raise NotImplementedError(
+        f"patch_model refuses {type(model).__name__}: its code is {type(model).__module__}, not "
+        "transformers' own, so nothing is known of its attention. on_unknown='unpack' runs a "
+        "PreTrainedModel on documents batched by equal length, exact and slower; audit(model) "
+        "shows what leaks"
+    )
 
 
 def _configs(model: nn.Module) -> tuple[tuple[str, str, PreTrainedConfig], ...]:
