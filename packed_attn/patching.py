@@ -31,21 +31,22 @@ def patch_model(
         backend: "auto", or a name of `packed_attn.backends.BACKENDS`.
         on_unknown: for an architecture that is not known to be exact: "raise" refuses it,
             "unpack" runs it on documents batched by equal length, exact and slower.
-        verify: run `audit` on the patched model, and undo the patch if it leaks.
+        verify: run `audit` on the patched model, and undo the patch if it leaks. A version of
+            transformers outside the tested range is warned about and always audited.
 
     Returns:
         The same object.
 
     Raises:
         NotImplementedError: the model is not known to be exact; names it and the reason.
-        RuntimeError: `verify` found a leak; the model is as it was.
+        RuntimeError: the audit found a leak; the model is as it was.
     """
     if on_unknown not in ("raise", "unpack"):
         raise ValueError(f"on_unknown must be 'raise' or 'unpack', got {on_unknown!r}")
-    from packed_attn_patches import patch, unpatch
+    from packed_attn_patches import is_tested_version, patch, unpatch
 
     patch(model, backend, on_unknown)
-    if verify:
+    if verify or not is_tested_version():
         from packed_attn.audit import audit
 
         report = audit(model)

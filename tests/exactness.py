@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,19 +55,38 @@ def token_mean(model: nn.Module, docs: list[Tensor]) -> Tensor:
 
 def stock_results(model: nn.Module) -> list[Tensor]:
     """What users do with a model beside packing: rows, padding on either side, generation."""
+    with torch.no_grad():
+        return [use() for use in _uses(model).values()]
+
+
+def stock_outcomes(model: nn.Module) -> dict[str, Tensor | str]:
+    """`stock_results` by name, for models that may not take all of it: what they raise counts."""
+    found: dict[str, Tensor | str] = {}
+    for name, use in _uses(model).items():
+        try:
+            with torch.no_grad():
+                found[name] = use()
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"
+    return found
+
+
+def _uses(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(3, 150, (2, 12), generator=generator)
     left, right = torch.ones_like(ids), torch.ones_like(ids)
     left[0, :5] = 0
     right[1, 8:] = 0
-    tokens: Any = model.generate(  # type: ignore[operator]
-        ids, attention_mask=left, max_new_tokens=6, do_sample=False, pad_token_id=0
-    )
-    with torch.no_grad():
-        return [
-            model(input_ids=ids).logits,
-            model(input_ids=ids, attention_mask=right).logits,
-            model(input_ids=ids, attention_mask=left).logits,
-            model(input_ids=ids[:1], position_ids=torch.arange(12)[None]).logits,
-            tokens,
-        ]
+    generate: Any = model.generate if hasattr(model, "generate") else None
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    uses: dict[str, Callable[[], Tensor]] = {
+        "rows": lambda: model(input_ids=ids).logits,
+        "right padding": lambda: model(input_ids=ids, attention_mask=right).logits,
+        "left padding": lambda: model(input_ids=ids, attention_mask=left).logits,
+        "one document": lambda: (
+            model(input_ids=ids[:1], position_ids=torch.arange(12)[None]).logits
+        ),
+    }
+    if generate is not None:
+        uses["generation"] = lambda: generate(ids, attention_mask=left, **options)
+    return uses

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
+from packaging.version import Version
+from packed_attn_patches import tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from packed_attn import DocumentLayout, patch_model, unpatch_model
+from packed_attn import DocumentLayout, PackedCollator, patch_model, unpatch_model
 from tests.exactness import alone, close, documents, gradients, packed, relative, stock_results
 from tests.models import FAMILIES, SMALL, tiny_config, tiny_model
 
@@ -365,3 +367,115 @@ def test_boundaries_that_get_lost_raise(llama: nn.Module) -> None:
     mask = empty_mask(1, DocumentLayout.from_lengths([4]), "auto").detach()
     with pytest.raises(RuntimeError, match="LlamaAttention ran in a packed forward without"):
         layer(hidden, position_embeddings=rotary, attention_mask=mask)
+
+
+def test_unknown_models_name_the_module_that_mixes() -> None:
+    """The probe runs the model as if its type were known and names what would leak."""
+    model = own_model()
+    model.model.layers[1].mlp = Mixing()
+    words = r"documents mix first in model\.layers\.1\.mlp \(Mixing\)"
+    with pytest.raises(NotImplementedError, match=words):
+        patch_model(model)
+    assert not model._forward_pre_hooks
+    assert model.config._attn_implementation == "sdpa"
+
+
+class Mixing(nn.Module):
+    """A token mixer that nobody declared: a running mean over the whole row."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.cumsum(1) / torch.arange(1, x.shape[1] + 1)[:, None]
+
+
+def test_models_that_cannot_be_packed_are_refused_by_name() -> None:
+    from transformers import BertForQuestionAnswering, T5ForConditionalGeneration, ViTModel
+
+    with pytest.raises(NotImplementedError, match="no text path, its forward takes pixel_values"):
+        patch_model(ViTModel(tiny.tiny_config("vit")))
+    with torch.device("meta"):
+        model = LlamaForCausalLM(tiny_config("llama"))
+    with pytest.raises(NotImplementedError, match="weights are on the meta device"):
+        patch_model(model)
+    with pytest.raises(NotImplementedError, match="a ForQuestionAnswering head are of a row"):
+        patch_model(BertForQuestionAnswering(tiny.tiny_config("bert")))
+    encoder_decoder = T5ForConditionalGeneration(tiny.tiny_config("t5"))
+    for on_unknown in ("raise", "unpack"):
+        with pytest.raises(NotImplementedError, match="source and target documents"):
+            patch_model(encoder_decoder, on_unknown=on_unknown)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_an_exception_half_way_rolls_back(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import packed_attn_patches.apply as apply
+
+    model = tiny.tiny_model(family)
+    before = stock_results(model)
+    calls = []
+
+    def second_fails(module: nn.Module) -> int:
+        calls.append(module)
+        if len(calls) == 2:
+            raise MemoryError("no room for the second hook")
+        return 0
+
+    monkeypatch.setattr(apply, "first_position", second_fails)
+    with pytest.raises(MemoryError):
+        patch_model(model)
+    assert len(calls) == 2
+    assert not any(m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
+    assert all(torch.equal(a, b) for a, b in zip(before, stock_results(model)))
+    with pytest.raises(ValueError, match="is not patched"):
+        unpatch_model(model)
+
+
+def test_untested_versions_are_warned_about_and_audited(monkeypatch: pytest.MonkeyPatch) -> None:
+    import packed_attn_patches.apply as apply
+
+    monkeypatch.setattr(apply, "TESTED", (Version("1.0"), Version("1.1")))
+    with pytest.warns(RuntimeWarning, match="outside the tested range 1.0 to 1.1"):
+        patch_model(tiny_model("llama"))
+    leaking = tiny_model("llama")
+    leaking.model.layers[1].mlp = Mixing()
+    with (
+        pytest.warns(RuntimeWarning, match="outside the tested range"),
+        pytest.raises(RuntimeError, match=r"(?s)undid its patch.*model\.layers\.1\.mlp"),
+    ):
+        patch_model(leaking)
+    assert not leaking._forward_pre_hooks
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_balance_of_experts_is_over_all_real_tokens(padded: bool) -> None:
+    """The router's auxiliary loss is a statistic of the batch, packed or padded."""
+    model = tiny_model("mixtral")
+    docs = documents()
+    width = max(map(len, docs))
+    ids = torch.stack([nn.functional.pad(d, (0, width - len(d))) for d in docs])
+    mask = (torch.arange(width) < torch.tensor([[len(d)] for d in docs])).long()
+    want = model(ids, attention_mask=mask, output_router_logits=True).aux_loss
+    patch_model(model)
+    collator = PackedCollator("documents", pad_to_multiple_of=70 if padded else None)
+    batch = collator([{"input_ids": d} for d in docs])
+    got = model(**batch, output_router_logits=True)
+    assert got.aux_loss.item() == pytest.approx(want.item(), rel=1e-5)
+    assert torch.equal(got.logits, model(**batch).logits)
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        *(
+            pytest.param(f, marks=pytest.mark.slow)
+            for f in ("qwen3", "gemma2", "gpt_oss", "mistral", "bert", "mamba")
+        ),
+    ],
+)
+def test_compiled_after_patching(family: str) -> None:
+    implementation = "eager" if family == "gemma2" else None
+    model = patch_model(tiny.tiny_model(family, attn_implementation=implementation))
+    docs = documents()
+    batch = packed(docs)
+    torch._dynamo.reset()
+    compiled: Any = torch.compile(model, backend="eager")
+    assert close(compiled(**batch).logits[0], alone(model, docs))

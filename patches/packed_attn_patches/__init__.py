@@ -3,13 +3,23 @@
     interface.py   the attention and mask functions that transformers calls by name
     inputs.py      the forward pre-hook: batch keyword arguments -> one DocumentLayout
     families.py    which model types are accepted, and how that was decided
+    unpack.py      a whole model run on documents batched by length
     wrappers.py    what stands around a model: taken off, or refused
     apply.py       putting all of it on one model instance, and taking it off again
+    tiny.py        tiny random models of every model type
+    children.py    work on many types, each in a process of its own
 
 Importing this package imports transformers and registers the attention names; `packed_attn` itself
 imports it only when a model is patched.
 """
 
-from packed_attn_patches.apply import is_patched, patch, remains, unpatch
+from packed_attn_patches.apply import (
+    is_patched,
+    is_tested_version,
+    patch,
+    remains,
+    route_of,
+    unpatch,
+)
 
-__all__ = ["is_patched", "patch", "remains", "unpatch"]
+__all__ = ["is_patched", "is_tested_version", "patch", "remains", "route_of", "unpatch"]

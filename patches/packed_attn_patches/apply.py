@@ -16,7 +16,7 @@ from packaging.version import Version
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from packed_attn_patches.families import Route, route
+from packed_attn_patches.families import Route, UnknownModelType, first_position, head_of, route
 from packed_attn_patches.inputs import LayoutHook
 from packed_attn_patches.interface import NAMES
 from packed_attn_patches.unpack import UnpackedForward
@@ -29,7 +29,7 @@ from packed_attn_patches.wrappers import (
     unwrapped,
 )
 
-TESTED = (Version("5.17"), Version("5.24"))  # the second is the first version not tested
+TESTED = (Version("5.17"), Version("5.25"))  # the second is the first version not tested
 _RECORD = "_packed_attn_record"
 
 
@@ -39,10 +39,12 @@ class PatchRecord:
 
     Attributes:
         backend: as given to `patch_model`.
+        route: how the model was made exact.
         configs: (module path, attribute, original config) of every config that was replaced.
     """
 
     backend: str
+    route: Route
     configs: tuple[tuple[str, str, PreTrainedConfig], ...]
 
 
@@ -60,25 +62,75 @@ def _patch(model: nn.Module, backend: str, on_unknown: str) -> nn.Module:
         return model
     if record is not None:
         unpatch(model)
-    chosen = (
-        route(model, on_unknown)
-        if origin(model) is not Origin.FOREIGN
-        else _foreign(model, on_unknown)
-    )
+    try:
+        chosen = route(model, on_unknown)
+    except UnknownModelType as refusal:
+        raise UnknownModelType(f"{refusal}. {_probed(model)}") from None
+    if origin(model) is Origin.FOREIGN and chosen is not Route.UNPACK:
+        chosen = _foreign(model, on_unknown)
     assert isinstance(model, PreTrainedModel)
     _warn_untested()
-    if chosen is Route.INTERFACE:
-        record = PatchRecord(backend, _configs(model))
-        _replace_configs(model, record)
-    else:
-        record = PatchRecord(backend, ())
-        for module in _entrances(model):
-            put_forward(module, UnpackedForward(module, causal=chosen is Route.UNPACK_CAUSAL))
-    for module in _entrances(model):
-        hook = LayoutHook(backend, unpacked=chosen is not Route.INTERFACE)
-        module.register_forward_pre_hook(hook, with_kwargs=True)
-    model.__dict__[_RECORD] = record
+    _put_on(model, chosen, backend)
+    if origin(model) is Origin.DERIVED:
+        _probe_derived(model)
     return model
+
+
+def _probe_derived(model: nn.Module) -> None:
+    """A class derived from a known one is shown not to mix documents, or refused."""
+    from packed_attn.audit import leaks_between_documents
+
+    leak = leaks_between_documents(model)
+    if leak is not None:
+        unpatch(model)
+        raise NotImplementedError(
+            f"patch_model refuses {type(model).__name__}, which derives from a class of "
+            f"transformers: {leak}"
+        )
+
+
+def _put_on(model: PreTrainedModel, chosen: Route, backend: str) -> None:
+    """All of the patch or, where an exception stops it, nothing."""
+    interface = chosen is Route.INTERFACE
+    record = PatchRecord(backend, chosen, _configs(model) if interface else ())
+    model.__dict__[_RECORD] = record
+    try:
+        entrances = _entrances(model)
+        if interface:
+            _replace_configs(model, record)
+        for module in entrances:
+            if not interface:
+                put_forward(module, UnpackedForward(module, chosen, head_of(module)))
+            hook = LayoutHook(
+                backend,
+                unpacked=not interface,
+                shifts=head_of(module).shifts,
+                first_position=first_position(model),
+                outer=module is model and len(entrances) > 1,
+            )
+            module.register_forward_pre_hook(hook, with_kwargs=True)
+    except BaseException:
+        unpatch(model)
+        raise
+
+
+def _probed(model: nn.Module) -> str:
+    """What an audit finds when the unknown model is run as if its attention took the layout."""
+    from packed_attn.audit import audit
+
+    assert isinstance(model, PreTrainedModel)
+    try:
+        _put_on(model, Route.INTERFACE, "auto")
+        report = audit(model)
+    except Exception as error:
+        return f"Run as if its attention took the layout, it raises {type(error).__name__}: {error}"
+    finally:
+        if is_patched(model):
+            unpatch(model)
+    if report.isolated:
+        return "Run as if its attention took the layout, an audit of it finds no leak"
+    leak = report.first_leaking_module
+    return f"Run as if its attention took the layout, documents mix first in {leak}"
 
 
 def unpatch(model: nn.Module) -> nn.Module:
@@ -131,15 +183,20 @@ def remains(model: nn.Module) -> str | None:
 
 
 def _foreign(model: nn.Module, on_unknown: str) -> Route:
-    """The route of a model whose code is not transformers' own: model types say nothing of it."""
-    if on_unknown == "unpack" and isinstance(model, PreTrainedModel):
+    """The route of a known model type whose code is not transformers' own: nothing is known."""
+    if on_unknown == "unpack":
         return Route.UNPACK
     raise NotImplementedError(
         f"patch_model refuses {type(model).__name__}: its code is {type(model).__module__}, not "
-        "transformers' own, so nothing is known of its attention. on_unknown='unpack' runs a "
-        "PreTrainedModel on documents batched by equal length, exact and slower; audit(model) "
-        "shows what leaks"
+        "transformers' own, so nothing is known of its attention. on_unknown='unpack' runs it on "
+        "documents batched by equal length, exact and slower; audit(model) shows what leaks"
     )
+
+
+def route_of(model: nn.Module) -> Route:
+    """How a patched model was made exact."""
+    record: PatchRecord = unwrapped(model).__dict__[_RECORD]
+    return record.route
 
 
 def _configs(model: nn.Module) -> tuple[tuple[str, str, PreTrainedConfig], ...]:
@@ -166,16 +223,22 @@ def _replace_configs(model: PreTrainedModel, record: PatchRecord) -> None:
 def _entrances(model: PreTrainedModel) -> list[nn.Module]:
     """The model and the inner models that some callers enter past it."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
-    unique = {id(m): m for m in (model, model.base_model, decoder) if m is not None}
+    # An encoder's head may call a linear layer its decoder.
+    models = (m for m in (model, model.base_model, decoder) if isinstance(m, PreTrainedModel))
+    unique = {id(m): m for m in models}
     return list(unique.values())
 
 
+def is_tested_version() -> bool:
+    """Whether the installed transformers is one that the sweep of all model types has run on."""
+    return TESTED[0] <= Version(transformers.__version__) < TESTED[1]
+
+
 def _warn_untested() -> None:
-    version = Version(transformers.__version__)
-    if not TESTED[0] <= version < TESTED[1]:
+    if not is_tested_version():
         warnings.warn(
-            f"transformers {version} is outside the tested range "
-            f"{TESTED[0]} to {TESTED[1]} (not included): pass verify=True to audit the model",
+            f"transformers {transformers.__version__} is outside the tested range {TESTED[0]} to "
+            f"{TESTED[1]} (not included): the patched model is audited, and refused if it leaks",
             RuntimeWarning,
             stacklevel=4,
         )

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -10,13 +13,66 @@ from transformers import PreTrainedModel
 from packed_attn_patches.interface import NAMES
 
 
+class UnknownModelType(NotImplementedError):
+    """A model of a type that no table names."""
+
+
 class Route(Enum):
     """How a model is made exact."""
 
     INTERFACE = "its attention layers take the layout"
     UNPACK_CAUSAL = "it runs on documents batched by length, right-padded"
+    UNPACK_MASKED = "it runs on documents batched by length, right-padded and masked"
     UNPACK = "it runs on documents batched by equal length"
 
+
+@dataclass(frozen=True)
+class Head:
+    """What a model's outputs and loss are of.
+
+    Attributes:
+        per_document: logits are one row a document, as of sequence classifiers and reward models.
+        shifts: the loss takes a token's label for a prediction of the token before.
+    """
+
+    per_document: bool = False
+    shifts: bool = True
+
+
+# Heads by the ending of their class's name; what ends otherwise shifts its labels.
+_SEQUENCE = ("ForSequenceClassification",)
+_UNSHIFTED = ("ForMaskedLM", "ForTokenClassification")
+# Heads whose outputs or losses are of a whole row, and that no unpacking was made for.
+_REFUSED = (
+    "ForQuestionAnswering",
+    "ForQuestionAnsweringSimple",
+    "ForMultipleChoice",
+    "ForNextSentencePrediction",
+    "ForPreTraining",
+    "DoubleHeadsModel",
+)
+# Decoders whose language-modelling loss does not shift its labels.
+UNSHIFTED_TYPES = frozenset(
+    {
+        "bart",
+        "bigbird_pegasus",
+        "blenderbot",
+        "blenderbot-small",
+        "cpmant",
+        "flaubert",
+        "marian",
+        "mbart",
+        "moshi",
+        "mvp",
+        "pegasus",
+        "plbart",
+        "prophetnet",
+        "trocr",
+        "whisper",
+        "xlm",
+        "xlnet",
+    }
+)
 
 # fmt: off
 # Proven exact through the attention interface.
@@ -38,14 +94,37 @@ INTERFACE = frozenset({
 })
 # Proven exact unpacked: outputs never depend on later tokens, so right padding reaches nothing.
 UNPACK_CAUSAL = frozenset({
-    "axk2", "bailing_hybrid", "bamba", "bart", "big_bird", "bigbird_pegasus", "blenderbot",
-    "blenderbot-small", "bloom", "camembert", "codegen", "data2vec-text", "deepseek_v32",
-    "deepseek_v4", "doge", "dots3_note_text", "falcon", "falcon_h1", "gemma4_text",
-    "gemma4_unified_text", "glm_moe_dsa", "gpt_neo", "gpt_neox_japanese", "gptj",
-    "granitemoehybrid", "hy_v4", "inkling2_text", "inkling_text", "jamba", "kimi_linear",
-    "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "marian", "mbart", "megatron-bert",
-    "minimax", "minimax_m3_vl_text", "mpt", "mvp", "nemotron_h", "olmo_hybrid", "openai-gpt",
-    "pegasus", "plbart", "qwen3_5_text",
+    "apertus1p5_text", "axk2", "bailing_hybrid", "bamba", "bart", "bigbird_pegasus",
+    "blenderbot", "blenderbot-small", "bloom", "codegen", "ctrl", "deepseek_v32",
+    "deepseek_v4", "doge", "dory", "dots3_note_text", "emu3_text_model", "exaone", "falcon",
+    "falcon_h1", "falcon_mamba", "fuyu", "gemma3", "gemma4", "gemma4_text", "gemma4_unified",
+    "gemma4_unified_text", "glm_moe_dsa", "got_ocr2", "gpt_neo", "gpt_neox_japanese", "gptj",
+    "granitemoehybrid", "hy_v4", "inkling2_loop_text", "inkling2_text", "inkling_text",
+    "jamba", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2",
+    "marian", "mbart", "minimax", "minimax_m3_vl_text", "mllama_text_model", "moshi",
+    "moss_transcribe_diarize", "mpt", "mvp", "nemotron_h", "olmo_hybrid", "openai-gpt",
+    "pegasus", "phi4_multimodal", "plbart", "qwen3_5_moe_text", "qwen3_5_text", "qwen3_next",
+    "qwen4_exp_text", "recurrent_gemma", "rwkv", "sarvam_mla", "sarvam_moe", "trocr",
+    "whisper", "xglm", "zamba", "zamba2", "zaya",
+})
+# Proven exact unpacked with a mask: encoders, and decoders that may be loaded as encoders.
+UNPACK_MASKED = frozenset({
+    "albert", "big_bird", "bros", "camembert", "canine", "data2vec-text", "deberta",
+    "deberta-v2", "distilbert", "esm", "eurobert", "flaubert", "gte", "ibert",
+    "jina_embeddings_v3", "layoutlm", "layoutlmv3", "lilt", "longformer", "markuplm",
+    "megatron-bert", "mobilebert", "modernbert", "modernvbert", "mpnet", "neomme",
+    "nomic_bert", "rembert", "roberta", "roberta-prelayernorm", "roformer", "squeezebert",
+    "tapas", "ultrabert", "ultravbert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet",
+    "xmod",
+})
+# Proven exact unpacked without any padding: what mixes tokens takes no mask.
+UNPACK_EQUAL = frozenset({
+    "convbert", "cpmant", "fnet", "mra", "nystromformer", "yoso",
+})
+# Types whose positions begin behind the padding id.
+POSITIONS_AFTER_PADDING = frozenset({
+    "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta",
+    "xlm-roberta-xl", "xmod",
 })
 # fmt: on
 
@@ -60,28 +139,87 @@ def route(model: nn.Module, on_unknown: str) -> Route:
         raise _refused(
             model, "it is not a transformers PreTrainedModel; patch the model inside its wrapper"
         )
+    if "input_ids" not in inspect.signature(type(model).forward).parameters:
+        raise _refused(model, f"it has no text path, its forward takes {model.main_input_name}")
+    if _without_weights(model):
+        raise _refused(model, "its weights are on the meta device: load them first")
+    refused = next((e for e in _REFUSED if _ends(model, (e,))), None)
+    if refused is not None:
+        raise _refused(
+            model, f"the outputs of a {refused} head are of a row and not of its documents"
+        )
     model_type = model.config.model_type
-    if model_type in INTERFACE:
-        stock = model.config._attn_implementation
-        if stock not in NAMES:
-            known = ", ".join(NAMES)
-            raise _refused(model, f"its attention implementation {stock!r} is not one of {known}")
-        if stock == "sdpa" and getattr(model.config, "attn_logit_softcapping", None) is not None:
-            raise _refused(
-                model,
-                "sdpa leaves out its softcap, so no document alone has the logits that it should; "
-                "load it with attn_implementation='eager'",
-            )
-        return Route.INTERFACE
+    if _is_encoder_decoder(model):
+        raise _refused(
+            model,
+            "packing source and target documents of an encoder-decoder together is not supported; "
+            "its decoder alone (AutoModelForCausalLM) is",
+        )
+    if model_type in UNPACK_EQUAL:
+        return Route.UNPACK
+    known = model_type in INTERFACE | UNPACK_CAUSAL | UNPACK_MASKED
+    if known and head_of(model).per_document:
+        return Route.UNPACK_MASKED
+    if model_type in UNPACK_MASKED:
+        return Route.UNPACK_MASKED
     if model_type in UNPACK_CAUSAL:
         return Route.UNPACK_CAUSAL
+    if model_type in INTERFACE:
+        _check_implementation(model)
+        return Route.INTERFACE
     if on_unknown == "unpack":
         return Route.UNPACK
-    raise _refused(
-        model,
-        f"model type {model_type!r} is not among those proven exact. on_unknown='unpack' runs it "
-        "on documents batched by equal length, exact and slower; audit(model) shows what leaks",
+    raise UnknownModelType(
+        f"patch_model refuses {type(model).__name__}: model type {model_type!r} is not among those "
+        "proven exact. on_unknown='unpack' runs it on documents batched by equal length, exact and "
+        "slower; a line in the tables of packed_attn_patches/families.py, or an issue that asks "
+        "for one, makes the type known"
     )
+
+
+def head_of(model: nn.Module) -> Head:
+    """What the outputs of `model` are of."""
+    if _ends(model, _SEQUENCE):
+        return Head(per_document=True, shifts=False)
+    config: Any = model.config
+    return Head(shifts=not _ends(model, _UNSHIFTED) and config.model_type not in UNSHIFTED_TYPES)
+
+
+def first_position(model: nn.Module) -> int:
+    """The position id of a document's first token, in the model's own count."""
+    config: Any = model.config
+    return config.pad_token_id + 1 if config.model_type in POSITIONS_AFTER_PADDING else 0
+
+
+def _ends(model: nn.Module, endings: tuple[str, ...]) -> bool:
+    """Whether the model's class or one that it derives from has a name with such an ending."""
+    return any(cls.__name__.endswith(endings) for cls in type(model).__mro__)
+
+
+def _without_weights(model: nn.Module) -> bool:
+    """Weights on the meta device that no hook of accelerate brings in when they are needed."""
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return not offloaded and any(parameter.is_meta for parameter in model.parameters())
+
+
+def _is_encoder_decoder(model: nn.Module) -> bool:
+    """Whether forward takes source and target; a decoder alone keeps the config of both."""
+    return "decoder_input_ids" in inspect.signature(type(model).forward).parameters
+
+
+def _check_implementation(model: PreTrainedModel) -> None:
+    """An attention implementation that has documents alone to be equal to."""
+    config: Any = model.config
+    stock = config._attn_implementation
+    if stock not in NAMES:
+        known = ", ".join(NAMES)
+        raise _refused(model, f"its attention implementation {stock!r} is not one of {known}")
+    if stock == "sdpa" and getattr(config, "attn_logit_softcapping", None) is not None:
+        raise _refused(
+            model,
+            "sdpa leaves out its softcap, so no document alone has the logits that it should; "
+            "load it with attn_implementation='eager'",
+        )
 
 
 def _refused(model: nn.Module, reason: str) -> NotImplementedError:

@@ -39,10 +39,16 @@ class LayoutHook:
         backend: handed to `packed_attn.attention`.
         unpacked: the model's forward takes the layout itself (see `unpack.py`); otherwise it goes
             down to the attention layers.
+        shifts: the loss takes a token's label for a prediction of the token before.
+        first_position: where the model's own positions begin; a batch may count from it or from 0.
+        outer: an inner model with a hook of its own does the attention.
     """
 
     backend: str = "auto"
     unpacked: bool = False
+    shifts: bool = True
+    first_position: int = 0
+    outer: bool = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -51,13 +57,13 @@ class LayoutHook:
             return None  # an outer model's hook has done it
         kwargs = _named(module, args, kwargs)
         batch = _Batch.of(kwargs)
-        layout = None if batch is None else packed_layout(batch, kwargs)
+        layout = None if batch is None else packed_layout(batch, kwargs, self.first_position)
         if batch is None or layout is None:
             return (), kwargs
-        return (), self._packed(kwargs, batch, layout)
+        return (), self._packed(module, kwargs, batch, layout)
 
     def _packed(
-        self, kwargs: dict[str, Any], batch: _Batch, layout: DocumentLayout
+        self, module: nn.Module, kwargs: dict[str, Any], batch: _Batch, layout: DocumentLayout
     ) -> dict[str, Any]:
         layout = layout.to(batch.device)
         packed = {k: v for k, v in kwargs.items() if k not in BOUNDARY_NAMES}
@@ -66,14 +72,30 @@ class LayoutHook:
         if not self.unpacked:
             packed["packed_attn_backend"] = self.backend
             packed["attention_mask"] = empty_mask(batch.rows, layout, self.backend)
+            if self.outer and _balances_experts(module, kwargs):
+                # The auxiliary loss is over the real tokens of all rows, and this mask says which.
+                packed["attention_mask"] = _real_mask(batch, layout)
             packed["past_key_values"] = None
             if packed.get("position_ids") is None:
                 packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
-        if packed.get("labels") is not None:
+        # Unpacked, a document's first label has no document before it that could predict it.
+        if packed.get("labels") is not None and self.shifts and not self.unpacked:
             packed["labels"] = without_first_labels(packed["labels"], layout)
         if packed.get("shift_labels") is not None:
             packed["shift_labels"] = _without_last_labels(packed["shift_labels"], layout)
         return packed
+
+
+def _balances_experts(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Whether this forward adds a loss over the router's choices of the whole batch."""
+    asked = kwargs.get("output_router_logits")
+    return bool(getattr(module.config, "output_router_logits", False) if asked is None else asked)
+
+
+def _real_mask(batch: _Batch, layout: DocumentLayout) -> Tensor | None:
+    """A 0/1 mask `[rows, tokens]` of the tokens that are not padding; None where all are real."""
+    padding = layout.padding_tokens
+    return None if padding is None else (~padding).long().view(batch.rows, batch.tokens)
 
 
 @dataclass(frozen=True)
@@ -93,8 +115,13 @@ class _Batch:
         return None
 
 
-def packed_layout(batch: Any, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+def packed_layout(
+    batch: Any, kwargs: Mapping[str, Any], first_position: int = 0
+) -> DocumentLayout | None:
     """The layout of a packed forward, or None for one that is not packed.
+
+    Args:
+        first_position: what position_ids may begin a document with, beside 0.
 
     Raises:
         ValueError: boundaries that do not cover the tokens or contradict each other, or a packed
@@ -112,7 +139,9 @@ def packed_layout(batch: Any, kwargs: Mapping[str, Any]) -> DocumentLayout | Non
             f"{batch.rows} x {batch.tokens}"
         )
     _check_rows(name, layout, batch)
-    _check_agreement(name, layout, found, batch, kwargs)
+    _check_agreement(name, layout, found)
+    _check_positions(name, layout, batch, kwargs, first_position)
+    _check_mask(name, layout, kwargs)
     cache = kwargs.get("past_key_values")
     if cache is not None and cache.get_seq_length() > 0:
         raise ValueError(f"{name} packs documents, but past_key_values already holds tokens")
@@ -155,6 +184,8 @@ def _from_position_ids(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayo
     position_ids = kwargs.get("position_ids")
     if kwargs.get("layout") is not None or position_ids is None or position_ids.ndim != 2:
         return None
+    if kwargs.get("attention_mask") is not None and _plain_mask(kwargs) is None:
+        return None  # a mask that is made already says who sees whom, and hides where padding is
     if batch.tokens < 2 or position_ids.shape[1] != batch.tokens:
         return None
     rows = position_ids.expand(batch.rows, -1)
@@ -214,11 +245,7 @@ def _check_rows(name: str, layout: DocumentLayout, batch: _Batch) -> None:
 
 
 def _check_agreement(
-    name: str,
-    layout: DocumentLayout,
-    found: Mapping[str, DocumentLayout],
-    batch: _Batch,
-    kwargs: Mapping[str, Any],
+    name: str, layout: DocumentLayout, found: Mapping[str, DocumentLayout]
 ) -> None:
     """Every convention that is present tells the same documents."""
     lengths = tuple(n for n in layout.lengths if n)
@@ -228,7 +255,10 @@ def _check_agreement(
                 f"{other_name} contradicts {name}: documents of {other.lengths} "
                 f"and {layout.lengths} tokens"
             )
-    _check_positions(name, layout, batch, kwargs)
+
+
+def _check_mask(name: str, layout: DocumentLayout, kwargs: Mapping[str, Any]) -> None:
+    """Only padding is hidden."""
     mask = _plain_mask(kwargs)
     if mask is not None and layout.padding_tokens is None and not bool((mask != 0).all()):
         raise ValueError(
@@ -238,14 +268,19 @@ def _check_agreement(
 
 
 def _check_positions(
-    name: str, layout: DocumentLayout, batch: _Batch, kwargs: Mapping[str, Any]
+    name: str,
+    layout: DocumentLayout,
+    batch: _Batch,
+    kwargs: Mapping[str, Any],
+    first_position: int,
 ) -> None:
     """position_ids count as the layout does; padding may count as it likes."""
     position_ids = kwargs.get("position_ids")
     if position_ids is None or position_ids.ndim != 2:
         return
     expected = layout.to(batch.device).position_ids.view(batch.rows, batch.tokens)
-    agree = position_ids.to(batch.device) == expected
+    position_ids = position_ids.to(batch.device)
+    agree = (position_ids == expected) | (position_ids == expected + first_position)
     padding = layout.to(batch.device).padding_tokens
     if padding is not None:
         agree |= padding.view_as(agree)

@@ -211,7 +211,7 @@ def _tiny(cls: type[Any], special: dict[str, Any]) -> PreTrainedConfig:
     default: Any = cls()
     known = {**{n: getattr(default, n, None) for n in cls.attribute_map}, **vars(default)}
     values: dict[str, Any] = {name: _VALUES[name] for name in known if name in _VALUES}
-    values |= {name: 0.0 for name, value in known.items() if _is_dropout(name, value)}
+    values |= {name: 0.0 for name, value in known.items() if _is_noise(name, value)}
     values |= _layer_types(known)
     for name in cls.sub_configs:
         part = known.get(name)
@@ -224,8 +224,9 @@ def _tiny(cls: type[Any], special: dict[str, Any]) -> PreTrainedConfig:
     return cls(**{name: value for name, value in values.items() if value is not _DEFAULT})
 
 
-def _is_dropout(name: str, value: Any) -> bool:
-    return "drop" in name.lower() and isinstance(value, float)
+def _is_noise(name: str, value: Any) -> bool:
+    noisy = "drop" in name.lower() or "jitter" in name.lower()
+    return noisy and isinstance(value, float)
 
 
 def _layer_types(known: dict[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Exact by construction for any model: run it on documents batched by length, put the rows back.
+"""Exact by construction: run a model on documents batched by length, put the rows back.
 
 For models whose token mixers do not take a layout (recurrences, convolutions, attention code of
-their own). Documents of like length form right-padded batches: a causal model's outputs cannot
-depend on what comes later, so padding reaches no document. Models that look both ways get batches
-of one length and no padding. Costs a few smaller forwards instead of one.
+their own) and for heads that give one row a document. Documents of like length form right-padded
+batches. A causal model's outputs cannot depend on what comes later, so padding reaches no
+document; an encoder is told of it by an attention_mask; a model of neither kind gets batches of one
+length and no padding. Costs a few smaller forwards instead of one.
 """
 
 from __future__ import annotations
@@ -19,9 +20,19 @@ from torch import Tensor, nn
 from packed_attn.buckets import Bucket, plan_buckets
 from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
+from packed_attn_patches.families import Head, Route
 
 # Tokens in one forward: beyond it a batch is as efficient as it gets, and only memory grows.
 CALL_TOKENS = 1 << 16
+
+# Outputs of one row a document, whatever the head.
+PER_DOCUMENT = ("pooler_output",)
+
+# Outputs that hold a past to go on from; a packed forward has none.
+PASTS = ("past_key_values", "cache_params", "mems", "state", "rnn_state")
+
+# Each document counts its own positions, sees all of itself and starts without a past.
+_REPLACED = ("attention_mask", "past_key_values", "use_cache", "num_items_in_batch", "return_dict")
 
 
 class UnpackedForward:
@@ -31,17 +42,19 @@ class UnpackedForward:
 
     Args:
         model: the model whose class's forward does the work.
-        causal: whether outputs never depend on later tokens.
+        route: one of the unpacking routes: whether and how batches are padded.
+        head: what its outputs are of.
     """
 
-    def __init__(self, model: nn.Module, causal: bool) -> None:
+    def __init__(self, model: nn.Module, route: Route, head: Head) -> None:
         self.model = model
-        self.causal = causal
+        self.route = route
+        self.head = head
         # Trainer reads the names of a model's columns from here.
         self.__signature__ = inspect.signature(type(model).forward.__get__(model))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "causal": self.causal}
+        return {"model": self.model, "route": self.route, "head": self.head}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -51,63 +64,115 @@ class UnpackedForward:
         forward: Callable[..., Any] = type(self.model).forward
         if layout is None:
             return forward(self.model, *args, **kwargs)
-        batch = _Unpacked.of(layout, kwargs)
-        if batch is None:
-            raise ValueError("a packed forward needs input_ids or inputs_embeds")
-        parts = [
-            (bucket, forward(self.model, **inputs)) for bucket, inputs in batch.calls(self.causal)
-        ]
-        return batch.joined(parts)
+        batch = _Unpacked.of(self, layout, kwargs)
+        parts = [(bucket, forward(self.model, **inputs)) for bucket, inputs in batch.calls()]
+        output = batch.joined(parts)
+        return output.to_tuple() if kwargs.get("return_dict") is False else output
 
 
 @dataclass(frozen=True)
 class _Unpacked:
     """One packed forward: the layout, keyword arguments per token, and all others."""
 
+    forward: UnpackedForward
     layout: DocumentLayout
     rows: int
     tokens: int
     per_token: dict[str, Tensor]
+    labels: Tensor | None
     others: dict[str, Any]
     num_items: Any
 
     @staticmethod
-    def of(layout: DocumentLayout, kwargs: Mapping[str, Any]) -> _Unpacked | None:
+    def of(
+        forward: UnpackedForward, layout: DocumentLayout, kwargs: Mapping[str, Any]
+    ) -> _Unpacked:
         shaped = kwargs.get("input_ids")
         shaped = kwargs.get("inputs_embeds") if shaped is None else shaped
         if shaped is None:
-            return None
+            raise ValueError("a packed forward needs input_ids or inputs_embeds")
         rows, tokens = shaped.shape[:2]
         others: dict[str, Any] = {"use_cache": False}
-        per_token = {}
+        per_token: dict[str, Tensor] = {}
+        labels = kwargs.get("labels") if forward.head.per_document else None
         for name, value in kwargs.items():
-            # Each document counts its own positions and sees all of itself.
-            if name in ("position_ids", "attention_mask", "past_key_values", "use_cache"):
+            if name in _REPLACED or (name == "labels" and labels is not None):
                 continue
-            if name == "num_items_in_batch":
-                continue
-            if isinstance(value, Tensor) and value.shape[:2] == (rows, tokens):
+            if name == "position_ids":
+                # Plain positions restart with each document by themselves; rotary ids of several
+                # axes are given as they are.
+                if value is not None and value.ndim == 3:
+                    per_token[name] = value.permute(1, 2, 0).flatten(0, 1)
+            elif not isinstance(value, Tensor):
+                others[name] = value
+            elif value.shape[:2] == (rows, tokens):
                 per_token[name] = value.flatten(0, 1)
             else:
-                others[name] = value
-        return _Unpacked(layout, rows, tokens, per_token, others, kwargs.get("num_items_in_batch"))
+                raise NotImplementedError(
+                    f"{name} of shape {list(value.shape)} has no rows per token to unpack: a "
+                    f"packed forward of {type(forward.model).__name__} takes text only"
+                )
+        num_items = kwargs.get("num_items_in_batch")
+        return _Unpacked(forward, layout, rows, tokens, per_token, labels, others, num_items)
 
-    def calls(self, causal: bool) -> Iterator[tuple[Bucket, dict[str, Any]]]:
+    def calls(self) -> Iterator[tuple[Bucket, dict[str, Any]]]:
         """The keyword arguments of each forward."""
         layout = self.layout.to("cpu")
         plan = plan_buckets(
             layout.cu_seqlens,
             layout.padding,
-            pad_lengths=causal,
-            view_tokens=1,
-            call_tokens=CALL_TOKENS,
+            pad_lengths=self.forward.route is not Route.UNPACK,
+            # Gathering ids costs nothing, and a document read in place would be a call of its own.
+            view_tokens=CALL_TOKENS,
+            call_tokens=1 if self._one_by_one() else CALL_TOKENS,
         )
         for bucket in plan.buckets:
             bucket = bucket.to(self.layout.device)
-            inputs = {name: bucket.rows(value) for name, value in self.per_token.items()}
-            if "labels" in inputs and bucket.pads is not None:
-                inputs["labels"].view(-1)[bucket.pads] = IGNORE_INDEX
-            yield bucket, {**self.others, **inputs}
+            yield bucket, {**self.others, **self._inputs(bucket)}
+
+    def _one_by_one(self) -> bool:
+        """Sequence heads find a document's last token by its padding and take no batch without."""
+        return self.forward.head.per_document and self._pad_token_id() is None
+
+    def _pad_token_id(self) -> int | None:
+        config: Any = self.forward.model.config
+        return getattr(config.get_text_config(), "pad_token_id", None)
+
+    def _inputs(self, bucket: Bucket) -> dict[str, Tensor]:
+        """Its rows of every argument; what padding holds is a copy of its document's last token,
+        except where the model reads it."""
+        inputs = {name: bucket.rows(value) for name, value in self.per_token.items()}
+        if "position_ids" in inputs:
+            inputs["position_ids"] = inputs["position_ids"].permute(2, 0, 1)
+        if self.labels is not None:
+            inputs["labels"] = self.labels.index_select(0, self._documents(bucket))
+        if bucket.pads is None:
+            return inputs
+        for name in ("labels", "shift_labels"):
+            if name in self.per_token:
+                inputs[name].view(-1)[bucket.pads] = IGNORE_INDEX
+        if self.forward.route is Route.UNPACK_MASKED:
+            mask = torch.ones(bucket.batch, bucket.length, dtype=torch.long)
+            inputs["attention_mask"] = mask = mask.to(self.layout.device)
+            mask.view(-1)[bucket.pads] = 0
+            if "input_ids" in inputs:
+                inputs["input_ids"].view(-1)[bucket.pads] = self._pad_token_id() or 0
+        return inputs
+
+    def _documents(self, bucket: Bucket) -> Tensor:
+        """int64 `[batch]`: which documents its rows are, padding not counted."""
+        first = torch.arange(bucket.batch, device=self.layout.device) * bucket.length
+        tokens = first + bucket.start if bucket.tokens is None else bucket.tokens[first]
+        return self._numbers()[self.layout.document_ids[tokens].long()]
+
+    def _numbers(self) -> Tensor:
+        """int64 `[num_documents]`: each document's number among those with tokens of their own."""
+        lengths = self.layout.cu_seqlens.diff()
+        padding = self.layout.padding
+        real = torch.ones_like(lengths, dtype=torch.bool) if padding is None else ~padding
+        if bool((real & (lengths == 0)).any()):
+            raise ValueError("a document without tokens has no row in the output of this head")
+        return real.long().cumsum(0) - 1
 
     def joined(self, parts: list[tuple[Bucket, Any]]) -> Any:
         """The output of one forward over all documents, in stream order.
@@ -118,14 +183,20 @@ class _Unpacked:
             raise ValueError("a packed forward needs a document that is not padding")
         joined = {}
         for name, value in parts[0][1].items():
+            if name in PASTS:
+                continue
+            of_documents = name in PER_DOCUMENT or (
+                name == "logits" and self.forward.head.per_document
+            )
             if name == "loss":
                 joined[name] = self._loss(parts)
             elif isinstance(value, Tensor):
-                joined[name] = self._stream([(b, o[name]) for b, o in parts])
+                put_back = self._per_document if of_documents else self._stream
+                joined[name] = put_back(name, [(b, o[name]) for b, o in parts])
             elif isinstance(value, tuple) and name == "hidden_states":
                 layers = range(len(value))
                 joined[name] = tuple(
-                    self._stream([(b, o[name][i]) for b, o in parts]) for i in layers
+                    self._stream(name, [(b, o[name][i]) for b, o in parts]) for i in layers
                 )
             elif isinstance(value, tuple):
                 raise NotImplementedError(
@@ -134,12 +205,17 @@ class _Unpacked:
                 )
         return type(parts[0][1])(**joined)
 
-    def _stream(self, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
+    def _per_document(self, name: str, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
+        """Bucket rows `[batch, width]` -> `[num_documents, width]`."""
+        order = torch.cat([self._documents(bucket) for bucket, _ in parts])
+        return torch.cat([value for _, value in parts]).index_select(0, order.argsort())
+
+    def _stream(self, name: str, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
         """Bucket rows `[batch, length, width]` -> `[B, T, width]`."""
         first = parts[0][1]
         if first.ndim < 2 or first.shape[:2] != (parts[0][0].batch, parts[0][0].length):
             raise NotImplementedError(
-                f"an output of shape {list(first.shape)} has no rows per token to put back"
+                f"the output {name} of shape {list(first.shape)} has no rows per token to put back"
             )
         rows, tokens = [], []
         for bucket, value in parts:
@@ -154,13 +230,24 @@ class _Unpacked:
         return stream.view(self.rows, self.tokens, *first.shape[2:])
 
     def _loss(self, parts: list[tuple[Bucket, Any]]) -> Tensor:
-        """The token mean over all documents, from the means of the batches."""
-        labels = self.per_token["labels"]
-        total, loss = 0, torch.zeros((), device=labels.device)
+        """The mean over all targets, from the means of the batches."""
+        total, loss = 0, torch.zeros((), device=self.layout.device)
         for bucket, output in parts:
-            _, tokens = bucket.real(labels.device)
-            targets = (labels.index_select(0, tokens) != IGNORE_INDEX).sum()
+            targets = self._targets(bucket)
             total = total + targets
             # A batch without targets has a mean of NaN, and no part in the sum.
             loss = loss + torch.where(targets > 0, output.loss * targets, 0.0)
         return loss / (total if self.num_items is None else self.num_items)
+
+    def _targets(self, bucket: Bucket) -> Tensor:
+        """How many targets a batch's mean is over."""
+        if self.labels is not None:
+            labels = self.labels.index_select(0, self._documents(bucket))
+            if labels.is_floating_point():
+                return labels.new_tensor(labels.shape[0])
+            return (labels != IGNORE_INDEX).sum()
+        inputs = self._inputs(bucket)
+        if "shift_labels" in inputs:
+            return (inputs["shift_labels"] != IGNORE_INDEX).sum()
+        labels = inputs["labels"][:, 1:] if self.forward.head.shifts else inputs["labels"]
+        return (labels != IGNORE_INDEX).sum()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -61,7 +61,7 @@ def put_forward(module: nn.Module, forward: UnpackedForward) -> None:
         NotImplementedError: something else has replaced the module's forward already.
     """
     if _hooked_by_accelerate(module):
-        setattr(module, "_old_forward", forward)  # noqa: B010 a module has no such attribute to a type checker
+        vars(module)["_old_forward"] = forward
         return
     if "forward" in vars(module):
         raise NotImplementedError(
@@ -76,7 +76,7 @@ def take_forward(module: nn.Module) -> None:
     if isinstance(vars(module).get("forward"), UnpackedForward):
         del module.forward
     if isinstance(vars(module).get("_old_forward"), UnpackedForward):
-        setattr(module, "_old_forward", type(module).forward.__get__(module))  # noqa: B010
+        vars(module)["_old_forward"] = type(module).forward.__get__(module)
 
 
 def forget_compiled(model: nn.Module) -> None:
@@ -104,9 +104,9 @@ def _inside(model: nn.Module) -> nn.Module | None:
             "torchrun or accelerate launch"
         )
     if isinstance(model, (nn.parallel.DistributedDataParallel, *_fsdp())):
-        return model.module
+        return cast(nn.Module, model.module)
     if isinstance(model, OptimizedModule):
-        return model._orig_mod
+        return cast(nn.Module, model._orig_mod)
     return _inside_peft(model)
 
 
@@ -114,15 +114,15 @@ def _inside_peft(model: nn.Module) -> nn.Module | None:
     peft: Any = sys.modules.get("peft")
     if peft is None or not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         return None
-    for name, config in model.peft_config.items():
+    wrapper: Any = model
+    for name, config in wrapper.peft_config.items():
         if config.is_prompt_learning:
             raise NotImplementedError(
                 f"patch_model refuses {type(model).__name__}: its adapter {name!r} is "
                 f"{config.peft_type.value}, which puts learned tokens before a row and not before "
                 "each document, and drops position_ids; use LoRA, or batches without packing"
             )
-    inner = getattr(model.base_model, "model", model.base_model)
-    return inner
+    return wrapper.base_model.model
 
 
 def _fsdp() -> tuple[type[nn.Module], ...]:

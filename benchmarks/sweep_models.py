@@ -1,0 +1,99 @@
+"""Every model type of the installed transformers, patched and held to what "exact" promises.
+
+    python benchmarks/sweep_models.py [--head causal ...] [--types llama ...] [--json PATH]
+
+Each type is a tiny random model in a child process with a memory and a time limit. Its documents
+are run alone on the stock model and then packed on the patched one, under every convention, in
+training and with checkpointing (see `tests/sweep.py`). Prints a line for each type that is not
+exact and a table of counts, and writes all outcomes as JSON. Exit status 1 when a type is wrong.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from packed_attn_patches.children import ChildFailed, in_children
+
+from packed_attn.facts import machine_facts
+from tests.sweep import HEADS, Outcome, model_types, sweep_type
+
+RESULTS = Path(__file__).parent / "results" / "models.json"
+STATUSES = ("exact", "refused", "not built", "wrong")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--head", nargs="*", choices=HEADS, default=list(HEADS))
+    parser.add_argument("--types", nargs="*", help="model types; all by default")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--seconds", type=float, default=600, help="limit for one type")
+    parser.add_argument("--json", type=Path, default=RESULTS, help="where the outcomes go")
+    options = parser.parse_args(arguments)
+    outcomes: list[Outcome] = []
+    for head in options.head:
+        types = [t for t in model_types(head) if not options.types or t in options.types]
+        found = in_children(
+            quiet_sweep,
+            [(head, t) for t in types],
+            processes=options.processes,
+            seconds=options.seconds,
+        )
+        for number, (model_type, outcome) in enumerate(zip(types, found), 1):
+            if isinstance(outcome, ChildFailed):
+                outcome = Outcome(head, model_type, status="not built", reason=str(outcome))
+            outcomes.append(outcome)
+            print(f"[{head} {number}/{len(types)}] {model_type}", file=sys.stderr, flush=True)
+            if outcome.status != "exact":
+                print(f"{head} {model_type}: {outcome.status}. {_why(outcome)}", flush=True)
+            _write(options.json, outcomes)
+    print(table(outcomes))
+    return int(any(o.status == "wrong" for o in outcomes))
+
+
+def quiet_sweep(head: str, model_type: str) -> Outcome:
+    """`sweep_type` without the warnings that transformers has for tiny configs."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    warnings.simplefilter("ignore")
+    return sweep_type(head, model_type)
+
+
+def table(outcomes: Sequence[Outcome]) -> str:
+    """Counts per head as a Markdown table; the share is of the types that stock runs."""
+    lines = [f"| head | types | {' | '.join(STATUSES)} | exact of built |", "|---" * 7 + "|"]
+    for head in HEADS:
+        counts = Counter(o.status for o in outcomes if o.head == head)
+        if counts:
+            built = counts.total() - counts["not built"]
+            share = f"{100 * counts['exact'] / max(built, 1):.1f} %"
+            cells = [str(counts[s]) for s in STATUSES]
+            lines.append(f"| {head} | {counts.total()} | {' | '.join(cells)} | {share} |")
+    return "\n".join(lines)
+
+
+def _why(outcome: Outcome) -> str:
+    bad = {n: v for n, v in outcome.checks.items() if v not in ("exact", "rounding")}
+    return outcome.reason or str(bad)
+
+
+def _write(path: Path, outcomes: Sequence[Outcome]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report: dict[str, Any] = {
+        "machine": machine_facts("torch", "transformers"),
+        "outcomes": [outcome.to_dict() for outcome in outcomes],
+    }
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

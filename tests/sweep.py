@@ -1,0 +1,341 @@
+"""One model type held to everything that "exact" promises, under every convention.
+
+`tests/test_sweep.py` checks a few types and, marked slow, all of them; `benchmarks/sweep_models.py`
+writes the table. A type is built tiny and random, its documents are run alone on the stock model,
+and then the patched model is compared with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+import transformers
+from packed_attn_patches import route_of
+from packed_attn_patches.tiny import tiny_model
+from torch import Tensor, nn
+
+from packed_attn import PackedCollator, patch_model, unpatch_model
+from tests.exactness import documents, stock_outcomes
+
+# Two pairs of like length, which unpacking pads to one batch each, and a single token.
+LENGTHS = (5, 1, 37, 4, 31)
+LOGITS = 1e-5  # relative to the largest logit, float32
+GRADIENTS = 1e-4  # of a parameter, relative to the sum over the documents alone
+
+
+@dataclass
+class Outcome:
+    """What became of one model type.
+
+    Attributes:
+        head: key of `HEADS`.
+        status: "exact", "refused" (by name), "not built" (stock does not run it) or "wrong".
+        route: how it was made exact.
+        reason: why it was refused, or what stock raised.
+        checks: each check's verdict: "exact", "rounding" (grouped experts), or what was found.
+    """
+
+    head: str
+    model_type: str
+    model: str = ""
+    status: str = "not built"
+    route: str = ""
+    reason: str = ""
+    checks: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Head:
+    """A kind of head: how to load it, and the labels of one document of token ids."""
+
+    auto_class: str
+    mapping: str
+    labels: Callable[[Tensor], Tensor]
+    per_document: bool = False
+
+
+def _some_tokens(ids: Tensor) -> Tensor:
+    return ids.masked_fill(ids % 3 == 0, -100)
+
+
+def _some_classes(ids: Tensor) -> Tensor:
+    return (ids % 2).masked_fill(ids % 3 == 0, -100)
+
+
+HEADS = {
+    "causal": Head("AutoModelForCausalLM", "CAUSAL_LM", torch.Tensor.clone),
+    "masked": Head("AutoModelForMaskedLM", "MASKED_LM", _some_tokens),
+    "token": Head("AutoModelForTokenClassification", "TOKEN_CLASSIFICATION", _some_classes),
+    "sequence": Head(
+        "AutoModelForSequenceClassification",
+        "SEQUENCE_CLASSIFICATION",
+        lambda ids: ids[:1] % 2,
+        per_document=True,
+    ),
+    "vision": Head("AutoModelForImageTextToText", "IMAGE_TEXT_TO_TEXT", torch.Tensor.clone),
+}
+
+
+def model_types(head: str) -> list[str]:
+    """Every type of this head in the installed transformers."""
+    from transformers.models.auto import modeling_auto
+
+    return sorted(getattr(modeling_auto, f"MODEL_FOR_{HEADS[head].mapping}_MAPPING_NAMES"))
+
+
+def sweep_type(head: str, model_type: str) -> Outcome:
+    """All checks of one type; what it or transformers raises is part of the outcome."""
+    outcome = Outcome(head, model_type)
+    try:
+        model = tiny_model(model_type, auto_class=getattr(transformers, HEADS[head].auto_class))
+        outcome.model = type(model).__name__
+        stock = _Stock(model, HEADS[head])
+    except Exception as error:
+        outcome.reason = _said(error)
+        return outcome
+    try:
+        patch_model(model)
+    except NotImplementedError as error:
+        outcome.status, outcome.reason = "refused", str(error)
+        return outcome
+    outcome.route = route_of(model).name.lower()
+    for name, check in _checks(model, stock).items():
+        try:
+            outcome.checks[name] = check()
+        except Exception as error:
+            outcome.checks[name] = f"raises {_said(error)}"
+    good = all(verdict in ("exact", "rounding") for verdict in outcome.checks.values())
+    outcome.status = "exact" if good else "wrong"
+    return outcome
+
+
+class _Stock:
+    """What the model gives before it is patched: documents alone, their gradients, and the rest."""
+
+    def __init__(self, model: nn.Module, head: Head) -> None:
+        self.head = head
+        self.docs = documents(lengths=LENGTHS)
+        with torch.no_grad():
+            self.alone = torch.cat([_rows(model(input_ids=d[None])) for d in self.docs])
+        self.scale = float(self.alone.abs().max())
+        self.otherwise = stock_outcomes(model)
+        self.loss = self._backward(model.train())
+        self.gradients = _gradients(model)
+        model.eval()
+
+    def labels(self) -> list[Tensor]:
+        return [self.head.labels(d) for d in self.docs]
+
+    def _backward(self, model: nn.Module) -> float:
+        """The mean loss over all targets, from documents one by one."""
+        model.zero_grad()
+        skipped = int(self._shifts(model))
+        targets = [int((x[skipped:] != -100).sum()) for x in self.labels()]
+        total = 0.0
+        for doc, labels, share in zip(self.docs, self.labels(), targets):
+            if share:
+                loss = self._loss(model, doc, labels) * share / sum(targets)
+                loss.backward()
+                total += float(loss)
+        return total
+
+    def _shifts(self, model: nn.Module) -> bool:
+        """Whether the first label has no part in the loss."""
+        if self.head.per_document:
+            return False
+        doc = self.docs[0]
+        first, other = torch.full_like(doc, -100), torch.full_like(doc, -100)
+        first[0], other[-1] = 1, 1
+        with torch.no_grad():
+            both = first.where(first != -100, other)
+            return torch.equal(self._loss(model, doc, both), self._loss(model, doc, other))
+
+    def _loss(self, model: nn.Module, doc: Tensor, labels: Tensor) -> Tensor:
+        given = labels if self.head.per_document else labels[None]
+        return model(input_ids=doc[None], labels=given).loss
+
+
+def _checks(model: nn.Module, stock: _Stock) -> dict[str, Callable[[], str]]:
+    batch = PackedCollator("documents")([{"input_ids": d} for d in stock.docs])
+    packed = {name: batch[name] for name in ("input_ids", "position_ids")}
+    ones = {"attention_mask": torch.ones_like(packed["input_ids"])}
+    flash = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+    boundaries = {name: batch[name] for name in flash}
+
+    def same(kwargs: Mapping[str, Any], rows: int = 1, beyond: int = 0) -> Callable[[], str]:
+        return lambda: _same_outputs(model, stock, kwargs, rows, beyond)
+
+    return {
+        "position_ids": same({**packed, "use_cache": False}),
+        "default cache": same(packed),
+        "mask of ones": same({**packed, **ones}),
+        "cu_seq_lens and seq_idx": same({**packed, **boundaries}),
+        "two rows": same(_repeated(packed), rows=2),
+        "tail padding": same(_padded({**packed, **ones}), beyond=7),
+        "isolation": lambda: _isolated(model, stock, packed),
+        "training": lambda: _trains(model, stock, packed),
+        "checkpointing": lambda: _checkpoints(model, stock, packed),
+        "everything else": lambda: _untouched(model, stock),
+        "undone": lambda: _untouched(unpatch_model(model), stock),
+    }
+
+
+def _repeated(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.repeat(2, 1) for name, value in packed.items()}
+
+
+def _padded(packed: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: nn.functional.pad(value, (0, 7)) for name, value in packed.items()}
+
+
+def _same_outputs(
+    model: nn.Module, stock: _Stock, kwargs: Mapping[str, Any], rows: int, beyond: int
+) -> str:
+    with torch.no_grad():
+        output = model(**kwargs)
+    got = _rows(output) if beyond == 0 or stock.head.per_document else output.logits[0, :-beyond]
+    want = stock.alone.repeat(rows, 1)
+    if got.shape != want.shape:
+        return f"outputs of shape {list(got.shape)} and not {list(want.shape)}"
+    return _within(_largest(got - want) / stock.scale, LOGITS)
+
+
+def _isolated(model: nn.Module, stock: _Stock, packed: Mapping[str, Tensor]) -> str:
+    """Other tokens in each document in turn change no bit and no gradient of the others."""
+    spans = _spans([1] * len(stock.docs) if stock.head.per_document else map(len, stock.docs))
+    places = _spans(map(len, stock.docs))
+    with torch.no_grad():
+        clean = _rows(model(**packed))
+    rounding = _largest(clean - stock.alone)
+    bound = 4 * max(rounding, torch.finfo(clean.dtype).eps * stock.scale)
+    worst = 0.0
+    for (a, b), (first, last) in zip(spans, places):
+        ids = packed["input_ids"].clone()
+        ids[0, first:last] = 3 + (ids[0, first:last] - 2) % 147
+        with torch.no_grad():
+            moved = _rows(model(**{**packed, "input_ids": ids})) - clean
+        moved[a:b] = 0
+        worst = max(worst, _largest(moved))
+        leaked = _gradient_outside(model, packed, slice(a, b), (first, last))
+        if leaked > 0:
+            return f"leaks: gradient {leaked:.1e}"
+    if worst > bound:
+        return f"leaks: moved by {worst / stock.scale:.1e}"
+    return "exact" if worst == 0 else "rounding"
+
+
+def _gradient_outside(
+    model: nn.Module, packed: Mapping[str, Tensor], rows: slice, place: tuple[int, int]
+) -> float:
+    """The largest gradient of a document's outputs in the embeddings of all other documents.
+
+    A forward may embed its tokens in batches of its own. So the document is one token id over and
+    over and the others are another: an embedding's id says whose it is.
+    """
+    ids = torch.full_like(packed["input_ids"], 4)
+    ids[0, slice(*place)] = 5
+    embedded: list[tuple[Tensor, Tensor]] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        given = args[0] if args else next(iter(kwargs.values()))
+        whole = output if isinstance(output, tuple) else (output,)  # quantised: with its scale
+        leaf = whole[0].detach().clone().requires_grad_()
+        embedded.append((given, leaf))
+        return (leaf.clone(), *whole[1:]) if isinstance(output, tuple) else leaf.clone()
+
+    handle = model.get_input_embeddings().register_forward_hook(note, with_kwargs=True)
+    try:
+        outputs = _rows(model(**{**packed, "input_ids": ids}))[rows]
+    finally:
+        handle.remove()
+    weights = torch.linspace(-1, 1, outputs.numel()).view_as(outputs)
+    leaves = [leaf for _, leaf in embedded]
+    gradients = torch.autograd.grad((outputs * weights).sum(), leaves, allow_unused=True)
+    others = [g[given == 4] for (given, _), g in zip(embedded, gradients) if g is not None]
+    if not any(g is not None and bool(g.any()) for g in gradients):
+        raise RuntimeError("the outputs depend on no embedding: the check sees nothing")
+    return max(map(_largest, others))
+
+
+def _trains(model: nn.Module, stock: _Stock, packed: Mapping[str, Tensor]) -> str:
+    labels = torch.cat(stock.labels())
+    model.train().zero_grad()
+    given = labels if stock.head.per_document else labels[None]
+    loss = model(**packed, labels=given).loss
+    loss.backward()
+    model.eval()
+    if abs(float(loss) - stock.loss) > LOGITS * abs(stock.loss):
+        return f"loss {float(loss):.7g} and not {stock.loss:.7g}"
+    return _within(_furthest(_gradients(model), stock.gradients), GRADIENTS)
+
+
+def _checkpoints(model: nn.Module, stock: _Stock, packed: Mapping[str, Tensor]) -> str:
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return _trains(model, stock, packed)
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    try:
+        return _trains(model, stock, packed)
+    finally:
+        model.gradient_checkpointing_disable()
+
+
+def _untouched(model: nn.Module, stock: _Stock) -> str:
+    for name, got in stock_outcomes(model).items():
+        want = stock.otherwise[name]
+        same = torch.equal(got, want) if isinstance(got, Tensor) else got == want
+        if not same:
+            return f"{name} changed" if isinstance(got, Tensor) else f"{name}: {got}"
+    return "exact"
+
+
+def _rows(output: Any) -> Tensor:
+    """Logits `[tokens or documents, width]`."""
+    return output.logits.flatten(0, -2)
+
+
+def _gradients(model: nn.Module) -> dict[str, Tensor]:
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def _furthest(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> float:
+    """The largest relative error of a parameter's gradient.
+
+    A gradient that is nothing but rounding (a thousandth of the largest) is measured by that.
+    """
+    floor = 1e-3 * max(float(w.norm()) for w in want.values())
+    zero = torch.zeros(())
+    return max(
+        float((got.get(n, zero) - want.get(n, zero)).norm())
+        / max(float(want.get(n, zero).norm()), floor)
+        for n in got.keys() | want.keys()
+    )
+
+
+def _within(error: float, bound: float) -> str:
+    return "exact" if error <= bound else f"differs by {error:.1e}"
+
+
+def _largest(x: Tensor) -> float:
+    """The largest magnitude; a NaN counts as infinite."""
+    return float(torch.nan_to_num(x.abs(), nan=torch.inf).max()) if x.numel() else 0.0
+
+
+def _spans(lengths: Any) -> list[tuple[int, int]]:
+    spans, at = [], 0
+    for length in lengths:
+        spans.append((at, at + length))
+        at += length
+    return spans
+
+
+def _said(error: Exception) -> str:
+    words = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {words[0][:200]}"

@@ -1,0 +1,73 @@
+"""Every model type: exact under every convention or refused by name (see `sweep.py`)."""
+
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+from packed_attn_patches.children import GIGABYTE, ChildFailed, in_children
+
+from benchmarks.sweep_models import quiet_sweep
+from tests.sweep import HEADS, Outcome, model_types, sweep_type
+
+# What is special about each is in another place: positions, masks, state, shapes, losses, heads.
+REPRESENTATIVES = (
+    ("causal", "roberta"),
+    ("causal", "xlnet"),
+    ("causal", "bart"),
+    ("causal", "gpt2"),
+    ("causal", "llama4_text"),
+    ("causal", "deepseek_v3"),
+    ("causal", "qwen3_next"),
+    ("causal", "recurrent_gemma"),
+    ("masked", "bert"),
+    ("masked", "distilbert"),
+    ("token", "modernbert"),
+    ("sequence", "llama"),
+    ("sequence", "electra"),
+)
+
+
+@pytest.mark.parametrize(("head", "model_type"), REPRESENTATIVES)
+def test_exact_under_every_convention(head: str, model_type: str) -> None:
+    outcome = sweep_type(head, model_type)
+    assert outcome.status == "exact", outcome
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head", HEADS)
+def test_every_type_is_exact_or_refused(head: str) -> None:
+    """None that stock transformers builds and trains is wrong, and few are refused."""
+    types = model_types(head)
+    found = list(in_children(quiet_sweep, [(head, t) for t in types], seconds=600))
+    # A type whose stock model takes all memory or time has no outcome.
+    built = [o for o in found if isinstance(o, Outcome) and o.status != "not built"]
+    assert not [o for o in built if o.status == "wrong"]
+    exact = [o for o in built if o.status == "exact"]
+    assert head != "causal" or len(exact) >= 0.95 * len(built)
+
+
+@pytest.mark.slow  # starting the server costs more than the rest of this file
+def test_children_that_raise_die_or_hang_are_reported() -> None:
+    items = [("raise",), ("allocate",), ("exit",), ("answer",)]
+    raised, starved, died, answered = in_children(misbehave, items)
+    assert "ValueError: as asked" in str(raised)
+    assert "MemoryError" in str(starved)
+    assert "without a word" in str(died)
+    assert answered == 42
+    (hung,) = in_children(misbehave, [("hang",)], seconds=1)
+    assert isinstance(hung, ChildFailed)
+    assert "no result after 1 s" in str(hung)
+
+
+def misbehave(how: str) -> int:
+    if how == "raise":
+        raise ValueError("as asked")
+    if how == "allocate":
+        return len(bytearray(80 * GIGABYTE))
+    if how == "exit":
+        os._exit(3)
+    if how == "hang":
+        time.sleep(600)
+    return 42
