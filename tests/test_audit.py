@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from packed_attn import audit, patch_model
+from packed_attn import PackedCollator, audit, patch_model
+from packed_attn.audit import leaks_between_documents
+from packed_attn.audit.conventions import TELLING
 from tests.models import FAMILIES, tiny_model
 
 
@@ -120,3 +123,57 @@ def test_bad_arguments() -> None:
         audit(model, lengths=(5,))
     with pytest.raises(ValueError, match="convention must be one of"):
         audit(model, convention="rows")
+
+
+def test_every_convention_of_a_patched_model() -> None:
+    reports = audit(patch_model(tiny_model("llama", attention_dropout=0.1)), conventions=TELLING)
+    assert {name: r.verdict for name, r in reports.items()} == dict.fromkeys(TELLING, "isolated")
+    train = reports["train mode"]
+    assert len(train.checks) == 6
+    assert "dropout was set to 0" in str(train)
+    assert pickle.loads(pickle.dumps(reports)) == reports
+
+
+def test_a_live_batch_in_train_mode() -> None:
+    docs = [torch.arange(3, 3 + n) for n in (5, 1, 9, 9, 22, 3)]
+    batch = PackedCollator("documents", pad_to_multiple_of=64)([{"input_ids": d} for d in docs])
+    model = tiny_model("llama").train()
+    stock = {k: v for k, v in batch.items() if k != "layout"}
+    leak = leaks_between_documents(model, stock)
+    assert leak is not None
+    assert (leak.module, leak.module_class) == ("model.layers.0.self_attn", "LlamaAttention")
+    assert leaks_between_documents(patch_model(model), batch) is None
+    with pytest.raises(ValueError, match="tells no documents apart"):
+        leaks_between_documents(model, {"input_ids": batch["input_ids"]})
+
+
+class Plain(nn.Module):
+    """Any module: token ids in, a tensor out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, 8)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, input_ids: torch.Tensor, position_ids: object = None) -> torch.Tensor:
+        return self.head(self.table(input_ids))
+
+
+def test_any_module_with_token_embeddings() -> None:
+    assert audit(Plain()).verdict == "isolated"
+    with pytest.raises(ValueError, match="without a text path"):
+        audit(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="on the meta device"):
+        audit(Plain().to("meta"))
+
+
+def test_terms_that_mix_documents_by_design_are_named() -> None:
+    report = audit(tiny_model("mixtral"), convention="position_ids, no cache")
+    assert any("load-balancing loss, mixes documents by design" in note for note in report.notes)
+
+
+def test_a_model_that_is_half_patched_is_refused() -> None:
+    model = patch_model(tiny_model("llama"))
+    del model.__dict__["_packed_attn_record"]
+    with pytest.raises(ValueError, match="LlamaForCausalLM is half patched"):
+        audit(model)

@@ -151,7 +151,14 @@ def is_patched(model: nn.Module) -> bool:
     import sys
 
     patches: Any = sys.modules.get("packed_attn_patches")
-    return patches is not None and patches.is_patched(model)
+    if patches is None:
+        return False
+    left = patches.remains(model)
+    if left is not None:
+        raise ValueError(
+            f"{type(model).__name__} is half patched: {left}, and no record of it; load it again"
+        )
+    return patches.is_patched(model)
 
 
 def is_compiled(model: nn.Module) -> bool:

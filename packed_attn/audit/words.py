@@ -46,11 +46,11 @@ COLUMNS: dict[str, tuple[str, str]] = {
     "position_ids and a mask of ones": ("+ ones", "position_ids and an attention_mask of ones"),
     "cu_seq_lens": (
         "cu_seq_lens",
-        "position_ids and cu_seq_lens_q/k, max_length_q/k, use_cache=False",
+        "position_ids and the flash arguments, use_cache=False",
     ),
     "cu_seq_lens and seq_idx": (
         "seq_idx",
-        "position_ids, the flash arguments and seq_idx, as TRL emits",
+        "the flash arguments and seq_idx, as TRL emits",
     ),
     "segment mask": ("segments", "an integer attention_mask, 1 1 2 2 2"),
     "two rows": ("two rows", "position_ids of two packed rows, use_cache=False"),

@@ -4,6 +4,7 @@
     inputs.py      the forward pre-hook: batch keyword arguments -> one DocumentLayout
     families.py    which model types are accepted, and how that was decided
     unpack.py      a whole model run on documents batched by length
+    wrappers.py    what stands around a model: taken off, or refused
     apply.py       putting all of it on one model instance, and taking it off again
     tiny.py        tiny random models of every model type
     children.py    work on many types, each in a process of its own
@@ -18,6 +19,7 @@ from packed_attn_patches.apply import (
     is_tested_version,
     patch,
     patched_module,
+    remains,
     route_of,
     unpatch,
 )
@@ -28,6 +30,7 @@ __all__ = [
     "is_tested_version",
     "patch",
     "patched_module",
+    "remains",
     "route_of",
     "unpatch",
 ]

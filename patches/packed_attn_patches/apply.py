@@ -28,6 +28,14 @@ from packed_attn_patches.inputs import LayoutHook
 from packed_attn_patches.interface import NAMES
 from packed_attn_patches.padding_free import PackRows, PadRows
 from packed_attn_patches.unpack import UnpackedForward
+from packed_attn_patches.wrappers import (
+    Origin,
+    forget_compiled,
+    origin,
+    put_forward,
+    take_forward,
+    unwrapped,
+)
 
 TESTED = (Version("5.17"), Version("5.25"))  # the second is the first version not tested
 _RECORD = "_packed_attn_record"
@@ -61,6 +69,13 @@ def patch(
     model: nn.Module, settings: Settings = Settings(), on_unknown: str = "raise"
 ) -> nn.Module:
     """Makes `model` respect document boundaries; see `packed_attn.patch_model`."""
+    _patch(unwrapped(model), settings, on_unknown)
+    forget_compiled(model)
+    return model
+
+
+def _patch(model: nn.Module, settings: Settings, on_unknown: str) -> nn.Module:
+    """Patches a model that nothing wraps."""
     record = model.__dict__.get(_RECORD)
     if record is not None and record.settings == settings:
         return model
@@ -70,10 +85,27 @@ def patch(
         chosen = route(model, on_unknown)
     except UnknownModelType as refusal:
         raise UnknownModelType(f"{refusal}. {_probed(model)}") from None
+    if origin(model) is Origin.FOREIGN and chosen is not Route.UNPACK:
+        chosen = _foreign(model, on_unknown)
     assert isinstance(model, PreTrainedModel)
     _warn_untested()
     _put_on(model, chosen, settings)
+    if origin(model) is Origin.DERIVED:
+        _probe_derived(model)
     return model
+
+
+def _probe_derived(model: nn.Module) -> None:
+    """A class derived from a known one is shown not to mix documents, or refused."""
+    from packed_attn.audit import leaks_between_documents
+
+    leak = leaks_between_documents(model)
+    if leak is not None:
+        unpatch(model)
+        raise NotImplementedError(
+            f"patch_model refuses {type(model).__name__}, which derives from a class of "
+            f"transformers: {leak}"
+        )
 
 
 def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
@@ -99,7 +131,7 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
         for module in entrances:
             taken = chosen if module is model else inner
             if taken is not Route.INTERFACE:
-                module.forward = UnpackedForward(module, taken, head_of(module))
+                put_forward(module, UnpackedForward(module, taken, head_of(module)))
             hook = LayoutHook(
                 settings.backend,
                 unpacked=taken is not Route.INTERFACE,
@@ -138,6 +170,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: the model is not patched.
     """
+    wrapper, model = model, unwrapped(model)
     record: PatchRecord | None = model.__dict__.get(_RECORD)
     if record is None:
         raise ValueError(f"{type(model).__name__} is not patched by packed-attn")
@@ -150,17 +183,49 @@ def unpatch(model: nn.Module) -> nn.Module:
             if isinstance(hook, PadRows):
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
-        if isinstance(vars(module).get("forward"), UnpackedForward):
-            del module.forward
+        take_forward(module)
     for path, name, config in record.configs:
         setattr(model.get_submodule(path), name, config)
     del model.__dict__[_RECORD]
-    return model
+    forget_compiled(wrapper)
+    return wrapper
 
 
 def is_patched(model: nn.Module) -> bool:
-    """Whether `patch` holds on this instance."""
-    return _RECORD in model.__dict__
+    """Whether `patch` holds on this instance or on the model that it wraps."""
+    return any(_RECORD in vars(module) for module in model.modules())
+
+
+def remains(model: nn.Module) -> str | None:
+    """What is left of a patch on a model without a record; None on a whole one.
+
+    An exception inside `patch` undoes all of it; this is for models that something else has
+    copied or rebuilt in parts.
+    """
+    if is_patched(model):
+        return None
+    for path, module in model.named_modules():
+        where = path or type(model).__name__
+        if any(isinstance(hook, LayoutHook) for hook in module._forward_pre_hooks.values()):
+            return f"{where} has the patch's hook"
+        for value in (vars(module).get("forward"), vars(module).get("_old_forward")):
+            if isinstance(value, UnpackedForward):
+                return f"{where} has the patch's forward"
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if implementation in NAMES.values():
+            return f"the config of {where} has the patch's attention {implementation!r}"
+    return None
+
+
+def _foreign(model: nn.Module, on_unknown: str) -> Route:
+    """The route of a known model type whose code is not transformers' own: nothing is known."""
+    if on_unknown == "unpack":
+        return Route.UNPACK
+    raise NotImplementedError(
+        f"patch_model refuses {type(model).__name__}: its code is {type(model).__module__}, not "
+        "transformers' own, so nothing is known of its attention. on_unknown='unpack' runs it on "
+        "documents batched by equal length, exact and slower; audit(model) shows what leaks"
+    )
 
 
 def patched_module(model: nn.Module) -> nn.Module:
@@ -169,15 +234,15 @@ def patched_module(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: nothing in it is patched.
     """
-    for module in model.modules():
-        if is_patched(module):
-            return module
-    raise ValueError(f"{type(model).__name__} is not patched: call patch_model(model) first")
+    inner = unwrapped(model)
+    if not is_patched(inner):
+        raise ValueError(f"{type(model).__name__} is not patched: call patch_model(model) first")
+    return inner
 
 
 def route_of(model: nn.Module) -> Route:
     """How a patched model was made exact."""
-    record: PatchRecord = model.__dict__[_RECORD]
+    record: PatchRecord = unwrapped(model).__dict__[_RECORD]
     return record.route
 
 

@@ -1,0 +1,137 @@
+"""What may stand around a transformers model or in it: taken off, probed, or refused by name.
+
+DistributedDataParallel, FSDP, torch.compile, PEFT adapters    the model inside is patched
+fully_shard, accelerate's hooks, quantised layers              the model itself is patched
+DataParallel, prompt and prefix tuning                         refused
+a class that is not transformers' own                          refused, or probed (`origin`)
+"""
+
+from __future__ import annotations
+
+import sys
+from enum import Enum
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from packed_attn_patches.unpack import UnpackedForward
+
+
+class Origin(Enum):
+    """Whose code a model's class is."""
+
+    OWN = "transformers' own"
+    DERIVED = "derived from a class of transformers"
+    FOREIGN = "not transformers' own"
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside any wrappers.
+
+    Raises:
+        NotImplementedError: a wrapper that cannot be exact, with what to use instead.
+    """
+    while True:
+        inner = _inside(model)
+        if inner is None:
+            return model
+        model = inner
+
+
+def origin(model: nn.Module) -> Origin:
+    """Whose code the model's class is.
+
+    A class that a user derived may do anything, but usually adds a head or a loss to code that is
+    known: it is patched and then probed. Code that came with a checkpoint is not known at all.
+    """
+    # torch derives a class of its own for fully_shard.
+    classes = [c for c in type(model).__mro__ if not c.__module__.startswith("torch.")]
+    if classes and classes[0].__module__.startswith("transformers.models."):
+        return Origin.OWN
+    remote = any(c.__module__.startswith("transformers_modules") for c in classes)
+    known = any(c.__module__.startswith("transformers.models.") for c in classes)
+    return Origin.DERIVED if known and not remote else Origin.FOREIGN
+
+
+def put_forward(module: nn.Module, forward: UnpackedForward) -> None:
+    """Makes `forward` the module's own, inside the hook by which accelerate places it on a device.
+
+    Raises:
+        NotImplementedError: something else has replaced the module's forward already.
+    """
+    if _hooked_by_accelerate(module):
+        vars(module)["_old_forward"] = forward
+        return
+    if "forward" in vars(module):
+        raise NotImplementedError(
+            f"patch_model refuses {type(module).__name__}: its forward was replaced by "
+            f"{vars(module)['forward']!r}; patch the model before it is prepared"
+        )
+    module.forward = forward
+
+
+def take_forward(module: nn.Module) -> None:
+    """Undoes `put_forward`, also where accelerate's hook came after it or went since."""
+    if isinstance(vars(module).get("forward"), UnpackedForward):
+        del module.forward
+    if isinstance(vars(module).get("_old_forward"), UnpackedForward):
+        vars(module)["_old_forward"] = type(module).forward.__get__(module)
+
+
+def forget_compiled(model: nn.Module) -> None:
+    """Lets code that was compiled before the patch be compiled anew.
+
+    torch.compile does not look at hooks again once it has compiled a module, so a patch would be
+    passed over in silence.
+    """
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    for module in model.modules():
+        compiled = isinstance(module, OptimizedModule)
+        if compiled or getattr(module, "_compiled_call_impl", None) is not None:
+            torch.compiler.reset()
+            return
+
+
+def _inside(model: nn.Module) -> nn.Module | None:
+    """What one wrapper wraps; None where there is no wrapper."""
+    from torch._dynamo.eval_frame import OptimizedModule
+
+    if isinstance(model, nn.DataParallel):
+        raise NotImplementedError(
+            "patch_model refuses DataParallel: it scatters cu_seq_lens_q along the batch; use "
+            "torchrun or accelerate launch"
+        )
+    if isinstance(model, (nn.parallel.DistributedDataParallel, *_fsdp())):
+        return cast(nn.Module, model.module)
+    if isinstance(model, OptimizedModule):
+        return cast(nn.Module, model._orig_mod)
+    return _inside_peft(model)
+
+
+def _inside_peft(model: nn.Module) -> nn.Module | None:
+    peft: Any = sys.modules.get("peft")
+    if peft is None or not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
+        return None
+    wrapper: Any = model
+    for name, config in wrapper.peft_config.items():
+        if config.is_prompt_learning:
+            raise NotImplementedError(
+                f"patch_model refuses {type(model).__name__}: its adapter {name!r} is "
+                f"{config.peft_type.value}, which puts learned tokens before a row and not before "
+                "each document, and drops position_ids; use LoRA, or batches without packing"
+            )
+    return wrapper.base_model.model
+
+
+def _fsdp() -> tuple[type[nn.Module], ...]:
+    if not torch.distributed.is_available():
+        return ()
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    return (FullyShardedDataParallel,)
+
+
+def _hooked_by_accelerate(module: nn.Module) -> bool:
+    return "_hf_hook" in vars(module) and "_old_forward" in vars(module)

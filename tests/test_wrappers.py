@@ -1,0 +1,168 @@
+"""Wrapped models: unwrapped and patched, whichever comes first, or refused by name."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from packed_attn import audit, patch_model, unpatch_model
+from tests.exactness import alone, close, documents, gradients, packed, relative, token_mean
+from tests.models import tiny_config, tiny_model
+
+peft = pytest.importorskip("peft", reason="needs peft")
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A process group of this process alone."""
+    init = f"file://{tmp_path / 'group'}"
+    torch.distributed.init_process_group("gloo", init_method=init, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def lora(model: Any) -> Any:
+    names = ["q_proj", "v_proj"] if hasattr(model, "model") else ["in_proj"]
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=names))
+    for name, parameter in wrapped.named_parameters():
+        if "lora_B" in name:  # starts at 0, where an adapter does nothing
+            nn.init.normal_(parameter, std=0.05)
+    return wrapped
+
+
+def compiled(model: Any) -> Any:
+    return torch.compile(model, backend="eager")
+
+
+def dispatched(model: Any) -> Any:
+    """What device_map="auto" does: accelerate's hooks take the place of forward."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    for module in (model, *model.children()):
+        add_hook_to_module(module, AlignDevicesHook("cpu", io_same_device=True))
+    return model
+
+
+def check_exact(model: Any) -> None:
+    """Logits and gradients of a pack against the same documents alone."""
+    docs = documents()
+    batch = packed(docs)
+    inputs = {"input_ids": batch["input_ids"], "position_ids": batch["position_ids"]}
+    assert close(model(**inputs).logits[0], alone(model, docs))
+    loss = token_mean(model, docs)
+    loss.backward()
+    want = gradients(model)
+    model.zero_grad()
+    got = model(**inputs, labels=batch["labels"]).loss
+    got.backward()
+    assert abs(got.item() - loss.item()) <= 1e-6 * abs(loss.item())
+    assert relative(gradients(model), want) <= 1e-5
+
+
+@pytest.mark.parametrize("first", ["patch", "wrap"])
+@pytest.mark.parametrize(
+    ("family", "wrap"),
+    [("llama", lora), ("mamba", lora), ("llama", dispatched), ("mamba", dispatched)],
+)
+def test_exact_whichever_comes_first(family: str, wrap: Callable[[Any], Any], first: str) -> None:
+    model = tiny_model(family)
+    if first == "patch":
+        wrapped = wrap(patch_model(model))
+    else:
+        wrapped = wrap(model)
+        assert patch_model(wrapped) is wrapped
+    check_exact(wrapped)
+    assert audit(wrapped).isolated
+    unpatch_model(wrapped)
+    report = audit(wrapped)
+    assert not report.isolated, str(report)
+
+
+@pytest.mark.parametrize("ran", [pytest.param(False, marks=pytest.mark.slow), True])
+def test_compiled(ran: bool) -> None:
+    model = compiled(tiny_model("llama"))
+    docs = documents()
+    batch = packed(docs)
+    with torch.no_grad():
+        if ran:
+            model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])
+        want = alone(model, docs)
+        assert patch_model(model) is model
+        assert close(model(**{k: v for k, v in batch.items() if k != "labels"}).logits[0], want)
+    report = audit(model)
+    assert report.isolated
+    assert "compiled code does not call an audit's hooks" in str(report)
+
+
+def test_distributed_data_parallel(one_process: None) -> None:
+    model = nn.parallel.DistributedDataParallel(tiny_model("llama"))
+    patch_model(model)
+    docs = documents()
+    batch = packed(docs)
+    model(**batch).loss.backward()
+    assert close(model(**batch).logits[0], alone(model.module, docs))
+    assert audit(model).isolated
+    unpatch_model(model)
+
+
+def test_fully_sharded(one_process: None) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny_model("llama")
+    docs = documents()
+    want = alone(model, docs)
+    fully_shard(model)
+    patch_model(model)
+    assert close(model(**packed(docs)).logits[0].detach(), want)
+
+
+def test_data_parallel_is_refused() -> None:
+    with pytest.raises(NotImplementedError, match="torchrun or accelerate launch"):
+        patch_model(nn.DataParallel(tiny_model("llama")))
+
+
+@pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])
+def test_learned_tokens_are_refused_by_name(kind: str) -> None:
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = peft.get_peft_model(tiny_model("llama"), config)
+    with pytest.raises(NotImplementedError, match=r"refuses PeftModel.*_TUNING"):
+        patch_model(model)
+
+
+class WithLoss(LlamaForCausalLM):
+    """What users derive: a known model with something of its own around it."""
+
+
+class Smearing(LlamaForCausalLM):
+    """A derived class that mixes tokens behind the layers."""
+
+    def forward(self, input_ids: Any = None, **kwargs: Any) -> Any:
+        output = super().forward(input_ids, **kwargs)
+        output.logits = output.logits + 1e-3 * output.logits.roll(1, 1)
+        return output
+
+
+def test_derived_classes_are_probed() -> None:
+    assert audit(patch_model(WithLoss(tiny_config("llama")))).isolated
+    model = Smearing(tiny_config("llama"))
+    with pytest.raises(NotImplementedError, match=r"refuses Smearing.* derives from"):
+        patch_model(model)
+    assert "_packed_attn_record" not in vars(model)
+
+
+def test_code_that_came_with_a_checkpoint_is_refused() -> None:
+    model = copy.deepcopy(tiny_model("llama"))
+    model.__class__ = type(
+        "LlamaForCausalLM", (LlamaForCausalLM,), {"__module__": "transformers_modules.a.b"}
+    )
+    with pytest.raises(NotImplementedError, match=r"its code is transformers_modules\.a\.b"):
+        patch_model(model)
+    patch_model(model, on_unknown="unpack")
+    assert audit(model).isolated
