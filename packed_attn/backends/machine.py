@@ -14,6 +14,12 @@ from packed_attn.request import AttentionRequest
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
+def _constant(function: _Function) -> _Function:
+    """What torch.compiler.assume_constant_result does, without its import of the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def gpu_reasons(request: AttentionRequest, majors: Collection[int] | None = None) -> list[str]:
     """Why q's device will not do.
 
@@ -53,22 +59,17 @@ def function(module: str, name: str) -> Callable[..., Any]:
     return getattr(_loaded(module), name)
 
 
+# A compiler cannot trace an import, a signature or a look at the device; none changes meanwhile.
+@_constant
+def _loaded(module: str) -> Any:
+    return import_module(module)
+
+
+@_constant
 def parameters(module: str, name: str) -> frozenset[str]:
     """Names of a function's parameters, by which its version is known; none if it is not there."""
     found = getattr(_loaded(module), name, None)
     return frozenset() if found is None else frozenset(inspect.signature(found).parameters)
-
-
-def _constant(function: _Function) -> _Function:
-    """What torch.compiler.assume_constant_result does, without its import of the compiler."""
-    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
-    return function
-
-
-# A compiler cannot trace an import or a look at the device; neither changes while it compiles.
-@_constant
-def _loaded(module: str) -> Any:
-    return import_module(module)
 
 
 @_constant
