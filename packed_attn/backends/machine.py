@@ -66,10 +66,10 @@ def _loaded(module: str) -> Any:
 
 
 @_constant
-def parameters(module: str, name: str) -> frozenset[str]:
-    """Names of a function's parameters, by which its version is known; none if it is not there."""
+def takes(module: str, name: str, parameter: str) -> bool:
+    """Whether a function has a parameter, by which its version is known; no if it is not there."""
     found = getattr(_loaded(module), name, None)
-    return frozenset() if found is None else frozenset(inspect.signature(found).parameters)
+    return found is not None and parameter in inspect.signature(found).parameters
 
 
 @_constant
