@@ -53,9 +53,10 @@ lint: $(READY)
 gpu-test: $(READY)
 	$(PY) -m benchmarks.gpu_test
 
-# Within 8 minutes; writes benchmarks/results/attention.json.
+# Within 8 minutes; writes attention.json and training_step_gpu.json under benchmarks/results/.
 gpu-bench: $(READY)
 	$(PY) -m benchmarks.bench_attention
+	$(PY) -m benchmarks.bench_training_step --json benchmarks/results/training_step_gpu.json
 
 $(READY): pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
