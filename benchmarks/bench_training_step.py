@@ -5,7 +5,7 @@
 The demo's model and log-normal documents; forward, backward and an AdamW step on the same ones.
 Stock packing is shown at its best: position_ids and no cache, which keeps documents apart.
 Candidates take turns; figures are medians over rounds of the ratio inside a round. Losses are
-compared before anything is timed. On a GPU the same script times the GPU; it has not yet run on one.
+compared before anything is timed. On a GPU the same script times the GPU: not yet run on one.
 """
 
 from __future__ import annotations
