@@ -74,7 +74,7 @@ def _on_ray(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Ray Data maps the task over the numbers; the folder must be one that all nodes see."""
     try:
-        import ray
+        import ray  # pyright: ignore[reportMissingImports]
     except ImportError as error:
         raise ImportError("engine 'ray' needs Ray: pip install 'packed-attn[ray]'") from error
     if not ray.is_initialized():
