@@ -142,6 +142,11 @@ def prefix_tensor(prefix_lengths: Sequence[int] | Tensor, layout: DocumentLayout
         ValueError: not integers, or not one for each document. Negative ones are found where
             looking costs no device sync; on a device they are taken as 0.
     """
+    prefix = _checked_prefix(prefix_lengths, layout)
+    return prefix.to(layout.device, torch.int64).clamp(min=0)
+
+
+def _checked_prefix(prefix_lengths: Sequence[int] | Tensor, layout: DocumentLayout) -> Tensor:
     prefix = torch.as_tensor(prefix_lengths)
     if prefix.numel() and (prefix.dtype.is_floating_point or prefix.dtype == torch.bool):
         raise ValueError(f"prefix_lengths must be integers, got {prefix.dtype}")
@@ -151,9 +156,11 @@ def prefix_tensor(prefix_lengths: Sequence[int] | Tensor, layout: DocumentLayout
         )
     if prefix.device.type == "cpu" and (prefix < 0).any():
         raise ValueError(f"prefix_lengths must not be negative, got {int(prefix.min())}")
-    return prefix.to(layout.device, torch.int64).clamp(min=0)
+    return prefix
 
 
+# A compiler cannot trace a search for a package; what it finds does not change while it compiles.
+@torch.compiler.assume_constant_result
 def _runs_kernels(device: torch.device) -> bool:
     """Whether the kernels of `packed_attn_kernels.bookkeeping` make the vectors: on CUDA where
     triton is installed, and on the CPU once the kernels are loaded interpreted. Elsewhere the torch
@@ -175,6 +182,9 @@ def _launched(
     """What `build_visibility` makes, in one launch."""
     from packed_attn_kernels.bookkeeping import mask_intervals
 
+    prefix = None
+    if prefix_lengths is not None:
+        prefix = _checked_prefix(prefix_lengths, queries).to(queries.device)
     forest, depth = None, 0
     if queries.parents is not None:
         tensors = queries.forest_tensors()
@@ -188,7 +198,7 @@ def _launched(
         left=left,
         right=right,
         chunk_size=chunk_size,
-        prefix=None if prefix_lengths is None else prefix_tensor(prefix_lengths, queries),
+        prefix=prefix,
         query_padding=queries.padding,
         key_padding=None if keys is queries else keys.padding,
         forest=forest,

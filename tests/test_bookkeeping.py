@@ -26,7 +26,8 @@ from packed_attn import DocumentLayout, Visibility, attention, visibility
 from tests.cases import LOG_NORMAL, ONE_LONG, SMALL, Case
 
 VECTORS = ("key_start", "key_stop", "query_start", "query_stop", "query_position", "key_position")
-ROWS = ((16, 32, 64), (128, 64, 128), (64, 16, 32))
+# Rows of a tile of the forward, of keys and of dq.
+ROWS = (16, 32, 64)
 HUNDREDS = {
     "tiny": (1, 2, 0, 3) * 150,
     "of_a_tile": (31, 32, 33, 63, 64, 65) * 4,
@@ -35,12 +36,21 @@ HUNDREDS = {
 }
 
 
-@pytest.mark.parametrize("case", SMALL, ids=[case.name for case in SMALL])
+def _masks() -> list[Case]:
+    """The cases of SMALL whose documents or mask no earlier one has."""
+    seen = {}
+    for case in SMALL:
+        key = (case.lengths, case.parents, case.padding, case.key_lengths, case.causal)
+        key += (case.window_size, case.chunk_size, case.prefix_lengths)
+        seen.setdefault(key, case)
+    return list(seen.values())
+
+
+@pytest.mark.parametrize("case", _masks(), ids=lambda case: case.name)
 def test_vectors_and_lists_of_named_cases(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     launched, specified = _both(case, monkeypatch)
     _assert_equal(launched, specified)
-    for rows in ROWS:
-        _assert_lists(specified, rows)
+    _assert_lists(specified, ROWS)
 
 
 @pytest.mark.parametrize("lengths", HUNDREDS.values(), ids=HUNDREDS.keys())
@@ -52,6 +62,7 @@ def test_hundreds_of_documents(lengths, window, monkeypatch: pytest.MonkeyPatch)
     _assert_lists(specified, (128, 64, 32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lengths", [LOG_NORMAL, ONE_LONG], ids=["log-normal", "16k + 256 x 64"])
 def test_batches_of_real_size(lengths, monkeypatch: pytest.MonkeyPatch) -> None:
     launched, specified = _both(Case("real", lengths), monkeypatch)
@@ -66,7 +77,7 @@ def test_batches_of_real_size(lengths, monkeypatch: pytest.MonkeyPatch) -> None:
     st.none() | st.integers(1, 40),
     st.booleans(),
 )
-@settings(max_examples=40)
+@settings(max_examples=15)
 def test_any_documents(documents, causal, window, chunk, cross) -> None:
     """Lengths of both sides, padding, prefixes, windows and chunks at once."""
     case = Case(
@@ -86,7 +97,7 @@ def test_any_documents(documents, causal, window, chunk, cross) -> None:
 
 
 @given(st.data(), st.tuples(st.integers(-1, 40), st.integers(-1, 9)), st.none() | st.integers(1, 9))
-@settings(max_examples=40)
+@settings(max_examples=15)
 def test_any_forest(data: st.DataObject, window, chunk) -> None:
     lengths = data.draw(st.lists(st.integers(0, 20), min_size=1, max_size=9))
     parents, branch = [], []
@@ -106,6 +117,23 @@ def test_any_forest(data: st.DataObject, window, chunk) -> None:
         launched, specified = _both(case, monkeypatch)
     _assert_equal(launched, specified)
     _assert_lists(specified, (16, 16, 32))
+
+
+def test_more_tiles_than_one_step_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched, specified = _both(Case("long", (700, 3, 3500, 90, 1)), monkeypatch)
+    _assert_equal(launched, specified)
+    _assert_lists(specified, (16, 128, 16))
+
+
+def test_prefixes_below_0_are_0() -> None:
+    """A device does not tell the host of them."""
+    cu = torch.tensor([0, 7, 9, 14], dtype=torch.int32)
+    below, at = torch.tensor([-3, 1, -(2**31)]), torch.tensor([0, 1, 0])
+    for one, other in zip(
+        mask_intervals(cu, cu, 14, 14, left=3, right=0, chunk_size=4, prefix=below),
+        mask_intervals(cu, cu, 14, 14, left=3, right=0, chunk_size=4, prefix=at),
+    ):
+        assert torch.equal(one, other)
 
 
 def test_padding_on_one_side(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,9 +178,10 @@ def test_two_launches_for_all_layers(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_no_operator_besides_the_two() -> None:
     layout = DocumentLayout.from_lengths([40, 3, 21], padding=[False, True, False])
+    keys = DocumentLayout.from_lengths([4, 30, 2])
     seen = _Operators()
     with seen:
-        vis = layout.visibility(window_size=(9, 0), chunk_size=16)
+        vis = layout.visibility(window_size=(9, 0), chunk_size=16, key_layout=keys)
         plan_tiles(vis.key_start, vis.key_stop, vis.query_start, vis.query_stop, PROBLEM)
     assert seen.names == ["packed_attn::mask_intervals", "packed_attn::tile_lists"]
 
@@ -174,16 +203,27 @@ def test_no_launch_without_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     launches = _count_launches(monkeypatch)
     for lengths in ((), (0, 0)):
         vis = DocumentLayout.from_lengths(lengths).visibility()
-        lists = tile_lists(vis.key_start, vis.key_stop, vis.query_start, vis.query_stop, ROWS[0])
+        lists = tile_lists(vis.key_start, vis.key_stop, vis.query_start, vis.query_stop, ROWS)
         assert [list(x.shape) for x in lists] == [[0, 2]] * 3
     assert launches == []
+
+
+def test_a_compiler_traces_the_kernels_whole() -> None:
+    def stop(layout: DocumentLayout) -> Tensor:
+        vis = layout.visibility(window_size=(9, 0))
+        return vis.key_start + vis.key_stop
+
+    compiled: Any = torch.compile(stop, fullgraph=True, backend="aot_eager")
+    for lengths in ((40, 24), (10, 20, 34)):
+        want = stop(DocumentLayout.from_lengths(lengths))
+        assert torch.equal(compiled(DocumentLayout.from_lengths(lengths)), want)
 
 
 def test_operators_pass_opcheck() -> None:
     cu = torch.tensor([0, 7, 9, 14], dtype=torch.int32)
     arguments = (cu, cu, None, None, None, [], 14, 14, 0, 3, 0, None)
     torch.library.opcheck(torch.ops.packed_attn.mask_intervals.default, arguments)
-    vectors = [x for x in mask_intervals(cu, cu, 14, 14, left=3, right=0) if x is not None]
+    vectors = mask_intervals(cu, cu, 14, 14, left=3, right=0)
     arguments = (vectors[0], vectors[1], vectors[3], vectors[4], 16, 32, 16)
     torch.library.opcheck(torch.ops.packed_attn.tile_lists.default, arguments)
 

@@ -27,9 +27,8 @@ from packed_attn_kernels.rules import FAR, INTERPRETED, IS_INTERPRETED
 
 # Tokens of a program of the first kernel.
 TOKENS = 256
-# Rows that one step of a list's scan covers, at least twice a tile's. The interpreter takes a
-# running maximum over a square of them.
-SCAN = 256 if INTERPRETED else 2048
+# Rows that one step of a list's scan covers. The interpreter compares a square of them.
+SCAN = 512 if INTERPRETED else 2048
 # Tiles whose work, or whose place among OTHERS tiles at a time, one step finds.
 TILES, OTHERS = 16, 256
 WARPS = 8
@@ -63,7 +62,7 @@ def mask_intervals(
     Args:
         query_cu, key_cu: integers `[documents + 1]`; the same tensor in self attention.
         left, right: positions that a query sees to either side, -1 is unlimited.
-        prefix: integers `[documents]`, at least 0.
+        prefix: integers `[documents]`; what is below 0 is as 0.
         query_padding, key_padding: bool `[documents]`.
         forest: parents, path_offset and subtree_stop, integers `[documents]`; self attention only.
         depth: most ancestors that a document of the forest has.
@@ -443,11 +442,11 @@ def cut_rows(start_ptr, stop_ptr, first_ptr, total, rows, SCAN: tl.constexpr):
     """Writes the first row of each tile and returns how many tiles there are.
 
     Whether a document that begins at row x is long is known at row `ahead`, its 2 * rows-th: the
-    last document that has begun there is still this one. Steps begin SCAN rows before the first,
-    so that each row ahead is met once.
+    last document that has begun there is still this one. The first step begins so far before row 0
+    that each row ahead is met once.
     """
     reached, latest, section, count = 0, -1, 0, 0
-    for begin in range(-SCAN, total, SCAN):
+    for begin in range(1 - 2 * rows, total, SCAN):
         x = begin + tl.arange(0, SCAN)
         ahead = x + (2 * rows - 1)
         there = (ahead >= 0) & (ahead < total)
