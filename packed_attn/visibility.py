@@ -18,6 +18,9 @@ from torch import Tensor
 if TYPE_CHECKING:
     from packed_attn.layout import DocumentLayout
 
+# Looked for here, without importing it: a compiler cannot trace a search for a package.
+HAS_TRITON = find_spec("triton") is not None
+
 
 @dataclass(frozen=True, eq=False)
 class Visibility:
@@ -159,14 +162,12 @@ def _checked_prefix(prefix_lengths: Sequence[int] | Tensor, layout: DocumentLayo
     return prefix
 
 
-# A compiler cannot trace a search for a package; what it finds does not change while it compiles.
-@torch.compiler.assume_constant_result
 def _runs_kernels(device: torch.device) -> bool:
     """Whether the kernels of `packed_attn_kernels.bookkeeping` make the vectors: on CUDA where
     triton is installed, and on the CPU once the kernels are loaded interpreted. Elsewhere the torch
     operators of this file do, which are their specification. Imports neither."""
     if device.type == "cuda":
-        return find_spec("triton") is not None
+        return HAS_TRITON
     rules = sys.modules.get("packed_attn_kernels.rules")
     return device.type == "cpu" and rules is not None and rules.INTERPRETED
 
