@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+from packed_attn_patches.tiny import tiny_config as any_tiny_config
 
 from packed_attn.audit.conventions import TELLING
 from packed_attn.cli import main
@@ -41,11 +41,10 @@ def test_a_leak_is_an_exit_status(config: str, capsys: pytest.CaptureFixture[str
 
 
 def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = AutoConfig.for_model("xlnet", n_layer=1, n_head=2, d_model=32, d_inner=32)
-    config.save_pretrained(tmp_path)
+    any_tiny_config("xlstm").save_pretrained(tmp_path)
     assert main(["audit", str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("packed-attn: patch_model refuses XLNetLMHeadModel")
+    assert error.startswith("packed-attn: patch_model refuses xLSTMForCausalLM")
     assert error.count("\n") == 1
 
 

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from packed_attn import DocumentLayout, PackedCollator, attention, patch_model
 from packed_attn.distributed import ShardedLayout, context_parallel
 from tests.models import tiny_model
+from tests.processes import in_processes
 
 LENGTHS = (5, 1, 37, 22, 9, 3)
 CAPACITY = 96
@@ -26,24 +23,6 @@ def batch() -> dict[str, Any]:
     docs = [torch.randint(3, 150, (n,), generator=generator) for n in LENGTHS]
     collator = PackedCollator("documents", pad_to_multiple_of=16)
     return collator([{"input_ids": d} for d in docs])
-
-
-def in_processes(ranks: int, work: Callable[..., None], *args: Any) -> list[Any]:
-    """What `work(*args)` returns in each of several gloo processes, by rank.
-
-    Forked: importing everything again would take longer than the tests.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_process, (ranks, folder, work, args), ranks, start_method="fork")
-        return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks)]
-
-
-def _process(rank: int, ranks: int, folder: str, work: Callable[..., Any], args: Any) -> None:
-    torch.set_num_threads(1)
-    store = f"file://{folder}/store"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
-    torch.save(work(*args), Path(folder) / f"{rank}.pt")
-    dist.destroy_process_group()
 
 
 def model_share(family: str, method: Any, checkpointing: bool) -> dict[str, Any]:

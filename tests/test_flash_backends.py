@@ -309,13 +309,13 @@ def test_older_versions_lack_reasons_are_named(monkeypatch: pytest.MonkeyPatch) 
     """Versions are known by the parameters of their functions."""
 
     def without(name: str, *missing: str) -> None:
-        found = machine.parameters
+        found = machine.takes
 
-        def fewer(module: str, function: str) -> frozenset[str]:
-            return found(module, function) - set(missing)
+        def fewer(module: str, function: str, parameter: str) -> bool:
+            return parameter not in missing and found(module, function, parameter)
 
         install(name, monkeypatch)
-        monkeypatch.setattr(machine, "parameters", fewer)
+        monkeypatch.setattr(machine, "takes", fewer)
 
     with_lse = _request(_inputs(), return_lse=True)
     without("flash3", "return_attn_probs")
@@ -337,8 +337,8 @@ def test_older_versions_lack_reasons_are_named(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_older_flash4_ignores_the_gradient_of_lse(monkeypatch: pytest.MonkeyPatch) -> None:
     install("flash4", monkeypatch)
-    found = machine.parameters
-    monkeypatch.setattr(machine, "parameters", lambda m, f: found(m, f) - {"dlse"})
+    found = machine.takes
+    monkeypatch.setattr(machine, "takes", lambda m, f, p: p != "dlse" and found(m, f, p))
     inputs = _inputs()
     inputs["q"].requires_grad_()
     _, lse = attention(**inputs, backend="flash4", return_lse=True, softcap=4.0)

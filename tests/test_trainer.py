@@ -144,3 +144,46 @@ def test_evaluation_counts_each_target_once(tmp_path: Path) -> None:
         )
     want = total / sum(len(d) - 1 for d in docs)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(want, rel=1e-6)
+
+
+def test_a_resumed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
+    """From a checkpoint in the middle of an epoch: the same remaining packs, the same bits."""
+    packs = pack_dataset(documents(), CAPACITY, overflow="error")
+
+    def run(folder: Path, resume: str | None = None) -> tuple[Trainer, list[Any]]:
+        seen: list[Any] = []
+
+        class Watched(PackedCollator):
+            def __call__(self, features: Any) -> dict[str, Any]:
+                batch = super().__call__(features)
+                seen.append(batch["layout"].lengths)
+                return batch
+
+        settings = TrainingArguments(
+            output_dir=str(folder),
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            max_steps=5,
+            save_strategy="steps",
+            save_steps=2,
+            per_device_train_batch_size=1,
+            gradient_accumulation_steps=2,
+            learning_rate=1e-2,
+        )
+        trainer = Trainer(
+            patch_model(tiny_model("llama")),
+            settings,
+            train_dataset=packs,
+            data_collator=Watched(),
+        )
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer, seen
+
+    whole, all_seen = run(tmp_path / "whole")
+    resumed, later = run(tmp_path / "resumed", str(tmp_path / "whole" / "checkpoint-2"))
+    assert resumed.state.global_step == 5
+    # Trainer collates what it skips; the packs that it trains on are the last ones.
+    assert later[-6:] == all_seen[-6:]
+    for (name, want), got in zip(whole.model.named_parameters(), resumed.model.parameters()):
+        assert torch.equal(got, want), name

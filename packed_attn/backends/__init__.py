@@ -5,7 +5,8 @@ A backend is a module of this package with two functions:
     reasons_against(request) -> list[str]     sentences; empty when it can run the request
     run(request) -> (out, lse or None)        out [total_queries, num_heads, value_head_dim]
 
-It is imported by name when it is considered, so none costs anything until then.
+`packed_attn.attention` imports them all beforehand, because a compiler cannot trace an import. That
+costs nothing: a backend imports its own library when it runs.
 
 Our kernels stand first on a GPU: they alone put short documents into one tile, confine NaN and
 compile once whatever the boundaries are; of flash-attn the older stands first, which runs on more
@@ -20,7 +21,6 @@ from functools import cache
 from importlib import import_module
 from typing import Protocol, cast
 
-import torch
 from torch import Tensor
 
 from packed_attn.request import AttentionRequest
@@ -60,22 +60,9 @@ def load(name: str) -> Backend:
     """
     if name not in BACKENDS:
         raise ValueError(f"backend must be 'auto' or one of {', '.join(BACKENDS)}, got {name!r}")
-    if torch.compiler.is_compiling():
-        _import_all()
-    elif name not in _LOADED:
-        _import(name)
+    if name not in _LOADED:
+        _LOADED[name] = cast(Backend, import_module(f"packed_attn.backends.{name}"))
     return _LOADED[name]
-
-
-def _import(name: str) -> None:
-    _LOADED[name] = cast(Backend, import_module(f"packed_attn.backends.{name}"))
-
-
-# A compiler cannot trace an import, and looks at the dictionary only once.
-@torch.compiler.assume_constant_result
-def _import_all() -> None:
-    for name in BACKENDS:
-        _import(name)
 
 
 def select(name: str, request: AttentionRequest) -> Backend:

@@ -53,7 +53,7 @@ def _attend(request: AttentionRequest, call: flash.Call) -> tuple[Tensor, Tensor
 
 
 def _returns_lse() -> bool:
-    return "return_attn_probs" in machine.parameters(MODULE, FUNCTION)
+    return machine.takes(MODULE, FUNCTION, "return_attn_probs")
 
 
 def _head_dim_reasons(request: AttentionRequest) -> list[str]:

@@ -62,7 +62,7 @@ def _attend(request: AttentionRequest, call: flash.Call) -> tuple[Tensor, Tensor
 
 
 def _backward_takes(name: str) -> bool:
-    return name in machine.parameters(MODULE, "_flash_attn_bwd")
+    return machine.takes(MODULE, "_flash_attn_bwd", name)
 
 
 def _lse_has_gradient(request: AttentionRequest) -> bool:
@@ -71,7 +71,7 @@ def _lse_has_gradient(request: AttentionRequest) -> bool:
 
 
 def _version_reasons(request: AttentionRequest) -> list[str]:
-    if "return_lse" not in machine.parameters(MODULE, FUNCTION):
+    if not machine.takes(MODULE, FUNCTION, "return_lse"):
         return ["this version of flash-attn 4 does not return lse: it is older than March 2026"]
     if request.sinks is not None and not _backward_takes("learnable_sink"):
         return ["this version of flash-attn 4 gives no gradient to sinks"]

@@ -5,11 +5,19 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from packed_attn.request import AttentionRequest
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _constant(function: _Function) -> _Function:
+    """What torch.compiler.assume_constant_result does, without its import of the compiler."""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 def gpu_reasons(request: AttentionRequest, majors: Collection[int] | None = None) -> list[str]:
@@ -51,19 +59,20 @@ def function(module: str, name: str) -> Callable[..., Any]:
     return getattr(_loaded(module), name)
 
 
-def parameters(module: str, name: str) -> frozenset[str]:
-    """Names of a function's parameters, by which its version is known; none if it is not there."""
-    found = getattr(_loaded(module), name, None)
-    return frozenset() if found is None else frozenset(inspect.signature(found).parameters)
-
-
-# A compiler cannot trace an import or a look at the device; neither changes while it compiles.
-@torch.compiler.assume_constant_result
+# A compiler cannot trace an import, a signature or a look at the device; none changes meanwhile.
+@_constant
 def _loaded(module: str) -> Any:
     return import_module(module)
 
 
-@torch.compiler.assume_constant_result
+@_constant
+def takes(module: str, name: str, parameter: str) -> bool:
+    """Whether a function has a parameter, by which its version is known; no if it is not there."""
+    found = getattr(_loaded(module), name, None)
+    return found is not None and parameter in inspect.signature(found).parameters
+
+
+@_constant
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device, such as (9, 0)."""
     return torch.cuda.get_device_capability(device)

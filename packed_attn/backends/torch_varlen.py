@@ -60,4 +60,4 @@ def _aux() -> object:
 
 
 def _takes_groups() -> bool:
-    return "enable_gqa" in machine.parameters(MODULE, FUNCTION)
+    return machine.takes(MODULE, FUNCTION, "enable_gqa")

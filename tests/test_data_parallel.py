@@ -1,0 +1,81 @@
+"""DDP and FSDP2 on two processes: losses and gradients of one process on the same packs."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from packed_attn import PackedCollator, pack_dataset, patch_model
+from tests.models import tiny_model
+from tests.processes import in_processes
+from tests.test_trainer import CAPACITY, documents
+
+RANKS = 2
+
+
+def batches() -> list[dict[str, Any]]:
+    """One packed batch for each rank, of unlike numbers of targets."""
+    packs = pack_dataset(documents(), CAPACITY, overflow="error")
+    return [PackedCollator()([packs[i], packs[i + 1]]) for i in range(0, 2 * RANKS, 2)]
+
+
+def targets() -> int:
+    return sum(int((batch["labels"] != -100).sum()) for batch in batches())
+
+
+def gradients_of_rank(family: str, wrapper: str, checkpointing: bool) -> dict[str, Any]:
+    """Loss and gradients after one backward on this rank's batch."""
+    model: Any = patch_model(tiny_model(family)).train()
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    run = _wrapped(model, wrapper)
+    batch = batches()[dist.get_rank()]
+    # Gradients are averaged over ranks.
+    loss = run(**batch, num_items_in_batch=targets()).loss * RANKS
+    loss.backward()
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradient = parameter.grad
+        full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
+        gradients[name] = full.detach()
+    return {"loss": loss.detach() / RANKS, "gradients": gradients}
+
+
+def _wrapped(model: Any, wrapper: str) -> nn.Module:
+    if wrapper == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("family", "wrapper", "checkpointing"),
+    [("llama", "ddp", False), ("llama", "fsdp2", True), ("gpt_oss", "fsdp2", False)],
+)
+def test_two_ranks_equal_one_process(family: str, wrapper: str, checkpointing: bool) -> None:
+    model = patch_model(tiny_model(family)).train()
+    total = torch.zeros(())
+    for batch in batches():
+        loss = model(**batch, num_items_in_batch=targets()).loss
+        loss.backward()
+        total += loss.detach()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = in_processes(RANKS, gradients_of_rank, family, wrapper, checkpointing)
+    assert sum(rank["loss"].item() for rank in found) == pytest.approx(total.item(), rel=1e-6)
+    for rank in found:
+        for name, parameter in model.named_parameters():
+            got = rank["gradients"][name]
+            torch.testing.assert_close(got, parameter.grad, msg=name, rtol=1e-4, atol=1e-6)
