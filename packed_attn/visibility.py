@@ -6,8 +6,10 @@ query i sees key j   iff   key_start[i] <= j < key_stop[i]
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -15,6 +17,9 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from packed_attn.layout import DocumentLayout
+
+# Looked for here, without importing it: a compiler cannot trace a search for a package.
+HAS_TRITON = find_spec("triton") is not None
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,6 +76,8 @@ def build_visibility(
     """
     keys = queries if key_layout is None else key_layout
     _check_sides(queries, key_layout, prefix_lengths)
+    if _runs_kernels(queries.device):
+        return _launched(queries, keys, left, right, chunk_size, prefix_lengths)
     q, k = _Side.of(queries), _Side.of(keys)
     # Bottom-right alignment: the last query of a document stands over its last key.
     excess = k.length - q.length
@@ -98,16 +105,15 @@ def build_visibility(
         first = under - keys.position_ids % chunk_size
         query_start = torch.maximum(query_start, first)
         query_stop = torch.minimum(query_stop, first + chunk_size)
-    halves = "either"
     if queries.is_forest:
         key_start, query_stop = _forest_hull(queries, left, chunk_size)
-        halves = "both" if left >= 0 or chunk_size is not None else "query"
 
     hidden = _hidden_documents(queries, keys)
     key_start, key_stop = _settled(key_start, key_stop, q, hidden)
     query_start, query_stop = _settled(query_start, query_stop, k, hidden)
     query_position = (queries.position_ids + q.per_token(excess)).to(torch.int32)
     key_position = keys.position_ids.to(torch.int32)
+    halves = _deciding_halves(queries, left, chunk_size)
     return Visibility(
         key_start, key_stop, query_start, query_stop, halves, query_position, key_position
     )
@@ -139,6 +145,11 @@ def prefix_tensor(prefix_lengths: Sequence[int] | Tensor, layout: DocumentLayout
         ValueError: not integers, or not one for each document. Negative ones are found where
             looking costs no device sync; on a device they are taken as 0.
     """
+    prefix = _checked_prefix(prefix_lengths, layout)
+    return prefix.to(layout.device, torch.int64).clamp(min=0)
+
+
+def _checked_prefix(prefix_lengths: Sequence[int] | Tensor, layout: DocumentLayout) -> Tensor:
     prefix = torch.as_tensor(prefix_lengths)
     if prefix.numel() and (prefix.dtype.is_floating_point or prefix.dtype == torch.bool):
         raise ValueError(f"prefix_lengths must be integers, got {prefix.dtype}")
@@ -148,7 +159,65 @@ def prefix_tensor(prefix_lengths: Sequence[int] | Tensor, layout: DocumentLayout
         )
     if prefix.device.type == "cpu" and (prefix < 0).any():
         raise ValueError(f"prefix_lengths must not be negative, got {int(prefix.min())}")
-    return prefix.to(layout.device, torch.int64).clamp(min=0)
+    return prefix
+
+
+def _runs_kernels(device: torch.device) -> bool:
+    """Whether the kernels of `packed_attn_kernels.bookkeeping` make the vectors: on CUDA where
+    triton is installed, and on the CPU once the kernels are loaded interpreted. Elsewhere the torch
+    operators of this file do, which are their specification. Imports neither."""
+    if device.type == "cuda":
+        return HAS_TRITON
+    rules = sys.modules.get("packed_attn_kernels.rules")
+    return device.type == "cpu" and rules is not None and rules.INTERPRETED
+
+
+def _launched(
+    queries: DocumentLayout,
+    keys: DocumentLayout,
+    left: int,
+    right: int,
+    chunk_size: int | None,
+    prefix_lengths: Sequence[int] | Tensor | None,
+) -> Visibility:
+    """What `build_visibility` makes, in one launch."""
+    from packed_attn_kernels.bookkeeping import mask_intervals
+
+    prefix = None
+    if prefix_lengths is not None:
+        prefix = _checked_prefix(prefix_lengths, queries).to(queries.device)
+    forest, depth = None, 0
+    if queries.parents is not None:
+        tensors = queries.forest_tensors()
+        forest = queries.parents, tensors.path_offset, tensors.subtree_stop
+        depth = tensors.depth
+    vectors = mask_intervals(
+        queries.cu_seqlens,
+        keys.cu_seqlens,
+        queries.total_tokens,
+        keys.total_tokens,
+        left=left,
+        right=right,
+        chunk_size=chunk_size,
+        prefix=prefix,
+        query_padding=queries.padding,
+        key_padding=None if keys is queries else keys.padding,
+        forest=forest,
+        depth=depth,
+    )
+    key_start, key_stop, query_position, query_start, query_stop, key_position = vectors
+    halves = _deciding_halves(queries, left, chunk_size)
+    return Visibility(
+        key_start, key_stop, query_start, query_stop, halves, query_position, key_position
+    )
+
+
+def _deciding_halves(
+    queries: DocumentLayout, left: int, chunk_size: int | None
+) -> Literal["either", "query", "both"]:
+    if not queries.is_forest:
+        return "either"
+    return "both" if left >= 0 or chunk_size is not None else "query"
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,12 +10,19 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton", reason="the gate compiles with triton")
 
-from packed_attn_kernels.compile_gate import SHARED_MEMORY_LIMIT, Resources, compile_kernel
+from packed_attn_kernels import bookkeeping
+from packed_attn_kernels.compile_gate import (
+    SHARED_MEMORY_LIMIT,
+    Resources,
+    compile_function,
+    compile_kernel,
+)
 from packed_attn_kernels.configurations import (
     BY_KEYS,
     CANDIDATES,
@@ -158,6 +165,34 @@ def test_tiles_divide_their_padding_and_fill_their_warps(
     rows = row.BLOCK_N if kernel in BY_KEYS else row.BLOCK_M
     if size == 2:
         assert rows == 16 * row.num_warps
+
+
+PARTS = ("query_padding", "key_padding", "prefix", "parents", "path_offset", "subtree_stop")
+PLAIN = {**{f"{part}_ptr": None for part in PARTS}, "chunk_size": None}
+
+
+@pytest.mark.parametrize("absent", [PLAIN, {}], ids=["plain", "every mask"])
+def test_machine_code_of_intervals(absent: dict[str, None]) -> None:
+    _assert_fits(bookkeeping.intervals_kernel, absent | {"BLOCK": bookkeeping.TOKENS}, 4)
+
+
+@pytest.mark.parametrize("rows", [64, 128])
+def test_machine_code_of_lists(rows: int) -> None:
+    values = {"TILES": bookkeeping.TILES, "OTHERS": bookkeeping.OTHERS, "SCAN": bookkeeping.SCAN}
+    _assert_fits(bookkeeping.tile_lists_kernel, values | {"ROWS": rows}, bookkeeping.WARPS)
+
+
+def _assert_fits(kernel: Any, values: dict[str, Any], warps: int) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
+    wide = {"prefix_ptr": "*i64", "path_offset_ptr": "*i64", "subtree_stop_ptr": "*i64"}
+    wide |= {"query_padding_ptr": "*u8", "key_padding_ptr": "*u8"}
+    signature = {
+        name: wide.get(name, "*i32" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+    found = compile_function(kernel, signature, values, {"num_warps": warps})
+    assert not found.faults(needs_wgmma=False), found
 
 
 def _compiled(jobs: list[Job]) -> dict[Job, Measured]:

@@ -5,6 +5,7 @@
 
     rules.py             the mask rule and what else every kernel shares
     tiles.py             which rows each program takes, heavy tiles first
+    bookkeeping.py       intervals, positions and lists of tiles of a mask in two launches
     forward.py           the forward kernel
     backward.py          delta, dk and dv
     backward_queries.py  dq

@@ -74,20 +74,30 @@ def compile_kernel(
     function = KERNELS[kernel]
     values = constants(kernel, problem, chosen)
     signature = {name: _argument_type(name, element) for name in function.arg_names}
-    attributes = {}
-    absent = _absent_arguments(kernel, problem)
-    for position, name in enumerate(function.arg_names):
-        if name in absent:
-            values[name] = None
-        if name in values:
-            signature[name] = "constexpr"
-        elif name.endswith("_ptr") or "_stride_" in name:
-            attributes[(position,)] = [["tt.divisibility", 16]]
+    values |= dict.fromkeys(_absent_arguments(kernel, problem) & set(function.arg_names))
+    return compile_function(function, signature, values, options(kernel, problem, chosen))
+
+
+def compile_function(
+    function: Any, signature: dict[str, str], values: dict[str, Any], launch: dict[str, Any]
+) -> Resources:
+    """The resources of a triton function with aligned pointers and strides.
+
+    Args:
+        signature: triton's type of each argument, by name.
+        values: constants by name, None for what is absent; they go before the signature.
+        launch: num_warps and other options of the compiler.
+    """
+    types = signature | dict.fromkeys(values, "constexpr")
+    aligned = [["tt.divisibility", 16]]
+    attributes = {
+        (position,): aligned
+        for position, name in enumerate(function.arg_names)
+        if name not in values and (name.endswith("_ptr") or "_stride_" in name)
+    }
     constexprs = {(function.arg_names.index(name),): value for name, value in values.items()}
-    source = ASTSource(function, signature=signature, constexprs=constexprs, attrs=attributes)
-    return _resources(
-        triton.compile(source, target=TARGET, options=options(kernel, problem, chosen))
-    )
+    source = ASTSource(function, signature=types, constexprs=constexprs, attrs=attributes)
+    return _resources(triton.compile(source, target=TARGET, options=launch))
 
 
 def _absent_arguments(kernel: KernelName, problem: Problem) -> set[str]:

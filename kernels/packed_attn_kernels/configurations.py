@@ -180,6 +180,11 @@ def tile_rows(problem: Problem) -> tuple[int, int, int]:
     return configuration("forward", problem).BLOCK_M, keys, configuration("dq", problem).BLOCK_M
 
 
+def capacity(rows: int, block: int) -> int:
+    """The most tiles that a list can need: documents that begin one have at least two tiles."""
+    return -(-3 * rows // (2 * block))
+
+
 def constants(
     kernel: KernelName, problem: Problem, chosen: Configuration | None = None
 ) -> dict[str, Any]:

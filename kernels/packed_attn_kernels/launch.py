@@ -201,7 +201,7 @@ def _launch(
         return
     constants = configurations.constants(kernel, inputs.problem)
     options = configurations.options(kernel, inputs.problem)
-    with _on(inputs.q.device):
+    with on_device(inputs.q.device):
         KERNELS[kernel][grid](**arguments, **constants, **options)
 
 
@@ -213,6 +213,6 @@ def _strides(**tensors: Tensor) -> dict[str, int]:
     return strides
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

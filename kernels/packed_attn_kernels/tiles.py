@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from packed_attn_kernels.configurations import Problem, tile_rows
+from packed_attn_kernels.bookkeeping import runs_on, tile_lists
+from packed_attn_kernels.configurations import Problem, capacity, tile_rows
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +44,8 @@ def plan_tiles(
 ) -> Tiles:
     """The lists that the kernels of `problem` read; vectors as in `interval_attention`."""
     rows = tile_rows(problem)
+    if runs_on(key_start.device):
+        return Tiles(*tile_lists(key_start, key_stop, query_start, query_stop, rows), rows)
     forward = tile_list(key_start, key_stop, rows[0])
     dq = forward if rows[2] == rows[0] else tile_list(key_start, key_stop, rows[2])
     return Tiles(forward, tile_list(query_start, query_stop, rows[1]), dq, rows)
@@ -50,6 +53,8 @@ def plan_tiles(
 
 def tile_list(start: Tensor, stop: Tensor, block: int) -> Tensor:
     """int32 `[capacity, 2]`: (first, stop) rows of each tile, by falling work; then empty ones.
+
+    The specification of the kernel in `bookkeeping.py`, and what runs where that does not.
 
     Args:
         start, stop: int32 `[rows]`, the interval of each row.
@@ -65,11 +70,6 @@ def tile_list(start: Tensor, stop: Tensor, block: int) -> Tensor:
     tiles = torch.stack([first[:-1], first[1:]], dim=1)
     order = _work(start, stop, tiles, block).argsort(descending=True, stable=True)
     return tiles[order].to(torch.int32)
-
-
-def capacity(rows: int, block: int) -> int:
-    """The most tiles that a list can need: documents that begin one have at least two tiles."""
-    return -(-3 * rows // (2 * block))
 
 
 def _tile_begins(start: Tensor, stop: Tensor, block: int) -> Tensor:
