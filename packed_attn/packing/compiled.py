@@ -145,8 +145,10 @@ def count_up(lengths, positions):
     """Writes 0, 1, 2, ... for each document into `positions`, int64 `[sum(lengths)]`."""
     at = 0
     for length in lengths:
+        # A view's index is known not to be negative, without which this is no vector loop.
+        document = positions[at : at + length]
         for position in range(length):
-            positions[at + position] = position
+            document[position] = position
         at += length
 
 
