@@ -14,6 +14,7 @@ from torch import Tensor
 from packed_attn.layout import DocumentLayout
 
 IGNORE_INDEX = -100
+COMPILED_TOKENS = 2**14  # of a batch for which numba, half a second to import, is worth having
 LossWeighting = Literal["token", "document"]
 # A token is learned where its mask is 1: TRL's names, in the order in which they apply.
 LOSS_MASKS = ("completion_mask", "assistant_masks")
@@ -81,25 +82,29 @@ class PackedCollator:
         if beyond:
             lengths, padding = [*lengths, beyond], [*padding, True]
         layout = DocumentLayout.from_lengths(lengths, padding=padding)
+        if total >= COMPILED_TOKENS:
+            _number_tokens(layout)
         _check_positions(rows, layout)
         # One copy a token, which widens narrow tokens on the way.
-        input_ids, labels = np.empty(total, np.int64), np.empty(total, np.int64)
+        input_ids = np.empty(total, np.int64)
+        # One place more: where empty documents at the end of the row begin.
+        labels = np.empty(total + 1, np.int64)
         at = 0
         for row in rows:
             stop = at + row.input_ids.size
             input_ids[at:stop], labels[at:stop] = row.input_ids, row.labels
             at = stop
         input_ids[at:], labels[at:] = self.pad_token_id, IGNORE_INDEX
-        starts = layout.cu_seqlens.numpy()[:-1]
-        labels[starts[starts < total]] = IGNORE_INDEX
+        labels[layout.cu_seqlens.numpy()[:-1]] = IGNORE_INDEX
+        longest = layout.max_seqlen
         batch = {
             "input_ids": torch.from_numpy(input_ids)[None],
-            "labels": torch.from_numpy(labels)[None],
+            "labels": torch.from_numpy(labels[:total])[None],
             "position_ids": layout.position_ids[None],
             "cu_seq_lens_q": layout.cu_seqlens,
             "cu_seq_lens_k": layout.cu_seqlens,
-            "max_length_q": layout.max_seqlen,
-            "max_length_k": layout.max_seqlen,
+            "max_length_q": longest,
+            "max_length_k": longest,
             "seq_idx": layout.document_ids[None],
             "layout": layout,
         }
@@ -242,6 +247,17 @@ def _check_positions(rows: Sequence[_Row], layout: DocumentLayout) -> None:
                 f"{positions} and {row.lengths}"
             )
         at = stop
+
+
+def _number_tokens(layout: DocumentLayout) -> None:
+    """Makes the layout's position_ids and document_ids, in one compiled pass."""
+    from packed_attn.packing.compiled import number_tokens
+
+    position_ids = np.empty(layout.total_tokens, np.int64)
+    document_ids = np.empty(layout.total_tokens, np.int32)
+    number_tokens(np.array(layout.lengths), position_ids, document_ids)
+    layout._derived["position_ids"] = torch.from_numpy(position_ids)
+    layout._derived["document_ids"] = torch.from_numpy(document_ids)
 
 
 def _as_tensor(integers: Integers) -> Tensor:

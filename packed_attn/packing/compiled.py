@@ -141,6 +141,19 @@ def next_fit(lengths, documents, capacity, most):
 
 
 @compiled
+def number_tokens(lengths, position_ids, document_ids):
+    """Writes each token's place in its document and its document's number, `[sum(lengths)]`."""
+    at = 0
+    for document in range(lengths.size):
+        length = lengths[document]
+        places, numbers = position_ids[at : at + length], document_ids[at : at + length]
+        for place in range(length):
+            places[place] = place
+            numbers[place] = document
+        at += length
+
+
+@compiled
 def count_up(lengths, positions):
     """Writes 0, 1, 2, ... for each document into `positions`, int64 `[sum(lengths)]`."""
     at = 0
