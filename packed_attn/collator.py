@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from packed_attn.layout import DocumentLayout
 
 IGNORE_INDEX = -100
+COMPILED_TOKENS = 2**14  # of a batch for which numba, half a second to import, is worth having
 LossWeighting = Literal["token", "document"]
 # A token is learned where its mask is 1: TRL's names, in the order in which they apply.
 LOSS_MASKS = ("completion_mask", "assistant_masks")
@@ -79,31 +82,34 @@ class PackedCollator:
         if beyond:
             lengths, padding = [*lengths, beyond], [*padding, True]
         layout = DocumentLayout.from_lengths(lengths, padding=padding)
+        if total >= COMPILED_TOKENS:
+            _number_tokens(layout)
         _check_positions(rows, layout)
         # One copy a token, which widens narrow tokens on the way.
-        input_ids = torch.empty(total, dtype=torch.long)
-        labels = torch.empty(total, dtype=torch.long)
+        input_ids = np.empty(total, np.int64)
+        # One place more: where empty documents at the end of the row begin.
+        labels = np.empty(total + 1, np.int64)
         at = 0
         for row in rows:
-            stop = at + row.input_ids.numel()
+            stop = at + row.input_ids.size
             input_ids[at:stop], labels[at:stop] = row.input_ids, row.labels
             at = stop
         input_ids[at:], labels[at:] = self.pad_token_id, IGNORE_INDEX
-        starts = layout.cu_seqlens[:-1]
-        labels[starts[starts < total].long()] = IGNORE_INDEX
+        labels[layout.cu_seqlens.numpy()[:-1]] = IGNORE_INDEX
+        longest = layout.max_seqlen
         batch = {
-            "input_ids": input_ids[None],
-            "labels": labels[None],
+            "input_ids": torch.from_numpy(input_ids)[None],
+            "labels": torch.from_numpy(labels[:total])[None],
             "position_ids": layout.position_ids[None],
             "cu_seq_lens_q": layout.cu_seqlens,
             "cu_seq_lens_k": layout.cu_seqlens,
-            "max_length_q": layout.max_seqlen,
-            "max_length_k": layout.max_seqlen,
+            "max_length_q": longest,
+            "max_length_k": longest,
             "seq_idx": layout.document_ids[None],
             "layout": layout,
         }
         if self.loss_weighting == "document":
-            batch["shift_labels"] = _document_counts(labels, layout)
+            batch["shift_labels"] = _document_counts(batch["labels"][0], layout)
         return batch
 
     def _row(self, index: int, feature: Mapping[str, Any]) -> _Row:
@@ -112,14 +118,14 @@ class PackedCollator:
                 f"feature {index} has no input_ids, only {sorted(feature)}: "
                 "tokenise the dataset before packing it"
             )
-        input_ids = _tokens(feature["input_ids"])
+        input_ids = _tokens(index, "input_ids", feature["input_ids"])
         labels = _labels(index, feature, input_ids)
         if self.features == "documents":
             keep = _real_tokens(index, feature, input_ids)
             return self._with_room(_Row(input_ids[keep], labels[keep], (int(keep.sum()),)))
-        lengths, position_ids = _boundaries(index, feature, input_ids.numel())
+        lengths, position_ids = _boundaries(index, feature, input_ids.size)
         row = self._with_room(_Row(input_ids, labels, lengths, position_ids=position_ids))
-        tokens = row.input_ids.numel()
+        tokens = row.input_ids.size
         if self.capacity is not None and tokens > self.capacity:
             raise ValueError(
                 f"feature {index} has {tokens} tokens, over the capacity {self.capacity}"
@@ -136,14 +142,14 @@ class PackedCollator:
             room = -n % self.align
             lengths += [n, room] if room else [n]
             padding += [False, True] if room else [False]
-        real = ~torch.tensor(padding).repeat_interleave(torch.tensor(lengths))
-        input_ids = torch.full(real.shape, self.pad_token_id)
-        labels = torch.full(real.shape, IGNORE_INDEX)
-        input_ids[real], labels[real] = row.input_ids.long(), row.labels.long()
+        real = ~np.repeat(padding, lengths)
+        input_ids = np.full(real.size, self.pad_token_id)
+        labels = np.full(real.size, IGNORE_INDEX)
+        input_ids[real], labels[real] = row.input_ids, row.labels
         return _Row(input_ids, labels, tuple(lengths), tuple(padding))
 
     def _padded_length(self, rows: Sequence[_Row]) -> int:
-        total = sum(row.input_ids.numel() for row in rows)
+        total = sum(row.input_ids.size for row in rows)
         if self.capacity is not None:
             if total > self.capacity * len(rows):
                 raise ValueError(
@@ -174,56 +180,68 @@ def _document_counts(labels: Tensor, layout: DocumentLayout) -> Tensor:
     return learned.masked_fill(learned == 0, IGNORE_INDEX)
 
 
+Integers = NDArray[np.integer | np.bool_]
+
+
 @dataclass(frozen=True, eq=False)
 class _Row:
-    input_ids: Tensor
-    labels: Tensor
+    """One feature, in numpy: its calls on arrays of this size cost a fraction of torch's."""
+
+    input_ids: Integers
+    labels: Integers
     lengths: tuple[int, ...]
     padding: tuple[bool, ...] = ()  # of each document; empty is none
-    position_ids: Tensor | None = None  # as the feature has them, to be compared with `lengths`
+    position_ids: Integers | None = None  # as the feature has them, to be compared with `lengths`
 
 
-def _tokens(values: Any) -> Tensor:
+def _tokens(index: int, name: str, values: Any) -> Integers:
     """One-dimensional integers in the type that they have, or int64 of a list."""
-    tokens = torch.as_tensor(values).flatten()
-    return tokens.long() if tokens.is_floating_point() or not tokens.numel() else tokens
+    if isinstance(values, Tensor):
+        tokens = values.detach().cpu().numpy().ravel()
+    else:
+        tokens = np.asarray(values).ravel()
+    if tokens.dtype.kind in "iub":
+        return tokens
+    if tokens.dtype.kind != "f":
+        raise ValueError(f"feature {index} must have integers as {name}, got {tokens.dtype}")
+    return tokens.astype(np.int64)
 
 
-def _aligned(index: int, name: str, values: Any, tokens: int) -> Tensor:
-    column = _tokens(values)
-    if column.numel() != tokens:
+def _aligned(index: int, name: str, values: Any, tokens: int) -> Integers:
+    column = _tokens(index, name, values)
+    if column.size != tokens:
         raise ValueError(
-            f"feature {index} has {tokens} input_ids, but {column.numel()} {name}: "
+            f"feature {index} has {tokens} input_ids, but {column.size} {name}: "
             "they must be of one length"
         )
     return column
 
 
-def _labels(index: int, feature: Mapping[str, Any], input_ids: Tensor) -> Tensor:
+def _labels(index: int, feature: Mapping[str, Any], input_ids: Integers) -> Integers:
     if feature.get("labels") is not None:
-        return _aligned(index, "labels", feature["labels"], input_ids.numel())
-    labels = input_ids.clone()
+        return _aligned(index, "labels", feature["labels"], input_ids.size)
+    labels = input_ids
     for name in LOSS_MASKS:
         if feature.get(name) is not None:
-            mask = _aligned(index, name, feature[name], input_ids.numel())
-            labels = labels.masked_fill(mask == 0, IGNORE_INDEX)
+            mask = _aligned(index, name, feature[name], input_ids.size)
+            labels = np.where(mask == 0, np.int64(IGNORE_INDEX), labels)
     return labels
 
 
-def _real_tokens(index: int, feature: Mapping[str, Any], input_ids: Tensor) -> Tensor:
+def _real_tokens(index: int, feature: Mapping[str, Any], input_ids: Integers) -> NDArray[np.bool_]:
     if feature.get("attention_mask") is None:
-        return torch.ones_like(input_ids, dtype=torch.bool)
-    return _aligned(index, "attention_mask", feature["attention_mask"], input_ids.numel()) != 0
+        return np.ones(input_ids.size, bool)
+    return _aligned(index, "attention_mask", feature["attention_mask"], input_ids.size) != 0
 
 
 def _check_positions(rows: Sequence[_Row], layout: DocumentLayout) -> None:
     """Compares given position_ids with those that the lengths make; rows begin the layout."""
-    at = 0
+    at, position_ids = 0, layout.position_ids.numpy()
     for index, row in enumerate(rows):
-        stop = at + row.input_ids.numel()
+        stop = at + row.input_ids.size
         given = row.position_ids
-        if given is not None and not torch.equal(given.long(), layout.position_ids[at:stop]):
-            positions = DocumentLayout.from_position_ids(given).lengths
+        if given is not None and (given != position_ids[at:stop]).any():
+            positions = DocumentLayout.from_position_ids(_as_tensor(given)).lengths
             raise ValueError(
                 f"feature {index} has position_ids that contradict its seq_lengths: "
                 f"{positions} and {row.lengths}"
@@ -231,22 +249,38 @@ def _check_positions(rows: Sequence[_Row], layout: DocumentLayout) -> None:
         at = stop
 
 
+def _number_tokens(layout: DocumentLayout) -> None:
+    """Makes the layout's position_ids and document_ids, in one compiled pass."""
+    from packed_attn.packing.compiled import number_tokens
+
+    position_ids = np.empty(layout.total_tokens, np.int64)
+    document_ids = np.empty(layout.total_tokens, np.int32)
+    number_tokens(np.array(layout.lengths), position_ids, document_ids)
+    layout._derived["position_ids"] = torch.from_numpy(position_ids)
+    layout._derived["document_ids"] = torch.from_numpy(document_ids)
+
+
+def _as_tensor(integers: Integers) -> Tensor:
+    # A copy: torch warns about arrays that may not be written to, such as Arrow's.
+    return torch.from_numpy(integers.astype(np.int64))
+
+
 def _boundaries(
     index: int, feature: Mapping[str, Any], tokens: int
-) -> tuple[tuple[int, ...], Tensor | None]:
+) -> tuple[tuple[int, ...], Integers | None]:
     """Document lengths of one pack, and position_ids that are still to be compared with them."""
     position_ids = None
     if feature.get("position_ids") is not None:
         position_ids = _aligned(index, "position_ids", feature["position_ids"], tokens)
     if feature.get("seq_lengths") is not None:
-        lengths = tuple(_tokens(feature["seq_lengths"]).tolist())
+        lengths = tuple(_tokens(index, "seq_lengths", feature["seq_lengths"]).tolist())
         if sum(lengths) != tokens:
             raise ValueError(
                 f"feature {index} has {tokens} input_ids, but seq_lengths add to {sum(lengths)}"
             )
         return lengths, position_ids
     if position_ids is not None:
-        return DocumentLayout.from_position_ids(position_ids).lengths, None
+        return DocumentLayout.from_position_ids(_as_tensor(position_ids)).lengths, None
     raise ValueError(
         f"feature {index} has no boundaries (seq_lengths or position_ids), only "
         f"{sorted(feature)}: without them its documents would see each other. HF Trainer drops "

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from packed_attn import DocumentLayout, PackedCollator
-from packed_attn.collator import IGNORE_INDEX, without_first_labels
+from packed_attn.collator import COMPILED_TOKENS, IGNORE_INDEX, without_first_labels
 
 
 def pack(*lengths: int, first: int = 10) -> dict[str, list[int]]:
@@ -140,3 +140,21 @@ def test_first_labels_of_several_rows() -> None:
     layout = DocumentLayout.from_lengths([2, 1, 3])
     labels = torch.arange(6).view(2, 3)
     assert without_first_labels(labels, layout).tolist() == [[-100, 1, -100], [-100, 4, 5]]
+
+
+@pytest.mark.parametrize("mean", [2, 700])  # documents that are numbered all at once, or one by one
+@pytest.mark.parametrize("tokens", [COMPILED_TOKENS // 2, COMPILED_TOKENS + 1])
+def test_large_batches_number_their_tokens_alike(mean: int, tokens: int) -> None:
+    lengths = torch.randint(0, 2 * mean, (2 * tokens // mean,)).cumsum(0).clamp(max=tokens).diff()
+    lengths = [*lengths.tolist(), 0, tokens - int(lengths.sum()), 0]
+    batch = PackedCollator()([pack(*lengths)])
+    assert batch["position_ids"].tolist() == [[i for n in lengths for i in range(n)]]
+    assert batch["seq_idx"].tolist() == [[d for d, n in enumerate(lengths) for _ in range(n)]]
+    first = batch["position_ids"] == 0
+    assert torch.equal(batch["labels"], batch["input_ids"].masked_fill(first, IGNORE_INDEX))
+    assert batch["seq_idx"].dtype == torch.int32
+
+
+def test_values_that_are_no_integers_are_named() -> None:
+    with pytest.raises(ValueError, match="feature 0 must have integers as input_ids, got <U1"):
+        PackedCollator("documents")([{"input_ids": ["a", "b"]}])

@@ -198,3 +198,17 @@ def test_bad_settings_are_named(settings_, words):
         PackedBatchSampler(random_packs(50, 40), **settings_)
     with pytest.raises(ValueError, match="steps must be at most"):
         PackedBatchSampler(random_packs(50, 40)).state_dict(1000)
+
+
+def test_a_second_division_among_ranks_is_refused():
+    """What accelerate's prepare wraps a batch sampler in where there are several processes."""
+    accelerate = pytest.importorskip("accelerate.data_loader", reason="the shards are accelerate's")
+    packs = random_packs(60, 40)
+    with pytest.raises(
+        ValueError, match="those of rank 1 of 2 already: do not hand the DataLoader"
+    ):
+        accelerate.BatchSamplerShard(PackedBatchSampler(packs, rank=1, world_size=2), 2, 1)
+    undivided = PackedBatchSampler(packs)
+    shards = [accelerate.BatchSamplerShard(PackedBatchSampler(packs), 2, r) for r in (0, 1)]
+    batches = [list(shard) for shard in shards]
+    assert {i for part in batches for [i] in part} == {i for [i] in undivided}

@@ -39,6 +39,18 @@ def preference_rows(lengths, prefix="", suffix="_ids"):
     ]
 
 
+def keep_end_rules(row, max_length, max_prompt_length, max_completion_length):
+    """The last tokens of prompt + completion, with the prompt that the longest completion has."""
+    prompt = row["prompt_ids"][-(max_prompt_length or 10**9) :]
+    result, prompts = {}, []
+    for name in ("chosen_ids", "rejected_ids"):
+        completion = row[name][:max_completion_length]
+        whole = (prompt + completion)[-(max_length or 10**9) :]
+        prompts.append(whole[: max(len(whole) - len(completion), 0)])
+        result[name] = whole[len(prompts[-1]) :]
+    return {"prompt_ids": min(prompts, key=len), **result}
+
+
 def trl_rules(row, max_length, max_prompt_length, max_completion_length):
     """The rules one row at a time, as TRL states them: slices, then the whole cut at max_length."""
     prompt = row["prompt_ids"][-(max_prompt_length or 10**9) :]
@@ -71,10 +83,11 @@ def test_input_ids_keep_their_first_tokens_and_aligned_columns_follow(kind):
     max_length=limits,
     max_prompt_length=limits,
     max_completion_length=limits,
+    mode=st.sampled_from(["keep_start", "keep_end"]),
 )
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_preference_rows_follow_trl(
-    kind, lengths, max_length, max_prompt_length, max_completion_length
+    kind, lengths, max_length, max_prompt_length, max_completion_length, mode
 ):
     rows = preference_rows(lengths)
     reports = []
@@ -83,13 +96,14 @@ def test_preference_rows_follow_trl(
         max_length=max_length,
         max_prompt_length=max_prompt_length,
         max_completion_length=max_completion_length,
+        truncation_mode=mode,
         on_report=reports.append,
     )
-    expected = [
-        trl_rules(row, max_length, max_prompt_length, max_completion_length) for row in rows
-    ]
+    rules = trl_rules if mode == "keep_start" else keep_end_rules
+    expected = [rules(row, max_length, max_prompt_length, max_completion_length) for row in rows]
     assert as_rows(cut) == expected
     report = reports[0]
+    assert report.truncation_mode == mode
     for part in ("prompt", "chosen", "rejected"):
         given_tokens = sum(len(row[f"{part}_ids"]) for row in rows)
         kept_tokens = sum(len(row[f"{part}_ids"]) for row in expected)
@@ -126,14 +140,40 @@ def test_prompt_and_completion_rows(kind):
     assert as_rows(cut) == [{"prompt_ids": [2, 3], "completion_ids": [4]}]
 
 
-def test_same_tokens_as_trl_collator():
+@pytest.mark.parametrize(
+    ("mode", "lengths"),
+    [
+        ("keep_start", [(4, 3, 2), (9, 1, 5), (1, 8, 8)]),
+        # One prompt serves both completions: as TRL where they are of one length or nothing is cut.
+        ("keep_end", [(4, 3, 3), (9, 5, 5), (1, 8, 8), (2, 1, 4), (3, 7, 9)]),
+    ],
+)
+def test_same_tokens_as_trl_collator(mode, lengths):
     dpo = pytest.importorskip("trl.trainer.dpo_trainer", reason="TRL's collator needs trl")
-    rows = preference_rows([(4, 3, 2), (9, 1, 5), (1, 8, 8)])
-    theirs = dpo.DataCollatorForPreference(pad_token_id=0, max_length=6)(rows)
-    cut = truncate(rows, max_length=6, on_report=lambda report: None)
+    rows = preference_rows(lengths)
+    options = {"max_length": 6, "truncation_mode": mode}
+    theirs = dpo.DataCollatorForPreference(pad_token_id=0, **options)(rows)
+    cut = truncate(rows, **options, on_report=lambda report: None)
     ours = dpo.DataCollatorForPreference(pad_token_id=0)(cut)
     assert theirs.keys() == ours.keys()
     assert all(torch.equal(theirs[name], ours[name]) for name in theirs)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_keep_end_keeps_the_last_tokens_and_their_labels(kind):
+    rows = [
+        {"input_ids": [1, 2, 3, 4], "labels": [-100, 2, 3, 4]},
+        {"input_ids": [5], "labels": [-100]},
+    ]
+    reports = []
+    cut = truncate(
+        of_kind(kind, rows), max_length=3, truncation_mode="keep_end", on_report=reports.append
+    )
+    assert as_rows(cut) == [{"input_ids": [2, 3, 4], "labels": [2, 3, 4]}, rows[1]]
+    assert reports[0].lost_tokens == {"input_ids": 1}
+    assert reports[0].loss == 1 / 5
+    assert "1 of 5" in str(reports[0])
+    assert "keep_end" in str(reports[0])
 
 
 def test_arrays_and_tensors_keep_their_kind():
@@ -170,7 +210,7 @@ def test_without_a_limit_nothing_changes(kind, caplog):
 def test_losses_are_logged_as_a_warning(caplog):
     truncate(preference_rows([(5, 3, 0), (1, 1, 1)]), max_length=4)
     assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "truncated 1 of 2 examples (1 emptied)" in caplog.text
+    assert "truncated 1 of 2 examples (1 emptied, keep_start)" in caplog.text
     assert "prompt 1 of 6, chosen 3 of 4, rejected 0 of 1" in caplog.text
 
 
@@ -206,6 +246,11 @@ def test_an_empty_set_stays_empty(empty):
         ([{"input_ids": [1]}, {"input_ids": None}], {}, "in row 1"),
         ([{"input_ids": [1]}], {"max_length": 0}, "max_length must be an integer of at least 1"),
         ([{"input_ids": [1]}], {"max_length": 2.0}, "or None, got 2.0"),
+        (
+            [{"input_ids": [1]}],
+            {"truncation_mode": "end"},
+            "truncation_mode must be 'keep_start' or 'keep_end', got 'end'",
+        ),
     ],
 )
 def test_bad_data_and_limits_are_named(kind, rows, options, message):

@@ -212,3 +212,17 @@ def test_inspect_prints_the_report(packed: Path, capsys: pytest.CaptureFixture[s
     capsys.readouterr()
     assert main(["inspect", str(packed), "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == read_manifest(packed)
+
+
+def test_inspect_compares_with_truncation(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(packed), "--max-length", "8"]) == 0
+    printed = capsys.readouterr().out
+    lengths = [
+        n
+        for shard in read_manifest(packed)["shards"]
+        for row in pq.read_table(packed / shard["file"])["seq_lengths"].to_pylist()
+        for n in row
+    ]
+    assert f"{sum(max(n - 8, 0) for n in lengths):,} (" in printed.split("truncated to 8")[1]
+    assert main(["inspect", str(packed), "--max-length", "0"]) == 2
+    assert "max_length must be an integer of at least 1" in capsys.readouterr().err

@@ -1,5 +1,6 @@
 """The packer: lengths to packs, data sets to packed data sets, and truncation to compare with."""
 
+from packed_attn.packing.comparison import Comparison, compare
 from packed_attn.packing.dataset import pack_dataset
 from packed_attn.packing.packed_dataset import PackedDataset, PackPart
 from packed_attn.packing.picture import draw_packs
@@ -11,6 +12,7 @@ from packed_attn.packing.streaming import PackedIterableDataset
 from packed_attn.packing.truncation import truncate
 
 __all__ = [
+    "Comparison",
     "PackPart",
     "PackedBatchSampler",
     "PackedDataset",
@@ -20,6 +22,7 @@ __all__ = [
     "Packs",
     "TokenFile",
     "TruncationReport",
+    "compare",
     "draw_packs",
     "pack_dataset",
     "pack_lengths",

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -60,13 +61,16 @@ class ListColumn:
         if not rows.size:
             return pa.array([], self.value_type)
         first = self.starts[rows] + starts
-        pieces = zip(self.chunk[rows].tolist(), first.tolist(), (first + lengths).tolist())
+        begins, ends = first.tolist(), (first + lengths).tolist()
         # One slice and one memcpy a piece: for documents of ordinary length this outruns an index
         # array with an entry per token, and needs no memory for it.
-        if all(isinstance(values, np.ndarray) for values in self.chunks):
+        if self._in_numpy and len(self.chunks) == 1:
+            (values,) = self.chunks
+            return np.concatenate([values[a:b] for a, b in zip(begins, ends)])
+        pieces = zip(self.chunk[rows].tolist(), begins, ends)
+        if self._in_numpy:
             return np.concatenate([self.chunks[c][a:b] for c, a, b in pieces])
-        slices = [self._arrow(c).slice(a, b - a) for c, a, b in pieces]
-        return pa.concat_arrays(slices)
+        return pa.concat_arrays([self._arrow(c).slice(a, b - a) for c, a, b in pieces])
 
     def batches(self) -> Iterator[tuple[int, NDArray[Any], NDArray[np.int64]]]:
         """About a million values at a time: first row, values end to end, lengths of rows."""
@@ -93,6 +97,10 @@ class ListColumn:
             if rows.size:
                 return int(rows[0])
         return None
+
+    @cached_property
+    def _in_numpy(self) -> bool:
+        return all(isinstance(values, np.ndarray) for values in self.chunks)
 
     def _arrow(self, chunk: int) -> pa.Array:
         import pyarrow as pa

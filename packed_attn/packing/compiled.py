@@ -141,12 +141,27 @@ def next_fit(lengths, documents, capacity, most):
 
 
 @compiled
+def number_tokens(lengths, position_ids, document_ids):
+    """Writes each token's place in its document and its document's number, `[sum(lengths)]`."""
+    at = 0
+    for document in range(lengths.size):
+        length = lengths[document]
+        places, numbers = position_ids[at : at + length], document_ids[at : at + length]
+        for place in range(length):
+            places[place] = place
+            numbers[place] = document
+        at += length
+
+
+@compiled
 def count_up(lengths, positions):
     """Writes 0, 1, 2, ... for each document into `positions`, int64 `[sum(lengths)]`."""
     at = 0
     for length in lengths:
+        # A view's index is known not to be negative, without which this is no vector loop.
+        document = positions[at : at + length]
         for position in range(length):
-            positions[at + position] = position
+            document[position] = position
         at += length
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from packed_attn.packing.comparison import Comparison, compare
 from packed_attn.packing.plan import Packs
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def draw_packs(
     Args:
         packs: a plan with at least one pack.
         path: where the picture goes.
-        max_length: where truncation cuts. By default four of five documents stay whole.
+        max_length: where truncation cuts, as in `compare`, which has these figures as text.
 
     Raises:
         ValueError: a plan without packs.
@@ -45,13 +46,14 @@ def draw_packs(
         raise ImportError(
             "drawing packs needs matplotlib: pip install 'packed-attn[plot]'"
         ) from error
-    cut = int(max_length or np.quantile(packs.lengths, 0.8))
+    comparison = compare(packs, max_length)
+    cut = comparison.max_length
     figure = Figure(figsize=(13, 8.5), layout="constrained", dpi=110)
     grid = figure.add_gridspec(2, 3, height_ratios=(1.25, 1))
     rows = [figure.add_subplot(grid[0, column]) for column in range(3)]
     _draw_rows(rows, packs, cut)
     _draw_lengths(figure.add_subplot(grid[1, :2]), packs, cut)
-    _draw_tokens(figure.add_subplot(grid[1, 2]), packs, cut)
+    _draw_tokens(figure.add_subplot(grid[1, 2]), comparison)
     report = packs.report
     figure.suptitle(
         f"{report.pieces:,} documents in {report.packs:,} packs of {report.capacity:,} tokens "
@@ -120,19 +122,17 @@ def _draw_lengths(axis: Axes, packs: Packs, cut: int) -> None:
     axis.legend(frameon=False)
 
 
-def _draw_tokens(axis: Axes, packs: Packs, cut: int) -> None:
+def _draw_tokens(axis: Axes, comparison: Comparison) -> None:
     """What each way computes: memory for activations grows with these tokens."""
-    report = packs.report
-    kept = int(np.minimum(packs.lengths, cut).sum())
-    real = np.array([report.packed_tokens, kept, report.packed_tokens])
-    computed = np.array([report.padded_tokens, report.pieces * cut, report.packs * report.capacity])
-    lost = np.array([0, report.packed_tokens - kept, 0])
+    real = np.array([way.tokens for way in comparison.ways])
+    computed = np.array([way.computed_tokens for way in comparison.ways])
+    lost = np.array([way.lost_tokens for way in comparison.ways])
     axis.bar(range(3), real, color="#4c78a8", label="documents")
     axis.bar(range(3), computed - real, bottom=real, color=WASTE, label="padding")
     axis.bar(range(3), lost, bottom=computed, color=LOST, label="lost", hatch="//", alpha=0.75)
     for x, height in enumerate(computed + lost):
         axis.annotate(_short(computed[x]), (x, height), ha="center", va="bottom", fontsize=10)
-    axis.set_xticks(range(3), ["padded", "truncated", "packed"])
+    axis.set_xticks(range(3), [way.name for way in comparison.ways])
     axis.set_title("tokens computed: memory grows with them")
     axis.set_ylim(0, 1.12 * (computed + lost).max())
     axis.yaxis.set_major_formatter(lambda value, _: _short(value))

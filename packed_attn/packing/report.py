@@ -278,6 +278,7 @@ class TruncationReport:
             completion behind a prompt that fills `max_length`: nothing is left to learn from it.
         tokens: tokens given, by part: `input_ids`, or `prompt`, `chosen`, `rejected`, ...
         lost_tokens: tokens cut off, by part.
+        truncation_mode: which side `max_length` kept.
     """
 
     examples: int
@@ -285,6 +286,13 @@ class TruncationReport:
     emptied_examples: int
     tokens: dict[str, int]
     lost_tokens: dict[str, int]
+    truncation_mode: str = "keep_start"
+
+    @property
+    def loss(self) -> float:
+        """Share of the tokens that is cut off."""
+        lost = sum(self.lost_tokens.values())
+        return lost / sum(self.tokens.values()) if lost else 0.0
 
     @property
     def lossless(self) -> bool:
@@ -298,7 +306,8 @@ class TruncationReport:
         )
         return (
             f"truncated {self.truncated_examples:,} of {self.examples:,} examples "
-            f"({self.emptied_examples:,} emptied); tokens lost: {parts or 'none'}"
+            f"({self.emptied_examples:,} emptied, {self.truncation_mode}); "
+            f"tokens lost: {parts or 'none'} ({self.loss:.2%})"
         )
 
 

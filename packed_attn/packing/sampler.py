@@ -44,7 +44,8 @@ class PackedBatchSampler(Sampler[list[int | PackPart]]):
     `load_state_dict` on any number of ranks continues with the packs that are left, none lost and
     none run twice.
 
-    Hand it to a DataLoader as it is: accelerate's `prepare` would divide it among ranks again.
+    Hand its DataLoader to the training loop as it is: accelerate's `prepare` would divide the
+    batches among ranks again, which is refused.
 
     Args:
         packs: a `PackedDataset`, or the `Packs` of one.
@@ -105,6 +106,21 @@ class PackedBatchSampler(Sampler[list[int | PackPart]]):
         while self._step < len(self._steps):
             self._step += 1
             yield self.batch(self._step - 1, self.rank)
+
+    @property
+    def drop_last(self) -> bool:
+        """False: every batch is full. Who asks is about to divide the batches among ranks.
+
+        Raises:
+            ValueError: where they are those of one rank already. A second division would lose
+                packs without a word.
+        """
+        if self.world_size > 1:
+            raise ValueError(
+                f"batches must be divided among ranks once, but these are those of rank {self.rank}"
+                f" of {self.world_size} already: do not hand the DataLoader to accelerate's prepare"
+            )
+        return False
 
     def batch(self, step: int, rank: int) -> list[int | PackPart]:
         """What a rank runs in a micro-step, counted from the last start or resume."""

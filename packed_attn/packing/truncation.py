@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Data = TypeVar("Data")
+TruncationMode = Literal["keep_start", "keep_end"]  # TRL's names
 COMPLETIONS = ("chosen", "rejected", "completion")
 ID_SUFFIXES = ("_ids", "_input_ids")  # TRL's names now, and up to 0.24
 
@@ -27,6 +28,7 @@ def truncate(
     max_length: int | None = None,
     max_prompt_length: int | None = None,
     max_completion_length: int | None = None,
+    truncation_mode: TruncationMode = "keep_start",
     on_report: Callable[[TruncationReport], object] = log_report,
 ) -> Data:
     """Cuts tokenised examples short, by the rules of TRL's guide to reducing memory usage.
@@ -41,6 +43,10 @@ def truncate(
         max_completion_length  each completion keeps its first tokens
         max_length             prompt + completion keep their first tokens, completion by completion
 
+    `truncation_mode="keep_end"` makes `max_length` keep the last tokens instead, of `input_ids` and
+    of prompt + completion; the other two limits keep the sides above. A prompt that several
+    completions share makes room for the longest of them, where TRL would cut it once for each.
+
     Lists that go with a part (`prompt_attention_mask`, `chosen_labels`, ...: same prefix, one value
     per token) are cut alike. Nothing else changes: no row and no column is dropped.
 
@@ -49,18 +55,20 @@ def truncate(
             stays as it is.
         max_length, max_prompt_length, max_completion_length: limits in tokens, at least 1; None
             is no limit.
+        truncation_mode: which side `max_length` keeps.
         on_report: called with the `TruncationReport`. By default it is logged, as a warning when
             tokens were lost: `on_report=reports.append` keeps it, `print` shows it.
 
     Raises:
-        ValueError: a limit below 1, prompt or completion limits on rows without them, rows with
-            neither set of names, or a list of numbers that should go with the tokens but has
-            another length (row and column named).
+        ValueError: a limit below 1, another mode, prompt or completion limits on rows without
+            them, rows with neither set of names, or a list of numbers that should go with the
+            tokens but has another length (row and column named).
     """
     limits = _Limits(
         _checked_limit("max_length", max_length),
         _checked_limit("max_prompt_length", max_prompt_length),
         _checked_limit("max_completion_length", max_completion_length),
+        _checked_mode(truncation_mode),
     )
     if isinstance(data, Sequence) and not isinstance(data, str | bytes):
         cut, report = _truncate_list(data, limits)
@@ -70,31 +78,60 @@ def truncate(
     return cast(Data, cut)
 
 
+Lengths = dict[str, NDArray[np.int64]]
+
+
+def truncation_of(
+    lengths: NDArray[np.int64], max_length: int
+) -> tuple[NDArray[np.int64], TruncationReport]:
+    """What `truncate` would make of documents with `input_ids` of these lengths.
+
+    Args:
+        lengths: int64 `[num_documents]`.
+
+    Returns:
+        the lengths that stay, and the `TruncationReport`.
+    """
+    limits = _Limits(_checked_limit("max_length", max_length), None, None, "keep_start")
+    given = {"input_ids": lengths}
+    kept = _keep(given, limits)[1]
+    return kept["input_ids"], _account(given, kept, limits)
+
+
 @dataclass(frozen=True)
 class _Limits:
     max_length: int | None
     max_prompt_length: int | None
     max_completion_length: int | None
-
-
-Lengths = dict[str, NDArray[np.int64]]
+    truncation_mode: TruncationMode
 
 
 def _keep(lengths: Lengths, limits: _Limits) -> tuple[Lengths, Lengths]:
     """Which tokens of each part stay: first token and number, int64 `[num_examples]` by part."""
     unlimited = np.iinfo(np.int64).max
     total = limits.max_length or unlimited
-    starts = {part: np.zeros_like(length) for part, length in lengths.items()}
+    ends = limits.truncation_mode == "keep_end"
     if "prompt" not in lengths:
-        return starts, {part: np.minimum(length, total) for part, length in lengths.items()}
+        kept = {part: np.minimum(length, total) for part, length in lengths.items()}
+        return {part: (lengths[part] - kept[part]) * ends for part in lengths}, kept
     prompt = np.minimum(lengths["prompt"], limits.max_prompt_length or unlimited)
+    completions = {
+        part: np.minimum(length, limits.max_completion_length or unlimited)
+        for part, length in lengths.items()
+        if part != "prompt"
+    }
+    starts = {part: np.zeros_like(length) for part, length in completions.items()}
     starts["prompt"] = lengths["prompt"] - prompt
-    prompt = np.minimum(prompt, total)
-    kept = {"prompt": prompt}
-    for part in lengths.keys() - kept:
-        completion = np.minimum(lengths[part], limits.max_completion_length or unlimited)
-        kept[part] = np.minimum(completion, total - prompt)
-    return starts, kept
+    if not ends:
+        prompt = np.minimum(prompt, total)
+        kept = {part: np.minimum(n, total - prompt) for part, n in completions.items()}
+        return starts, {"prompt": prompt, **kept}
+    kept = {part: np.minimum(n, total) for part, n in completions.items()}
+    for part in kept:
+        starts[part] = completions[part] - kept[part]
+    prompt = np.minimum(prompt, total - np.max(list(kept.values()), axis=0))
+    starts["prompt"] = lengths["prompt"] - prompt
+    return starts, {"prompt": prompt, **kept}
 
 
 def _find_parts(names: Sequence[str], limits: _Limits) -> dict[str, str]:
@@ -142,7 +179,7 @@ def _truncate_dataset(dataset: Any, limits: _Limits) -> tuple[Any, TruncationRep
         part = _part_of(name, parts)
         if part and require_aligned(column, lengths[part], parts[part]):
             of_part[name] = part
-    report = _account(lengths, _keep(lengths, limits)[1])
+    report = _account(lengths, _keep(lengths, limits)[1], limits)
     if report.lossless:
         return dataset, report
     arguments = {"parts": parts, "of_part": of_part, "limits": limits}
@@ -190,7 +227,7 @@ def _truncate_list(
                 start = int(starts[part][row])
                 cut[name] = value[start : start + int(kept[part][row])]
         result.append(cut)
-    return result, _account(lengths, kept)
+    return result, _account(lengths, kept, limits)
 
 
 def _list_lengths(examples: Sequence[Mapping[str, Any]], name: str) -> NDArray[np.int64]:
@@ -225,7 +262,7 @@ def _is_sized_list(value: Any) -> bool:
     return getattr(value, "ndim", 1) > 0
 
 
-def _account(lengths: Lengths, kept: Lengths) -> TruncationReport:
+def _account(lengths: Lengths, kept: Lengths, limits: _Limits) -> TruncationReport:
     examples = next((length.size for length in lengths.values()), 0)
     cut = np.zeros(examples, bool)
     emptied = np.zeros(examples, bool)
@@ -238,6 +275,7 @@ def _account(lengths: Lengths, kept: Lengths) -> TruncationReport:
         emptied_examples=int(emptied.sum()),
         tokens={part: int(length.sum()) for part, length in lengths.items()},
         lost_tokens={part: int((lengths[part] - kept[part]).sum()) for part in lengths},
+        truncation_mode=limits.truncation_mode,
     )
 
 
@@ -251,3 +289,9 @@ def _checked_limit(argument: str, limit: Any) -> int | None:
     if whole is None or isinstance(limit, bool) or whole < 1:
         raise ValueError(f"{argument} must be an integer of at least 1 or None, got {limit!r}")
     return whole
+
+
+def _checked_mode(mode: Any) -> TruncationMode:
+    if mode not in get_args(TruncationMode):
+        raise ValueError(f"truncation_mode must be 'keep_start' or 'keep_end', got {mode!r}")
+    return mode

@@ -1,4 +1,4 @@
-"""Draws packed shards as `draw_packs` draws a plan, from the document lengths that they hold."""
+"""Packed shards as a plan to draw and to compare, from the document lengths that they hold."""
 
 from __future__ import annotations
 
@@ -8,20 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from packed_attn.offline.manifest import read_manifest, report_of
-from packed_attn.packing.picture import draw_packs
 from packed_attn.packing.plan import Packs
 
 
-def draw_shards(folder: str | os.PathLike[str], picture: str | os.PathLike[str]) -> None:
-    """Writes a picture of all packs; reads one column of the shards, 16 bytes a document.
+def shard_packs(folder: str | os.PathLike[str]) -> Packs:
+    """The plan that shards hold; reads one column of them, 16 bytes a document.
 
     Args:
         folder: what `pack_files` wrote.
-        picture: image file; its suffix says which kind.
 
     Raises:
         ValueError: a folder without a manifest.
-        ImportError: matplotlib is not installed.
     """
     import pyarrow.parquet as pq
 
@@ -34,12 +31,11 @@ def draw_shards(folder: str | os.PathLike[str], picture: str | os.PathLike[str])
             documents.append(chunk.value_lengths().to_numpy())
     pieces = np.concatenate(lengths)
     offsets = np.cumsum(np.concatenate(documents), dtype=np.int64)
-    # Where a piece comes from is not in the shards, and not in the picture.
-    packs = Packs(
+    # Where a piece comes from is not in the shards, and not asked of them.
+    return Packs(
         order=np.arange(pieces.size),
         starts=np.zeros_like(pieces),
         lengths=pieces,
         offsets=offsets,
         report=report_of(manifest),
     )
-    draw_packs(packs, picture)
