@@ -10,7 +10,6 @@ turns it into the one mask rule that every kernel follows:
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
@@ -21,6 +20,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from packed_attn.host_values import (
+    check_padding_stands_alone,
+    host_padding,
+    host_parents,
+    whole_numbers,
+)
+from packed_attn.trees import Forest, ForestTensors
 from packed_attn.visibility import (
     Visibility,
     build_visibility,
@@ -97,7 +103,7 @@ class DocumentLayout:
             device = lengths.device if device is None else device
             if lengths.dtype.is_floating_point or lengths.dtype == torch.bool:
                 raise ValueError(f"lengths must be integers, got {lengths.dtype}")
-        host = tuple(_whole_numbers(lengths, "lengths"))
+        host = tuple(whole_numbers(lengths, "lengths"))
         if min(host, default=0) < 0:
             d = next(d for d, n in enumerate(host) if n < 0)
             raise ValueError(f"lengths must not be negative, but lengths[{d}] is {host[d]}")
@@ -109,8 +115,8 @@ class DocumentLayout:
         # numpy, once a batch in the collator: some ten times faster than torch at this size.
         cu_seqlens = np.zeros(len(host) + 1, np.int32)
         np.cumsum(host, dtype=np.int32, out=cu_seqlens[1:])
-        links = _host_parents(parents, len(host))
-        flags = _host_padding(padding, len(host))
+        links = host_parents(parents, len(host))
+        flags = host_padding(padding, len(host))
         layout = DocumentLayout(
             torch.from_numpy(cu_seqlens),
             total,
@@ -120,7 +126,7 @@ class DocumentLayout:
         layout._derived["lengths"] = host
         if links is not None:
             layout._derived["forest"] = Forest.build(host, links)
-            _check_padding_stands_alone(links, flags)
+            check_padding_stands_alone(links, flags)
         return layout.to(device) if device is not None else layout
 
     @staticmethod
@@ -480,15 +486,15 @@ class DocumentLayout:
     def _forest(self) -> Forest:
         links = [] if self.parents is None else self.parents
         return self._once(
-            "forest", lambda: Forest.build(self.lengths, _whole_numbers(links, "parents"))
+            "forest", lambda: Forest.build(self.lengths, whole_numbers(links, "parents"))
         )
 
-    def forest_tensors(self) -> _ForestTensors:
+    def forest_tensors(self) -> ForestTensors:
         """Per-document vectors of a forest, on the layout's device."""
         forest = self._forest()
         return self._once(
             "forest_tensors",
-            lambda: _ForestTensors(
+            lambda: ForestTensors(
                 torch.tensor(forest.path_offset, dtype=torch.int64, device=self.device),
                 torch.tensor(forest.subtree_stop, dtype=torch.int64, device=self.device),
                 forest.depth,
@@ -522,54 +528,6 @@ class DocumentLayout:
         return copy
 
 
-@dataclass(frozen=True)
-class Forest:
-    """Host facts of a forest, per document."""
-
-    parents: tuple[int, ...]
-    path_offset: tuple[int, ...]  # tokens before the document on its path from the root
-    subtree_stop: tuple[int, ...]  # one past the last token of the document's subtree
-    depth: int  # most ancestors that a document has
-
-    def path(self, document: int) -> tuple[int, ...]:
-        path = [document]
-        while self.parents[path[-1]] >= 0:
-            path.append(self.parents[path[-1]])
-        return tuple(reversed(path))
-
-    @staticmethod
-    def build(lengths: Sequence[int], parents: Sequence[int]) -> Forest:
-        """Checks that parents come before their children, depth-first, and derives the rest."""
-        offset, stop, at, depth = [0] * len(lengths), [0] * len(lengths), 0, 0
-        branch: list[int] = []  # the path of the document before this one
-        for d, (n, p) in enumerate(zip(lengths, parents)):
-            if not -1 <= p < d:
-                raise ValueError(
-                    f"parents must point to an earlier document or be -1, but parents[{d}] is {p}"
-                )
-            while branch and branch[-1] != p:
-                branch.pop()
-            if p >= 0 and not branch:
-                raise ValueError(
-                    "documents of a forest must stand in depth-first order, "
-                    f"but document {d} continues {p} after another branch has begun"
-                )
-            branch.append(d)
-            offset[d] = 0 if p < 0 else offset[p] + lengths[p]
-            at += n
-            for ancestor in branch:
-                stop[ancestor] = at
-            depth = max(depth, len(branch) - 1)
-        return Forest(tuple(parents), tuple(offset), tuple(stop), depth)
-
-
-@dataclass(frozen=True, eq=False)
-class _ForestTensors:
-    path_offset: Tensor
-    subtree_stop: Tensor
-    depth: int
-
-
 def _count_up(lengths: tuple[int, ...], total: int) -> NDArray[np.int64]:
     """0, 1, 2, ... for each document, end to end: int64 `[total]`."""
     if total > SHORT * len(lengths):
@@ -588,7 +546,7 @@ def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """A derived fact with its tensors mapped; facts of the host as they are."""
     if isinstance(value, Tensor):
         return function(value)
-    if isinstance(value, Visibility | _ForestTensors):
+    if isinstance(value, Visibility | ForestTensors):
         columns = {f.name: getattr(value, f.name) for f in fields(value)}
         return replace(
             value, **{k: function(x) for k, x in columns.items() if isinstance(x, Tensor)}
@@ -639,54 +597,3 @@ def _rows(ids: Tensor, name: str) -> Tensor:
     if ids.ndim not in (1, 2):
         raise ValueError(f"{name} must have shape [T] or [B, T], got {list(ids.shape)}")
     return (ids if ids.ndim == 2 else ids[None]).long()
-
-
-def _to_list(values: Iterable[Any] | Tensor, name: str) -> list[Any]:
-    if isinstance(values, Tensor):
-        if values.ndim != 1:
-            raise ValueError(f"{name} must be one-dimensional, got shape {list(values.shape)}")
-        return values.tolist()
-    return list(values)
-
-
-def _whole_numbers(values: Sequence[int] | Tensor, name: str) -> list[int]:
-    host = _to_list(values, name)
-    if set(map(type, host)) <= {int}:
-        return host
-    for value in host:
-        if isinstance(value, bool) or not hasattr(value, "__index__"):
-            raise ValueError(f"{name} must be integers, got {value!r}")
-    return [operator.index(value) for value in host]
-
-
-def _host_parents(parents: Sequence[int] | Tensor | None, documents: int) -> list[int] | None:
-    if parents is None:
-        return None
-    host = _whole_numbers(parents, "parents")
-    if len(host) != documents:
-        raise ValueError(f"parents has {len(host)} entries for {documents} documents")
-    return host
-
-
-def _host_padding(padding: Sequence[bool] | Tensor | None, documents: int) -> list[bool] | None:
-    """None when nothing is padding."""
-    if padding is None:
-        return None
-    host = _to_list(padding, "padding")
-    for value in host if not set(map(type, host)) <= {bool} else ():
-        if value not in (False, True):
-            raise ValueError(f"padding must be booleans, got {value!r}")
-    if len(host) != documents:
-        raise ValueError(f"padding has {len(host)} entries for {documents} documents")
-    return [bool(value) for value in host] if any(host) else None
-
-
-def _check_padding_stands_alone(parents: list[int], padding: list[bool] | None) -> None:
-    """Padding inside a tree would count in the positions of its subtree, yet nobody sees it."""
-    for d, p in enumerate(parents if padding is not None else ()):
-        if p >= 0 and padding is not None and (padding[d] or padding[p]):
-            which = d if padding[d] else p
-            raise ValueError(
-                f"padding must be a root without children, but document {which} is padding "
-                f"and parents[{d}] is {p}"
-            )

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from packed_attn.buckets import PADDED_LENGTH, Bucket, gathered_bucket
-from packed_attn.layout import Forest
+from packed_attn.trees import Forest
 
 # Rows of a rectangle under a narrower window. Fewer rows compute less of what the window hides,
 # more rows make larger matrix products.
