@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -378,6 +379,8 @@ def accelerate_rank(rank: int, port: int, results: Any) -> None:
     """One process of two: reads its rows both ways, stops and continues at every one."""
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
     os.environ.update(address, RANK=str(rank), WORLD_SIZE="2")
+    # A Trainer of an earlier test has left its state of one process.
+    AcceleratorState._reset_state(reset_partial_state=True)
     config = DataLoaderConfiguration(use_stateful_dataloader=True, dispatch_batches=False)
     accelerator = Accelerator(cpu=True, dataloader_config=config)
     documents = numbered(lognormal(90, mean=60).tolist())
