@@ -111,6 +111,12 @@ LEAN: Table = {
     ("dq", 128, 2): Configuration(128, 32, 8, 2),
 }
 
+# Where a head_dim that is no power of two is padded to 128: masked columns need registers too.
+PADDED: Table = {
+    ("forward", 128, 2): Configuration(128, 32, 8, 2),
+    ("dkdv", 128, 2): Configuration(16, 128, 8, 2),
+}
+
 # What `benchmarks/tune.py` times beside the rows above; some spill a little and may yet be faster.
 CANDIDATES: dict[tuple[KernelName, int, int], tuple[Configuration, ...]] = {
     ("forward", 64, 2): (
@@ -171,7 +177,10 @@ def configuration(kernel: KernelName, problem: Problem) -> Configuration:
     if kernel == "fused":
         return FUSED[problem.width, problem.itemsize]
     key = (kernel, problem.width, problem.itemsize)
-    return LEAN[key] if problem.is_lean and key in LEAN else TABLE[key]
+    if problem.is_lean and key in LEAN:
+        return LEAN[key]
+    is_padded = (problem.head_dim, problem.value_dim) != (problem.block_d, problem.block_dv)
+    return PADDED[key] if is_padded and key in PADDED else TABLE[key]
 
 
 def tile_rows(problem: Problem) -> tuple[int, int, int]:
