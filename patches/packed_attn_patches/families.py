@@ -95,13 +95,13 @@ INTERFACE = frozenset({
 UNPACK_CAUSAL = frozenset({
     "apertus1p5_text", "axk2", "bailing_hybrid", "bamba", "bart", "bigbird_pegasus",
     "blenderbot", "blenderbot-small", "bloom", "codegen", "ctrl", "deepseek_v32",
-    "deepseek_v4", "doge", "dory", "dots3_note_text", "emu3_text_model", "exaone", "falcon",
+    "deepseek_v4", "doge", "dory", "dots3_note_text", "exaone", "falcon",
     "falcon_h1", "falcon_mamba", "fuyu", "gemma3", "gemma4", "gemma4_text", "gemma4_unified",
     "gemma4_unified_text", "glm4v", "glm_moe_dsa", "got_ocr2", "gpt_neo", "gpt_neox_japanese",
     "gptj", "granitemoehybrid", "hy_v4", "idefics3", "inkling2_loop_text", "inkling2_text",
     "inkling_text", "internvl", "jamba", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe",
     "lfm2_vl", "lfm3", "llava", "llava_next", "mamba", "mamba2", "marian", "mbart", "minimax",
-    "minimax_m3_vl_text", "mistral3", "mllama_text_model", "moss_transcribe_diarize",
+    "minimax_m3_vl_text", "mistral3", "moss_transcribe_diarize",
     "mpt", "mvp", "nemotron_h", "olmo_hybrid", "openai-gpt", "pegasus", "phi4_multimodal",
     "plbart", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text",
     "qwen3_5_text", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp_text",
@@ -110,9 +110,9 @@ UNPACK_CAUSAL = frozenset({
 })
 # Proven exact unpacked with a mask: encoders, and decoders that may be loaded as encoders.
 UNPACK_MASKED = frozenset({
-    "albert", "big_bird", "bros", "camembert", "canine", "data2vec-text", "deberta",
+    "albert", "big_bird", "camembert", "data2vec-text", "deberta",
     "deberta-v2", "distilbert", "esm", "eurobert", "flaubert", "gte", "ibert",
-    "jina_embeddings_v3", "layoutlm", "layoutlmv3", "lilt", "longformer", "markuplm",
+    "jina_embeddings_v3", "layoutlm", "longformer", "markuplm",
     "megatron-bert", "mobilebert", "modernbert", "modernvbert", "mpnet", "neomme",
     "nomic_bert", "rembert", "roberta", "roberta-prelayernorm", "roformer", "squeezebert",
     "tapas", "ultrabert", "ultravbert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet",
