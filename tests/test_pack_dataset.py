@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -95,13 +96,25 @@ def test_dtypes_and_column_order():
     kinds = {name: feature.feature.dtype for name, feature in packed.features.items()}
     assert kinds == {
         "input_ids": "uint16",
-        "labels": "int64",
-        "position_ids": "int64",
-        "seq_lengths": "int64",
+        "labels": "int32",
+        "position_ids": "int32",
+        "seq_lengths": "int32",
         "flags": "bool",
     }
     assert packed[0]["labels"] == [-100, 2, -100]
     assert packed[0]["flags"] == [True, False, True]
+
+
+def test_no_id_is_cut_to_fewer_bits():
+    large = 2**40 + 7
+    packed = pack_dataset([[1, large], [3]], 4)
+    assert packed[0]["labels"] == [-100, large, -100]
+
+
+@pytest.mark.parametrize("format", [None, "numpy", "torch"])
+def test_rows_reach_torch_as_int64(format):
+    packed = pack_dataset([[1, 2], [3]], 4).with_format(format)
+    assert all(torch.as_tensor(values).dtype == torch.int64 for values in packed[0].values())
 
 
 def test_labels_of_the_data_set_win_over_its_masks():
@@ -191,7 +204,7 @@ def test_a_set_without_tokens_gives_an_empty_data_set(make_empty):
     packed = pack_dataset(make_empty(), 8)
     assert packed.num_rows == 0
     assert packed.column_names[:4] == ["input_ids", "labels", "position_ids", "seq_lengths"]
-    assert packed.features["labels"] == datasets.List(datasets.Value("int64"))
+    assert packed.features["labels"].feature.dtype in ("int32", "int64")
 
 
 def test_other_columns_are_dropped_with_a_warning_that_names_them():

@@ -14,12 +14,17 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 
-def token_columns(source: Source, packs: Packs, pieces: slice) -> dict[str, Any]:
+def token_columns(
+    source: Source, packs: Packs, pieces: slice, integer: type[np.signedinteger] = np.int64
+) -> dict[str, Any]:
     """Per-token columns of a run of pieces, each flat, as numpy where it can be (else Arrow).
 
+    Args:
+        integer: dtype of the columns that are made here; labels may be wider, as their ids are.
+
     Returns:
-        `input_ids` in the dtype of the source; `labels` int64, -100 at the start of every piece
-        and where a mask says so; `position_ids` int64; then the source's other columns.
+        `input_ids` in the dtype of the source; `labels`, -100 at the start of every piece and
+        where a mask says so; `position_ids`; then the source's other columns.
     """
     from packed_attn.packing import compiled
 
@@ -30,11 +35,11 @@ def token_columns(source: Source, packs: Packs, pieces: slice) -> dict[str, Any]
     if not isinstance(input_ids, np.ndarray) and input_ids.type == "null":
         input_ids = np.empty(0, np.int64)
     piece_starts = np.cumsum(lengths) - lengths
-    positions = np.empty(int(lengths.sum()), np.int64)
+    positions = np.empty(int(lengths.sum()), integer)
     compiled.count_up(lengths, positions)
     columns = {
         "input_ids": input_ids,
-        "labels": _labels(input_ids, values, piece_starts),
+        "labels": _labels(input_ids, values, piece_starts, integer),
         "position_ids": positions,
     }
     return columns | {name: v for name, v in values.items() if name != "labels"}
@@ -50,9 +55,13 @@ def document_columns(
 
 
 def _labels(
-    input_ids: Any, values: dict[str, Any], piece_starts: NDArray[np.int64]
-) -> NDArray[np.int64]:
-    labels = _as_numpy(values.get("labels", input_ids)).astype(np.int64)
+    input_ids: Any,
+    values: dict[str, Any],
+    piece_starts: NDArray[np.int64],
+    integer: type[np.signedinteger],
+) -> NDArray[np.signedinteger]:
+    labels = _as_numpy(values.get("labels", input_ids))
+    labels = labels.astype(np.promote_types(labels.dtype, integer))
     if "labels" not in values:
         for name in MASK_COLUMNS:
             if name in values:
