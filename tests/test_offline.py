@@ -169,7 +169,7 @@ def test_overflow_and_max_loss(tmp_path: Path, overflow: Any) -> None:
 def test_killed_runs_lose_nothing(
     tmp_path: Path, lines: Path, tokenizer: str, workers: int
 ) -> None:
-    """The full count is in benchmarks/results/offline_kills.json, by bench_offline.py."""
+    """The full count is in benchmarks/results/offline.json, by bench_offline.py."""
     case = Case({**JOB, "inputs": [lines], "tokenizer": tokenizer}, tmp_path / "runs")
     runs = list(killed_runs(case, 6, workers=workers, seed=workers))
     figures = summary(runs)

@@ -29,7 +29,7 @@ def shard_packs(folder: str | os.PathLike[str]) -> Packs:
         for chunk in table.column(0).chunks:
             lengths.append(chunk.flatten().to_numpy())
             documents.append(chunk.value_lengths().to_numpy())
-    pieces = np.concatenate(lengths)
+    pieces = np.concatenate(lengths).astype(np.int64)
     offsets = np.cumsum(np.concatenate(documents), dtype=np.int64)
     # Where a piece comes from is not in the shards, and not asked of them.
     return Packs(
