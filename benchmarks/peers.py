@@ -57,7 +57,7 @@ def _backend_names(device: str) -> list[str]:
 
 
 def _backend(name: str, case: Case, inputs: Inputs, layout: DocumentLayout) -> Peer:
-    options = {**case.kwargs(), "sinks": inputs.sinks, "alibi_slopes": inputs.alibi_slopes}
+    options = {**case.kwargs(), **inputs.kwargs(), "sinks": inputs.sinks}
     request = checked_request(
         inputs.q,
         inputs.k,
@@ -154,6 +154,8 @@ def _beyond_documents(case: Case, windows: bool) -> list[str]:
         "softcap": case.softcap is not None,
         "sinks": case.sinks,
         "ALiBi": case.alibi,
+        "bias": case.bias_reach is not None,
+        "key sets": case.num_selected is not None,
         "chunks": case.chunk_size is not None,
         "forests": case.parents is not None,
         "prefixes": case.prefix_lengths is not None,

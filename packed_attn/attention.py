@@ -33,6 +33,8 @@ def attention(
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     alibi_slopes: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    key_indices: Tensor | None = ...,
     dropout_p: float = ...,
     dropout_seed: Tensor | None = ...,
     deterministic: bool = ...,
@@ -56,6 +58,8 @@ def attention(
     softcap: float | None = ...,
     sinks: Tensor | None = ...,
     alibi_slopes: Tensor | None = ...,
+    bias: Tensor | None = ...,
+    key_indices: Tensor | None = ...,
     dropout_p: float = ...,
     dropout_seed: Tensor | None = ...,
     deterministic: bool = ...,
@@ -78,6 +82,8 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_indices: Tensor | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
     deterministic: bool = False,
@@ -102,6 +108,11 @@ def attention(
         softcap: scores become `softcap * tanh(scores / softcap)` (gemma2); None is off.
         sinks: `[num_heads]`: a learned logit per head with no value (gpt-oss).
         alibi_slopes: `[num_heads]`: `-slope * distance` is added to the scores.
+        bias: `[num_heads, 2 * R + 1]`: `bias[h, R + clamp(j - i, -R, R)]` is added to the score of
+            query position i and key position j (T5's relative bias, which ends at a distance).
+        key_indices: int32 or int64 `[total_queries, num_selected]`: a query sees these tokens of k
+            alone, of those that the mask shows it (sparse indexers, DeepSeek V3.2). In any order;
+            an index below 0 or past the keys names none.
         dropout_p: dropout of the attention weights; lse is without it.
         dropout_seed: int64 `[1]` on q's device: which weights are dropped, the same on every
             backend (`packed_attn.dropout`). None draws one from torch's generator.
@@ -130,6 +141,8 @@ def attention(
         "softcap": softcap,
         "sinks": sinks,
         "alibi_slopes": alibi_slopes,
+        "bias": bias,
+        "key_indices": key_indices,
         "dropout_p": dropout_p,
         "dropout_seed": dropout_seed,
         "deterministic": deterministic,

@@ -167,6 +167,8 @@ class ShardedLayout(DocumentLayout):
         for name in ("key_layout", "dropout_p"):
             if options.get(name):
                 raise NotImplementedError(f"context parallelism has no {name}")
+        if options.get("key_indices") is not None:
+            raise NotImplementedError("context parallelism has no key_indices")
         ranks = dist.get_world_size(self.group)
         divides = q.shape[1] % ranks == 0 and (k.shape[1] % ranks == 0 or ranks % k.shape[1] == 0)
         if self.method == "heads" and not divides:
@@ -189,7 +191,7 @@ def _attention_by_heads(
         # Fewer heads than ranks: several ranks compute with one head's keys and values.
         k, v = (x.repeat_interleave(ranks // x.shape[1], dim=1) for x in (k, v))
     options = dict(options)
-    for name in ("sinks", "alibi_slopes"):
+    for name in ("sinks", "alibi_slopes", "bias"):
         if options.get(name) is not None:
             options[name] = options[name].chunk(ranks)[rank]
     q, k, v = (_tokens_for_heads(x, layout) for x in (q, k, v))

@@ -269,8 +269,10 @@ FEATURES: Mapping[str, Any] = {
     "softcap": lambda r: replace(r, softcap=30.0),
     "sinks": lambda r: replace(r, sinks=_per_head(r)),
     "ALiBi": lambda r: replace(r, alibi_slopes=_per_head(r)),
+    "bias": lambda r: replace(r, bias=_per_head(r)[:, None]),
+    "key sets": lambda r: replace(r, key_indices=r.layout.document_ids[:, None]),
     "dropout": lambda r: replace(r, dropout_p=0.1, dropout_seed=_seed(r)),
     "determ.": lambda r: replace(r, deterministic=True),
     "confine": lambda r: replace(r, confine_nonfinite=True),
-    "float32": _single,
+    "fp32": _single,
 }

@@ -10,7 +10,7 @@ turns it into the one mask rule that every kernel follows:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -426,18 +426,6 @@ class DocumentLayout:
             str(self.device),
         ]
         return f"DocumentLayout({', '.join(kinds)})"
-
-    def derived(self, name: str, key: Hashable, make: Callable[[], T]) -> T:
-        """What a backend derives from the layout, made once for each key and shared by all layers.
-
-        Args:
-            name: of what is made; a few keys of each name are kept.
-        """
-        if (name, key) not in self._derived and torch.compiler.is_compiling():
-            # A compiler that sees the layout change compiles anew for other numbers of documents.
-            # It makes this once in a graph all the same: equal computations are one.
-            return make()
-        return self._one_of_few((name, key), make)
 
     def _once(self, key: Any, make: Any) -> Any:
         if key not in self._derived:

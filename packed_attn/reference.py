@@ -41,14 +41,17 @@ def _attend_document(request: AttentionRequest, document: int) -> tuple[Tensor, 
         out = request.q.new_zeros(length, request.num_heads, request.v.shape[-1])
         return out, out.new_full((request.num_heads, length), -torch.inf, dtype=_wide(request))
     q = request.q[start : start + length]
+    queries = torch.arange(start, start + length, device=q.device)
     visible = _visible(request, document, length, keys.numel())
-    factor = _dropout_factor(request, torch.arange(start, start + length, device=q.device), keys)
+    if request.key_indices is not None:
+        visible &= _selected(request.key_indices[queries], keys, request.k.shape[0])
+    factor = _dropout_factor(request, queries, keys)
     return _attend(request, q, request.k[keys], request.v[keys], visible, factor)
 
 
 def _no_rows(request: AttentionRequest) -> tuple[Tensor, Tensor]:
     """No rows that depend on every input: with nothing to see, gradients are 0 and not None."""
-    inputs = (request.q, request.k, request.v, request.sinks, request.alibi_slopes)
+    inputs = (request.q, request.k, request.v, request.sinks, request.alibi_slopes, request.bias)
     nothing = torch.stack([x[:0].sum().to(_wide(request)) for x in inputs if x is not None]).sum()
     out = request.q.new_zeros(0, request.num_heads, request.v.shape[-1]) + nothing.to(
         request.q.dtype
@@ -99,6 +102,14 @@ def _visible(request: AttentionRequest, document: int, queries: int, keys: int) 
     return visible
 
 
+def _selected(indices: Tensor, keys: Tensor, total_keys: int) -> Tensor:
+    """Whether each query's indices name each key, bool `[queries, keys]`."""
+    named = torch.zeros(indices.shape[0], total_keys + 1, dtype=torch.bool, device=indices.device)
+    outside = (indices < 0) | (indices >= total_keys)
+    named.scatter_(1, indices.long().masked_fill(outside, total_keys), True)
+    return named[:, keys]
+
+
 def _dropout_factor(request: AttentionRequest, queries: Tensor, keys: Tensor) -> Tensor | None:
     """What dropout multiplies the weights of these tokens by, `[heads, queries, keys]`."""
     if request.dropout_seed is None:
@@ -124,10 +135,13 @@ def _attend(
     scores = torch.einsum("ihd,jhd->hij", q.to(wide), k.to(wide)) * request.softmax_scale
     if request.softcap is not None:
         scores = request.softcap * torch.tanh(scores / request.softcap)
+    i = torch.arange(q.shape[0], device=q.device)[:, None] + (k.shape[0] - q.shape[0])
+    difference = torch.arange(k.shape[0], device=q.device)[None, :] - i
     if request.alibi_slopes is not None:
-        i = torch.arange(q.shape[0], device=q.device)[:, None] + (k.shape[0] - q.shape[0])
-        distance = (i - torch.arange(k.shape[0], device=q.device)[None, :]).abs()
-        scores = scores - request.alibi_slopes.to(wide)[:, None, None] * distance
+        scores = scores - request.alibi_slopes.to(wide)[:, None, None] * difference.abs()
+    if request.bias is not None:
+        reach = request.bias.shape[1] // 2
+        scores = scores + request.bias.to(wide)[:, difference.clamp(-reach, reach) + reach]
     scores = scores.masked_fill(~visible, -torch.inf)
     if request.sinks is not None:
         sink = request.sinks.to(wide)[:, None, None].expand(-1, q.shape[0], 1)

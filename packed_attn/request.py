@@ -20,7 +20,8 @@ class AttentionRequest:
 
     Shapes: q `[total_queries, num_heads, head_dim]`, k `[total_keys, num_kv_heads, head_dim]`,
     v `[total_keys, num_kv_heads, value_head_dim]`; sinks and alibi_slopes `[num_heads]`;
-    dropout_seed int64 `[1]`, there if and only if dropout_p > 0 (see `packed_attn.dropout`).
+    dropout_seed int64 `[1]`, there if and only if dropout_p > 0 (see `packed_attn.dropout`);
+    bias `[num_heads, 2 * R + 1]`, key_indices `[total_queries, num_selected]`.
     """
 
     q: Tensor
@@ -41,6 +42,8 @@ class AttentionRequest:
     deterministic: bool
     return_lse: bool
     confine_nonfinite: bool
+    bias: Tensor | None = None
+    key_indices: Tensor | None = None
 
     @property
     def num_heads(self) -> int:
@@ -86,6 +89,8 @@ def checked_request(
     return_lse: bool,
     confine_nonfinite: bool,
     dropout_seed: Tensor | None = None,
+    bias: Tensor | None = None,
+    key_indices: Tensor | None = None,
 ) -> AttentionRequest:
     """A request whose arguments agree with each other.
 
@@ -97,6 +102,8 @@ def checked_request(
     _check_layout("layout" if key_layout is None else "key_layout", key_layout or layout, "k", k)
     for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         _check_per_head(name, per_head, q)
+    _check_bias(bias, q)
+    _check_key_indices(key_indices, q)
     softmax_scale = q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale
     softmax_scale = _positive("softmax_scale", softmax_scale, "")
     if softcap is not None:
@@ -123,9 +130,21 @@ def checked_request(
         deterministic,
         return_lse,
         confine_nonfinite,
+        bias,
+        key_indices,
     )
     request.visibility()  # checks window, chunk and prefix, and is needed by most backends anyway
     return request
+
+
+def beyond_intervals(request: AttentionRequest) -> list[str]:
+    """What of a request is neither an interval nor a modifier that kernels by intervals know."""
+    reasons = []
+    if request.bias is not None:
+        reasons.append("has no bias by position difference (bias)")
+    if request.key_indices is not None:
+        reasons.append("has no key sets (key_indices)")
+    return reasons
 
 
 def _is_number(value: object) -> bool:
@@ -143,15 +162,46 @@ def _positive(name: str, value: object, otherwise: str) -> float:
 def _check_per_head(name: str, per_head: Tensor | None, q: Tensor) -> None:
     if per_head is None:
         return
-    if not isinstance(per_head, Tensor) or not per_head.dtype.is_floating_point:
-        got = per_head.dtype if isinstance(per_head, Tensor) else type(per_head).__name__
-        raise ValueError(f"{name} must be a floating point tensor, got {got}")
+    _check_floating(name, per_head, q)
     if list(per_head.shape) != [q.shape[1]]:
         raise ValueError(
             f"{name} must have shape [num_heads] = [{q.shape[1]}], got {list(per_head.shape)}"
         )
-    if per_head.device != q.device:
-        raise ValueError(f"{name} is on {per_head.device}, but q is on {q.device}")
+
+
+def _check_bias(bias: Tensor | None, q: Tensor) -> None:
+    if bias is None:
+        return
+    _check_floating("bias", bias, q)
+    if bias.ndim != 2 or bias.shape[0] != q.shape[1] or bias.shape[1] % 2 == 0:
+        raise ValueError(
+            "bias must have shape [num_heads, 2 * R + 1], one value for each position difference "
+            f"from -R to R, with num_heads {q.shape[1]}, got {list(bias.shape)}"
+        )
+
+
+def _check_floating(name: str, x: Tensor, q: Tensor) -> None:
+    if not isinstance(x, Tensor) or not x.dtype.is_floating_point:
+        got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a floating point tensor, got {got}")
+    if x.device != q.device:
+        raise ValueError(f"{name} is on {x.device}, but q is on {q.device}")
+
+
+def _check_key_indices(indices: Tensor | None, q: Tensor) -> None:
+    """Shape, dtype and device; the values stay on the device, where any integer has a meaning."""
+    if indices is None:
+        return
+    if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
+        got = indices.dtype if isinstance(indices, Tensor) else type(indices).__name__
+        raise ValueError(f"key_indices must be an int32 or int64 tensor, got {got}")
+    if indices.ndim != 2 or indices.shape[0] != q.shape[0]:
+        raise ValueError(
+            "key_indices must have shape [total_queries, num_selected] with total_queries "
+            f"{q.shape[0]}, got {list(indices.shape)}"
+        )
+    if indices.device != q.device:
+        raise ValueError(f"key_indices is on {indices.device}, but q is on {q.device}")
 
 
 def _check_seed(seed: Tensor | None, q: Tensor) -> None:

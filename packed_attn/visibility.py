@@ -50,6 +50,10 @@ class Visibility:
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """What `make` gives, made at the first call with this key."""
         if key not in self._derived:
+            if torch.compiler.is_compiling():
+                # A compiler that sees the mask change compiles anew for other boundaries. It makes
+                # this once in a graph all the same: equal computations are one.
+                return make()
             self._derived[key] = make()
         return self._derived[key]
 

@@ -25,7 +25,7 @@ class Inputs:
     Shapes: q `[total_queries, num_heads, head_dim]`, k `[total_keys, num_kv_heads, head_dim]`,
     v `[total_keys, num_kv_heads, value_head_dim]`, grad_out `[total_queries, num_heads,
     value_head_dim]`, grad_lse `[num_heads, total_queries]` or None, sinks and alibi_slopes
-    `[num_heads]` or None.
+    `[num_heads]` or None, bias and key_indices as in `attention` or None.
     """
 
     q: Tensor
@@ -35,6 +35,16 @@ class Inputs:
     grad_lse: Tensor | None
     sinks: Tensor | None
     alibi_slopes: Tensor | None
+    bias: Tensor | None
+    key_indices: Tensor | None
+
+    def kwargs(self) -> dict[str, Tensor | None]:
+        """The keyword arguments of `attention` that are tensors, sinks aside."""
+        return {
+            "alibi_slopes": self.alibi_slopes,
+            "bias": self.bias,
+            "key_indices": self.key_indices,
+        }
 
 
 @dataclass(frozen=True)
@@ -46,6 +56,8 @@ class Case:
     key_lengths: cross attention with these documents on the key side.
     value_head_dim: None is head_dim.
     sinks, alibi: whether there are any.
+    bias_reach: the largest position difference with a bias of its own.
+    num_selected: keys that each query names, out of all and two that are none.
     lse_gradient: whether the loss depends on lse too.
     strided: q, k and v are views of one fused projection, and the gradient of out is not
         contiguous either.
@@ -69,6 +81,8 @@ class Case:
     softcap: float | None = None
     sinks: bool = False
     alibi: bool = False
+    bias_reach: int | None = None
+    num_selected: int | None = None
     dropout_p: float = 0.0
     lse_gradient: bool = False
     strided: bool = False
@@ -138,7 +152,21 @@ class Case:
             grad_lse if self.lse_gradient else None,
             per_head(torch.randn(self.num_heads, generator=generator), self.sinks),
             per_head(slopes, self.alibi),
+            *self._draw_sets(generator, k.shape[0], device),
         )
+
+    def _draw_sets(
+        self, generator: torch.Generator, keys: int, device: torch.device | str
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """bias and key_indices."""
+        bias = indices = None
+        if self.bias_reach is not None:
+            bias = torch.randn(self.num_heads, 2 * self.bias_reach + 1, generator=generator)
+            bias = bias.to(device)
+        if self.num_selected is not None:
+            shape = sum(self.lengths), self.num_selected
+            indices = torch.randint(-1, keys + 1, shape, generator=generator).to(device)
+        return bias, indices
 
     def _draw_qkv(self, draw: Any) -> tuple[Tensor, Tensor, Tensor]:
         queries = sum(self.lengths)
@@ -254,6 +282,12 @@ SMALL: tuple[Case, ...] = (
     Case("sinks_all_padding", (4, 11), padding=(True, True), sinks=True),
     Case("alibi", MIXED, alibi=True),
     Case("alibi_bidirectional", MIXED, alibi=True, causal=False),
+    Case("bias", MIXED, bias_reach=6),
+    Case("bias_bidirectional", MIXED, bias_reach=40, causal=False),
+    Case("bias_softcap_sinks", MIXED, bias_reach=0, softcap=3.0, sinks=True),
+    Case("key_sets", MIXED, num_selected=20),
+    Case("key_sets_sinks", MIXED, num_selected=5, sinks=True, window_size=(20, 0)),
+    Case("key_sets_bidirectional", (70, 150, 33), num_selected=40, causal=False),
     Case("everything", MIXED, window_size=(11, 0), softcap=5.0, sinks=True, softmax_scale=0.2),
     Case("dropout", MIXED, dropout_p=0.2),
     Case("dropout_long", (150, 30), dropout_p=0.5, causal=False),
@@ -275,6 +309,8 @@ SMALL: tuple[Case, ...] = (
     Case("forest_bidirectional", **NESTED, causal=False),
     Case("forest_sinks_softcap", **NESTED, sinks=True, softcap=3.0),
     Case("forest_alibi", **NESTED, alibi=True),
+    Case("forest_bias", **NESTED, bias_reach=5),
+    Case("forest_key_sets", **NESTED, num_selected=12),
     Case("forest_dropout", **NESTED, dropout_p=0.2),
     Case(
         "forest_padding",
@@ -290,6 +326,8 @@ SMALL: tuple[Case, ...] = (
     Case("cross_chunk", **CROSS, chunk_size=7),
     Case("cross_sinks", **CROSS, sinks=True),
     Case("cross_alibi", **CROSS, alibi=True),
+    Case("cross_bias", **CROSS, bias_reach=4),
+    Case("cross_key_sets", **CROSS, num_selected=9),
     Case("cross_dropout", **CROSS, dropout_p=0.2),
     Case("cross_no_keys", (9, 4), key_lengths=(0, 0)),
     Case("cross_no_queries", (0, 0), key_lengths=(9, 4)),

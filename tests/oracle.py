@@ -155,11 +155,11 @@ def run(
             case.layout(device),
             key_layout=case.key_layout(device),
             sinks=leaves.get("sinks"),
-            alibi_slopes=inputs.alibi_slopes,
             dropout_seed=case.dropout_seed(device),
             backend=backend,
             return_lse=True,
             confine_nonfinite=confine_nonfinite,
+            **inputs.kwargs(),
             **case.kwargs(),
         )
         outputs, grads = [out], [inputs.grad_out]
@@ -194,11 +194,11 @@ def _request(case: Case, device: str, *, confine_nonfinite: bool = False) -> Att
         case.layout(device),
         key_layout=case.key_layout(device),
         sinks=inputs.sinks,
-        alibi_slopes=inputs.alibi_slopes,
         dropout_seed=case.dropout_seed(device),
         deterministic=False,
         return_lse=True,
         confine_nonfinite=confine_nonfinite,
+        **inputs.kwargs(),
         **case.kwargs(),
     )
 
@@ -307,7 +307,12 @@ class _Documents:
     @cached_property
     def visible(self) -> Tensor:
         """bool `[total_queries, total_keys]`."""
-        return _request(self.case, "cpu").visibility().dense().to(self.device)
+        request = _request(self.case, "cpu")
+        seen = request.visibility().dense()
+        if request.key_indices is not None:
+            keys = torch.arange(seen.shape[1])
+            seen = seen & (request.key_indices[..., None] == keys).any(1)
+        return seen.to(self.device)
 
     def unrelated(self, documents: list[int]) -> list[int]:
         """Documents that neither continue one of `documents` nor are continued by one."""

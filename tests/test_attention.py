@@ -41,6 +41,8 @@ def test_signature() -> None:
         "softcap": None,
         "sinks": None,
         "alibi_slopes": None,
+        "bias": None,
+        "key_indices": None,
         "dropout_p": 0.0,
         "dropout_seed": None,
         "deterministic": False,
@@ -69,6 +71,19 @@ def test_signature() -> None:
             "layout has 2 documents, but key_layout has 1",
         ),
         ({"key_layout": (0, 8)}, "key_layout must be a DocumentLayout, got tuple"),
+        ({"bias": torch.zeros(4, 6)}, r"bias must have shape .* num_heads 4, got \[4, 6\]"),
+        ({"bias": torch.zeros(3, 5)}, r"bias must have shape .* num_heads 4, got \[3, 5\]"),
+        ({"bias": torch.zeros(4, 5).long()}, "bias must be a floating point tensor, got .*int64"),
+        ({"bias": torch.zeros(4, 5, device="meta")}, "bias is on meta, but q is on cpu"),
+        (
+            {"key_indices": torch.zeros(7, 2).long()},
+            r"key_indices must have shape .* total_queries 8, got \[7, 2\]",
+        ),
+        ({"key_indices": torch.zeros(8, 2)}, "must be an int32 or int64 tensor, got .*float32"),
+        (
+            {"key_indices": torch.zeros(8, 2, dtype=torch.int32, device="meta")},
+            "key_indices is on meta, but q is on cpu",
+        ),
         ({"k": torch.randn(9, 2, 16)}, r"k is \[9, 2, 16\] and v \[8, 2, 16\]"),
         (
             {"k": torch.randn(9, 2, 16), "v": torch.randn(9, 2, 16)},

@@ -133,8 +133,8 @@ def test_auto_runs_every_case(case: Case, device: str) -> None:
         case.layout(device),
         key_layout=case.key_layout(device),
         sinks=inputs.sinks,
-        alibi_slopes=inputs.alibi_slopes,
         dropout_seed=case.dropout_seed(device),
+        **inputs.kwargs(),
         **case.kwargs(),
     )
     assert out.shape == (*inputs.q.shape[:2], inputs.v.shape[-1])

@@ -113,7 +113,7 @@ def _without_lse(name: str, case: Case) -> list[str]:
         {"q": inputs.q, "k": inputs.k, "v": inputs.v, "layout": case.layout()},
         key_layout=case.key_layout(),
         sinks=inputs.sinks,
-        alibi_slopes=inputs.alibi_slopes,
+        **inputs.kwargs(),
         **case.kwargs(),
     )
     return load(name).reasons_against(request)

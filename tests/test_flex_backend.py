@@ -31,6 +31,7 @@ FEW = (
     "prefix_window", "everything", "sinks_padding", "alibi_bidirectional",
     "lse_gradient_sinks_softcap", "lse_gradient_padding", "forest_nested", "forest_window",
     "forest_alibi", "cross", "cross_sinks", "cross_alibi", "cross_padding", "dropout",
+    "bias_softcap_sinks", "key_sets_sinks", "forest_key_sets", "cross_bias",
 )
 # fmt: on
 ISOLATED = ["mixed", "padding_between", "forest_nested"]

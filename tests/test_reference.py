@@ -231,3 +231,65 @@ def test_dropout_keeps_the_mean_and_the_boundaries() -> None:
     v[:30] = 0.0
     out = _reference(q, k, v, layout, causal=False, dropout_p=0.5)
     assert not out[:30].any()
+
+
+@pytest.mark.parametrize("reach", [0, 2, 30])
+@pytest.mark.parametrize("causal", [True, False])
+def test_bias_is_a_value_for_each_position_difference(reach: int, causal: bool) -> None:
+    """Against sdpa with the bias written out, document by document; with its gradient."""
+    layout = DocumentLayout.from_lengths([5, 1, 12])
+    q, k, v = _draw(18, 2, 2, 8)
+    bias = torch.randn(2, 2 * reach + 1, dtype=torch.float64, requires_grad=True)
+    alone = []
+    for start, length in zip(layout.starts, layout.lengths):
+        rows = slice(start, start + length)
+        heads_first = [x[rows].transpose(0, 1) for x in (q, k, v)]
+        mask = torch.stack(
+            [
+                torch.stack(
+                    [bias[:, reach + min(max(j - i, -reach), reach)] for j in range(length)]
+                )
+                for i in range(length)
+            ]
+        ).permute(2, 0, 1)
+        if causal:
+            mask = mask.masked_fill(torch.ones(length, length).triu(1).bool(), -torch.inf)
+        out = scaled_dot_product_attention(*heads_first, attn_mask=mask)
+        alone.append(out.transpose(0, 1))
+    wanted = torch.cat(alone)
+    grad = torch.randn_like(wanted)
+    got = _reference(q, k, v, layout, causal=causal, bias=bias)
+    _assert_equal([got], [wanted])
+    leaves = (q, k, v, bias)
+    _assert_equal(_grads(got, leaves, grad), _grads(wanted, leaves, grad))
+
+
+def test_key_indices_choose_among_the_keys_that_the_mask_shows() -> None:
+    """Against sdpa with a dense mask; keys of other documents and indices of none stay unseen."""
+    layout = DocumentLayout.from_lengths([5, 1, 12])
+    q, k, v = _draw(18, 2, 2, 8)
+    indices = torch.randint(-2, 20, (18, 9), generator=torch.Generator().manual_seed(3))
+    indices[:, 0] = torch.arange(18)  # every token sees itself
+    documents = layout.document_ids
+    i, j = torch.arange(18)[:, None], torch.arange(18)[None, :]
+    mask = (documents[:, None] == documents[None, :]) & (j <= i)
+    mask &= (indices[:, :, None] == torch.arange(18)).any(1)
+    heads_first = [x.transpose(0, 1) for x in (q, k, v)]
+    wanted = scaled_dot_product_attention(*heads_first, attn_mask=mask).transpose(0, 1)
+    grad = torch.randn_like(wanted)
+    wanted_grads = _grads(wanted, (q, k, v), grad)
+    for dtype in (torch.int32, torch.int64):
+        got = _reference(q, k, v, layout, key_indices=indices.to(dtype))
+        _assert_equal([got], [wanted])
+        _assert_equal(_grads(got, (q, k, v), grad), wanted_grads)
+
+
+@pytest.mark.parametrize("sinks", [None, torch.zeros(2, dtype=torch.float64)])
+def test_a_query_that_names_no_key_of_its_document_sees_nothing(sinks: Tensor | None) -> None:
+    layout = DocumentLayout.from_lengths([3, 4])
+    q, k, v = _draw(7, 2, 2, 8)
+    for indices in (torch.full((7, 1), 2), torch.full((7, 2), -1), torch.empty(7, 0).long()):
+        out, lse = _reference(q, k, v, layout, key_indices=indices, sinks=sinks, return_lse=True)
+        assert not out[3:].any()
+        assert (lse[:, 3:] == -torch.inf).all()
+        assert not any(x[3:].any() for x in _grads(out, (q, k, v), torch.ones_like(out)))

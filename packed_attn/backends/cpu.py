@@ -17,7 +17,7 @@ from torch import Tensor
 
 from packed_attn.buckets import Bucket
 from packed_attn.rectangles import Call, Limits, MaskKind, Plan, Span, plan_rectangles
-from packed_attn.request import AttentionRequest
+from packed_attn.request import AttentionRequest, beyond_intervals
 from packed_attn.softmax import (
     SCORE_ELEMENTS,
     Dropout,
@@ -51,7 +51,7 @@ def reasons_against(request: AttentionRequest) -> list[str]:
         reasons.append(
             f"it computes float32, float64, bfloat16 and float16, but q is {request.q.dtype}"
         )
-    return reasons
+    return reasons + beyond_intervals(request)
 
 
 def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from packed_attn.backends.hidden import run_without_hidden
-from packed_attn.request import AttentionRequest
+from packed_attn.request import AttentionRequest, beyond_intervals
 
 DTYPES = (torch.bfloat16, torch.float16)
 # Documents are one dimension of a grid in flash-attn 2 and 3, and CUDA allows no more.
@@ -74,7 +74,7 @@ def modifier_reasons(
         reasons.append("has no sinks")
     if request.alibi_slopes is not None and not alibi:
         reasons.append("has no ALiBi (alibi_slopes)")
-    return reasons
+    return reasons + beyond_intervals(request)
 
 
 def head_dim_reasons(request: AttentionRequest, *, one_size: bool) -> list[str]:

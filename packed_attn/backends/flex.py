@@ -2,7 +2,9 @@
 
 The block mask is made from the intervals, tile by tile and never token by token, once for each kind
 of mask, and is kept in the layout. Its shapes depend on total_tokens alone, so boundaries may
-change without a recompilation. Not yet run on a GPU; on the CPU torch has no backward for it.
+change without a recompilation. Key sets (key_indices) belong to one call: their block mask is made
+for it, and a pair of tokens is looked up in the query's sorted set. Not yet run on a GPU; on the
+CPU torch has no backward for it.
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ def reasons_against(request: AttentionRequest) -> list[str]:
             reasons.append(f"{name} must be from 16 to 256, not {x.shape[-1]}")
     if request.dropout_p > 0.0:
         reasons.append("has no dropout")
-    if request.alibi_slopes is not None and request.alibi_slopes.requires_grad:
-        reasons.append("gives no gradient to alibi_slopes")
+    for name, learned in (("alibi_slopes", request.alibi_slopes), ("bias", request.bias)):
+        if learned is not None and learned.requires_grad:
+            reasons.append(f"gives no gradient to {name}")
     if request.confine_nonfinite:
         reasons.append(
             "does not keep NaN and Inf in their document: a zero weight does not stop a NaN "
@@ -70,24 +73,34 @@ def _attend(
     return out, lse if request.return_lse else None
 
 
-def block_mask(visibility: Visibility, block: int = BLOCK) -> BlockMask:
+def block_mask(
+    visibility: Visibility, block: int = BLOCK, key_indices: Tensor | None = None
+) -> BlockMask:
     """The mask rule as FlexAttention takes it: which tiles hold something, which are full, and
     the rule itself for tiles that are neither.
 
     Costs `total_tokens + (total_tokens / block)^2`. Where both halves of the rule decide (a forest
     with a window), a tile in which each half shows something counts as holding something, though
-    their common part may be empty: the rule then hides all of it.
+    their common part may be empty: the rule then hides all of it. With key sets, no tile counts as
+    full.
+
+    Args:
+        key_indices: `[total_queries, num_selected]`, as in `attention`.
     """
     queries, keys = visibility.key_start.numel(), visibility.query_start.numel()
     touched, full = _tiles(visibility.key_start, visibility.key_stop, keys, block)
     if visibility.halves != "either":
         by_key = _tiles(visibility.query_start, visibility.query_stop, queries, block)
         touched, full = touched & by_key[0].t(), full & by_key[1].t()
+    mask_mod = _mask_mod(visibility)
+    if key_indices is not None:
+        touched, full = touched & _named_tiles(key_indices, keys, block), torch.zeros_like(full)
+        mask_mod = _among(mask_mod, key_indices)
     return BlockMask.from_kv_blocks(
         *_ordered(touched & ~full),
         *_ordered(full),
         BLOCK_SIZE=block,
-        mask_mod=_mask_mod(visibility),
+        mask_mod=mask_mod,
         seq_lengths=(queries, keys),
     )
 
@@ -118,6 +131,40 @@ def _tiles(start: Tensor, stop: Tensor, columns: int, block: int) -> tuple[Tenso
     return touched, covered
 
 
+def _named_tiles(key_indices: Tensor, keys: int, block: int) -> Tensor:
+    """Which tiles hold a key that some query of theirs names: bool `[rows, columns]`."""
+    rows, columns = -(-key_indices.shape[0] // block), -(-keys // block)
+    row = torch.arange(key_indices.shape[0], device=key_indices.device)[:, None] // block
+    outside = (key_indices < 0) | (key_indices >= keys)
+    column = (key_indices.long() // block).masked_fill(outside, columns)
+    named = torch.zeros(rows, columns + 1, dtype=torch.bool, device=key_indices.device)
+    named[row.expand_as(column), column] = True
+    return named[:, :columns]
+
+
+def _among(mask_mod: Callable[..., Tensor], key_indices: Tensor) -> Callable[..., Tensor]:
+    """A mask that also asks whether the key is in the query's set, by halving: no T x T bits."""
+    ordered = key_indices.sort(dim=1).values
+    last = ordered.shape[1] - 1
+
+    def among(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        place = torch.zeros_like(i + j)
+        for step in _halvings(last + 1):
+            further = (place + step).clamp(max=last)
+            place = torch.where(ordered[i, further] <= j, further, place)
+        return mask_mod(b, h, i, j) & (ordered[i, place] == j)
+
+    def nothing(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return mask_mod(b, h, i, j) & (i < 0)
+
+    return among if last >= 0 else nothing
+
+
+def _halvings(size: int) -> list[int]:
+    """Steps, powers of two from the largest, whose sums reach every place below `size`."""
+    return [1 << bit for bit in reversed(range((size - 1).bit_length()))]
+
+
 def _ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
     """Per row of tiles the number of true ones, and their columns first: int32 `[1, 1, rows]` and
     `[1, 1, rows, columns]`."""
@@ -139,8 +186,8 @@ def _mask_mod(visibility: Visibility) -> Callable[..., Tensor]:
 
 
 def _score_mod(request: AttentionRequest) -> Callable[..., Tensor] | None:
-    softcap, slopes = request.softcap, request.alibi_slopes
-    if slopes is None:
+    softcap, slopes, bias = request.softcap, request.alibi_slopes, request.bias
+    if slopes is None and bias is None:
         if softcap is None:
             return None
 
@@ -148,39 +195,36 @@ def _score_mod(request: AttentionRequest) -> Callable[..., Tensor] | None:
             return softcap * torch.tanh(score / softcap)
 
         return capped
-    query_place, key_place = _places(request)
+    visibility = request.visibility()
+    query_place, key_place = visibility.query_position, visibility.key_position
 
     def biased(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         if softcap is not None:
             score = softcap * torch.tanh(score / softcap)
-        return score - slopes[h] * (query_place[i] - key_place[j]).abs()
+        difference = key_place[j] - query_place[i]
+        if slopes is not None:
+            score = score - slopes[h] * difference.abs()
+        if bias is not None:
+            reach = bias.shape[1] // 2
+            score = score + bias[h, difference.clamp(-reach, reach) + reach]
+        return score
 
     return biased
 
 
-def _places(request: AttentionRequest) -> tuple[Tensor, Tensor]:
-    """Positions of queries and keys, the last query of a document over its last key."""
-    layout, keys = request.layout, request.keys
-
-    def make() -> tuple[Tensor, Tensor]:
-        if request.key_layout is None:
-            return layout.position_ids, keys.position_ids
-        excess = keys.cu_seqlens.diff() - layout.cu_seqlens.diff()
-        return layout.position_ids + layout.per_token(excess), keys.position_ids
-
-    return layout.derived("flex places", request.key_layout, make)
-
-
 def _block_mask(request: AttentionRequest) -> BlockMask:
     visibility = request.visibility()
-    return request.layout.derived("flex", visibility, lambda: block_mask(visibility))
+    if request.key_indices is not None:
+        return block_mask(visibility, key_indices=request.key_indices)
+    return visibility.once("flex", lambda: block_mask(visibility))
 
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """A sink is one more logit with the value 0: it shrinks out and adds to lse."""
     sink = sinks.to(lse.dtype)[:, None]
     kept = torch.sigmoid(lse - sink)
-    return (out * kept.t()[..., None]).to(out.dtype), torch.logaddexp(lse, sink)
+    with_sink = torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, sink))
+    return (out * kept.t()[..., None]).to(out.dtype), with_sink
 
 
 def _flex() -> Callable[..., Any]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from packed_attn.request import AttentionRequest
+from packed_attn.request import AttentionRequest, beyond_intervals
 from packed_attn.visibility import Visibility
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -27,7 +27,7 @@ def reasons_against(request: AttentionRequest) -> list[str]:
             reasons.append(f"{name} must be a multiple of 8 from 8 to 256, not {x.shape[-1]}")
     if request.alibi_slopes is not None and request.alibi_slopes.requires_grad:
         reasons.append("gives no gradient in alibi_slopes, which requires one")
-    return reasons
+    return reasons + beyond_intervals(request)
 
 
 def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:

@@ -65,10 +65,10 @@ def _verdict_line(verdict: Verdict) -> str:
 
 
 def _feature_lines(diagnosis: Diagnosis, features: list[str]) -> list[str]:
-    header = f"  {'':<13}" + "  ".join(features)
+    header = f"  {'':<13}" + " ".join(features)
     return [header.rstrip()] + [
         f"  {v.name:<13}"
-        + "  ".join(("yes" if f in v.features else "-").ljust(len(f)) for f in features).rstrip()
+        + " ".join(("yes" if f in v.features else "-").ljust(len(f)) for f in features).rstrip()
         for v in diagnosis.verdicts
     ]
 
