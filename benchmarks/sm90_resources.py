@@ -1,6 +1,6 @@
 """What the compiled kernels need on sm_90: registers, stack, shared memory, spills, HGMMA.
 
-    python -m benchmarks.sm90_resources [--processes N]
+    python -m benchmarks.sm90_resources [--processes N] [--missing]
 
 Compiles every job below with the installed triton, on any Linux machine, and puts its rows into
 `benchmarks/results/sm90_resources.md`, beside those of other versions. The tests of the gate take
@@ -186,16 +186,19 @@ def write_table(rows: Mapping[tuple[str, str], Measured]) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--missing", action="store_true", help="only jobs without a row")
     options = parser.parse_args(arguments)
     version, jobs = installed_version(), all_jobs()
-    measured = {}
+    rows = read_table(RESULTS.read_text()) if RESULTS.exists() else {}
+    if options.missing:
+        jobs = [job for job in jobs if (version, str(job)) not in rows]
+    else:
+        rows = {key: row for key, row in rows.items() if key[0] != version}
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         for n, (job, row) in enumerate(zip(jobs, pool.map(compile_job, jobs)), 1):
-            measured[version, str(job)] = row
+            rows[version, str(job)] = row
+            RESULTS.write_text(write_table(rows))
             print(f"[{n}/{len(jobs)}] {job}: {row.resources}", file=sys.stderr, flush=True)
-    rows = read_table(RESULTS.read_text()) if RESULTS.exists() else {}
-    others = {key: row for key, row in rows.items() if key[0] != version}
-    RESULTS.write_text(write_table(others | measured))
 
 
 _NOTE = f"""\

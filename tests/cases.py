@@ -183,6 +183,21 @@ class Case:
             draw(keys, kv_heads, value_head_dim),
         )
 
+    def first(self, documents: int) -> Case:
+        """The same case with no more than its first documents."""
+
+        def cut(values: tuple[Any, ...] | None) -> Any:
+            return None if values is None else values[:documents]
+
+        return replace(
+            self,
+            lengths=cut(self.lengths),
+            parents=cut(self.parents),
+            padding=cut(self.padding),
+            key_lengths=cut(self.key_lengths),
+            prefix_lengths=cut(self.prefix_lengths),
+        )
+
     def shortened(self, divisor: int) -> Case:
         """The same case with documents, windows and chunks shorter by `divisor`, rounded up."""
 

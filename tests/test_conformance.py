@@ -84,8 +84,9 @@ def test_combined_isolated_and_confined(backend: str, case: Case, device: str) -
 @pytest.mark.slow
 @_names(REAL)
 def test_real_shapes_exact_on_cpu(case: Case) -> None:
-    """Real heads and masks on documents 128 times shorter."""
-    assert_exact("cpu", case.shortened(128), "cpu")
+    """Real heads and masks on documents 128 times shorter; hundreds say as much as thousands, for
+    which the oracle takes minutes."""
+    assert_exact("cpu", case.shortened(128).first(300), "cpu")
 
 
 @pytest.mark.gpu
