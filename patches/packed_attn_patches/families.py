@@ -24,6 +24,7 @@ class Route(Enum):
     UNPACK_CAUSAL = "it runs on documents batched by length, right-padded"
     UNPACK_MASKED = "it runs on documents batched by length, right-padded and masked"
     UNPACK = "it runs on documents batched by equal length"
+    UNPACK_SINGLE = "it runs on one document at a time"
 
 
 @dataclass(frozen=True)
@@ -122,6 +123,15 @@ UNPACK_MASKED = frozenset({
 UNPACK_EQUAL = frozenset({
     "convbert", "cpmant", "fnet", "mra", "nystromformer", "paligemma", "yoso",
 })
+# Encoder-decoders: source and target documents, unpacked in pairs; proven exact right-padded and
+# masked, or in batches of equal lengths, or one pair at a time (experts with a capacity a batch).
+PAIRS_MASKED = frozenset({
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "fsmt", "led", "longt5",
+    "m2m_100", "marian", "mbart", "mt5", "mvp", "pegasus", "pegasus_x", "plbart", "prophetnet",
+    "seamless_m4t", "seamless_m4t_v2", "switch_transformers", "t5", "t5gemma", "t5gemma2", "umt5",
+})
+PAIRS_EQUAL = frozenset({"encoder-decoder"})
+PAIRS_SINGLE = frozenset({"nllb-moe"})
 # Types whose positions begin behind the padding id.
 POSITIONS_AFTER_PADDING = frozenset({
     "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta",
@@ -150,12 +160,8 @@ def route(model: nn.Module, on_unknown: str) -> Route:
             model, f"the outputs of a {refused} head are of a row and not of its documents"
         )
     model_type = model.config.model_type
-    if _is_encoder_decoder(model):
-        raise _refused(
-            model,
-            "packing source and target documents of an encoder-decoder together is not supported; "
-            "its decoder alone (AutoModelForCausalLM) is",
-        )
+    if is_encoder_decoder(model):
+        return _pair_route(model, on_unknown)
     if model_type in UNPACK_EQUAL:
         return Route.UNPACK
     known = model_type in INTERFACE | UNPACK_CAUSAL | UNPACK_MASKED
@@ -178,6 +184,39 @@ def route(model: nn.Module, on_unknown: str) -> Route:
     )
 
 
+def _pair_route(model: PreTrainedModel, on_unknown: str) -> Route:
+    """How to make a model of source and target documents exact."""
+    model_type = model.config.model_type
+    if head_of(model).per_document:
+        raise _refused(
+            model,
+            "its head reads one row of an encoder-decoder; a head on its encoder or decoder alone "
+            "takes packs",
+        )
+    if getattr(model.config, "attention_type", None) == "block_sparse":
+        raise _refused(
+            model,
+            "its block-sparse attention becomes full, for good, with the first short row that it "
+            "sees, so no document alone has certain logits; load it with "
+            "attention_type='original_full'",
+        )
+    for route, types in {
+        Route.UNPACK_MASKED: PAIRS_MASKED,
+        Route.UNPACK: PAIRS_EQUAL,
+        Route.UNPACK_SINGLE: PAIRS_SINGLE,
+    }.items():
+        if model_type in types:
+            return route
+    if on_unknown == "unpack":
+        return Route.UNPACK
+    raise _refused(
+        model,
+        f"encoder-decoders of model type {model_type!r} are not among those proven exact. "
+        "on_unknown='unpack' runs pairs of source and target documents batched by equal lengths, "
+        "exact and slower; its decoder alone (AutoModelForCausalLM) may be known",
+    )
+
+
 def backbone_route(model: PreTrainedModel, chosen: Route) -> Route:
     """How the model under a head of a sequence is made exact where it runs by itself."""
     if not head_of(model).per_document or model.config.model_type not in INTERFACE:
@@ -190,6 +229,8 @@ def head_of(model: nn.Module) -> Head:
     """What the outputs of `model` are of."""
     if _ends(model, _SEQUENCE):
         return Head(per_document=True, shifts=False)
+    if is_encoder_decoder(model):
+        return Head(shifts=False)
     config: Any = model.config
     return Head(shifts=not _ends(model, _UNSHIFTED) and config.model_type not in UNSHIFTED_TYPES)
 
@@ -211,7 +252,7 @@ def _without_weights(model: nn.Module) -> bool:
     return not offloaded and any(parameter.is_meta for parameter in model.parameters())
 
 
-def _is_encoder_decoder(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether forward takes source and target; a decoder alone keeps the config of both."""
     return "decoder_input_ids" in inspect.signature(type(model).forward).parameters
 
