@@ -211,10 +211,11 @@ def _gradients_in_embeddings(
 
 
 def token_embeddings(model: nn.Module) -> list[nn.Module]:
-    """The modules through which either side embeds its tokens, each once."""
+    """The modules through which either side embeds its tokens: the tables of its vocabulary."""
     whole: Any = model
-    parts = (whole, whole.get_encoder(), whole.get_decoder())
-    return list({id(m): m for m in (p.get_input_embeddings() for p in parts)}.values())
+    size = whole.config.get_text_config().vocab_size
+    tables = (m for m in model.modules() if isinstance(m, nn.Embedding))
+    return [m for m in tables if m.num_embeddings == size]
 
 
 def _confined(model: nn.Module, stock: StockPairs, packed: Mapping[str, Tensor]) -> str:

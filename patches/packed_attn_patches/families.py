@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -123,21 +124,39 @@ UNPACK_MASKED = frozenset({
 UNPACK_EQUAL = frozenset({
     "convbert", "cpmant", "fnet", "mra", "nystromformer", "paligemma", "yoso",
 })
-# Encoder-decoders: source and target documents, unpacked in pairs; proven exact right-padded and
-# masked, or in batches of equal lengths, or one pair at a time (experts with a capacity a batch).
+# Encoder-decoders: source and target documents, unpacked in pairs. Proven exact right-padded and
+# masked, in batches of equal lengths, or one pair at a time: rows of one batch share the capacity
+# of NLLB's experts, and ProphetNet numbers its relative positions across them.
 PAIRS_MASKED = frozenset({
     "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "fsmt", "led", "longt5",
-    "m2m_100", "marian", "mbart", "mt5", "mvp", "pegasus", "pegasus_x", "plbart", "prophetnet",
+    "m2m_100", "marian", "mbart", "mt5", "mvp", "pegasus", "pegasus_x", "plbart",
     "seamless_m4t", "seamless_m4t_v2", "switch_transformers", "t5", "t5gemma", "t5gemma2", "umt5",
 })
 PAIRS_EQUAL = frozenset({"encoder-decoder"})
-PAIRS_SINGLE = frozenset({"nllb-moe"})
+PAIRS_SINGLE = frozenset({"nllb-moe", "prophetnet"})
 # Types whose positions begin behind the padding id.
 POSITIONS_AFTER_PADDING = frozenset({
     "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta",
     "xlm-roberta-xl", "xmod",
 })
 # fmt: on
+# Settings of encoder-decoders with which no document alone has certain outputs, and why.
+_UNCERTAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bigbird_pegasus": (
+        lambda config: config.attention_type != "original_full",
+        "its block-sparse attention becomes full, for good, with the first short row that it sees; "
+        "load it with attention_type='original_full'",
+    ),
+    "fsmt": (
+        lambda config: config.use_cache,
+        "with a cache its decoder sees later tokens in training; load it with use_cache=False",
+    ),
+    "nllb-moe": (
+        lambda c: c.moe_eval_capacity_token_fraction > 0 or c.expert_capacity is None,
+        "each evaluation changes the capacity that its experts have in training; load it with "
+        "moe_eval_capacity_token_fraction=-1 and an expert_capacity",
+    ),
+}
 
 
 def route(model: nn.Module, on_unknown: str) -> Route:
@@ -193,13 +212,9 @@ def _pair_route(model: PreTrainedModel, on_unknown: str) -> Route:
             "its head reads one row of an encoder-decoder; a head on its encoder or decoder alone "
             "takes packs",
         )
-    if getattr(model.config, "attention_type", None) == "block_sparse":
-        raise _refused(
-            model,
-            "its block-sparse attention becomes full, for good, with the first short row that it "
-            "sees, so no document alone has certain logits; load it with "
-            "attention_type='original_full'",
-        )
+    uncertain, reason = _UNCERTAIN.get(model_type, (lambda config: False, ""))
+    if uncertain(model.config):
+        raise _refused(model, reason)
     for route, types in {
         Route.UNPACK_MASKED: PAIRS_MASKED,
         Route.UNPACK: PAIRS_EQUAL,
