@@ -226,7 +226,8 @@ class _Pairs:
                     f"{name} of shape {list(value.shape)} has no rows per token to unpack: a "
                     f"packed forward of {type(forward.model).__name__} takes text only"
                 )
-        return _Pairs(forward, *sides, others, kwargs.get("num_items_in_batch"))
+        source, target = sides
+        return _Pairs(forward, source, target, others, kwargs.get("num_items_in_batch"))
 
     def calls(self) -> Iterator[tuple[tuple[Bucket, Bucket], dict[str, Any]]]:
         """The keyword arguments of each forward."""
@@ -247,16 +248,22 @@ class _Pairs:
             mask = torch.ones(bucket.batch, bucket.length, dtype=torch.long)
             inputs["attention_mask"] = mask = mask.to(self.source.layout.device)
             mask.view(-1)[bucket.pads] = 0
-            if "input_ids" in inputs:  # some models count positions by it
-                inputs["input_ids"].view(-1)[bucket.pads] = self.forward.pad_token_id() or 0
+            self._pad("input_ids", inputs, bucket)
         return inputs
 
     def _target(self, bucket: Bucket) -> dict[str, Tensor]:
         """A decoder is causal: what stands in its padding reaches no document."""
         inputs = {name: bucket.rows(value) for name, value in self.target.values.items()}
-        if bucket.pads is not None and "labels" in inputs:
-            inputs["labels"].view(-1)[bucket.pads] = IGNORE_INDEX
+        if bucket.pads is not None:
+            self._pad("decoder_input_ids", inputs, bucket)
+            if "labels" in inputs:
+                inputs["labels"].view(-1)[bucket.pads] = IGNORE_INDEX
         return inputs
+
+    def _pad(self, name: str, inputs: dict[str, Tensor], bucket: Bucket) -> None:
+        """Puts padding ids where padding is: some models count their positions by it."""
+        if name in inputs:
+            inputs[name].view(-1)[bucket.pads] = self.forward.pad_token_id() or 0
 
     def joined(self, parts: list[tuple[tuple[Bucket, Bucket], Any]]) -> Any:
         """The output of one forward over all pairs, in stream order; zeros at padding."""
