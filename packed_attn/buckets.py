@@ -207,7 +207,7 @@ def pair_buckets(
     for i, (source, target) in enumerate([*pairs, (0, 0)]):
         wider = max(longest_source, source), max(longest_target, target)
         rows, real = (i - first + 1) * sum(wider), tokens + source + target
-        alike = rows <= PADDED_LENGTH * real if pad_lengths else pairs[first] == (source, target)
+        alike = rows <= PADDED_LENGTH * real if pad_lengths else (source, target) in pairs[first:i]
         if i > first and (i == len(pairs) or rows > call_tokens or not alike):
             batch = order[first:i]
             yield sources.bucket(batch), targets.bucket(batch)

@@ -152,9 +152,9 @@ _UNCERTAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
         "with a cache its decoder sees later tokens in training; load it with use_cache=False",
     ),
     "nllb-moe": (
-        lambda c: c.moe_eval_capacity_token_fraction > 0 or c.expert_capacity is None,
+        lambda config: config.moe_eval_capacity_token_fraction > 0,
         "each evaluation changes the capacity that its experts have in training; load it with "
-        "moe_eval_capacity_token_fraction=-1 and an expert_capacity",
+        "moe_eval_capacity_token_fraction=-1.0",
     ),
 }
 
