@@ -126,13 +126,14 @@ UNPACK_EQUAL = frozenset({
 })
 # Encoder-decoders: source and target documents, unpacked in pairs. Proven exact right-padded and
 # masked, in batches of equal lengths, or one pair at a time: rows of one batch share the capacity
-# of NLLB's experts, and ProphetNet numbers its relative positions across them.
+# of NLLB's experts, and ProphetNet numbers its relative positions across them. With sdpa and
+# transformers 5.17 UMT5's decoder sees later tokens, so no padding may stand there.
 PAIRS_MASKED = frozenset({
     "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "fsmt", "led", "longt5",
     "m2m_100", "marian", "mbart", "mt5", "mvp", "pegasus", "pegasus_x", "plbart",
-    "seamless_m4t", "seamless_m4t_v2", "switch_transformers", "t5", "t5gemma", "t5gemma2", "umt5",
+    "seamless_m4t", "seamless_m4t_v2", "switch_transformers", "t5", "t5gemma", "t5gemma2",
 })
-PAIRS_EQUAL = frozenset({"encoder-decoder"})
+PAIRS_EQUAL = frozenset({"encoder-decoder", "umt5"})
 PAIRS_SINGLE = frozenset({"nllb-moe", "prophetnet"})
 # Types whose positions begin behind the padding id.
 POSITIONS_AFTER_PADDING = frozenset({
