@@ -88,11 +88,17 @@ HEADS = {
 
 
 def model_types(head: str) -> list[str]:
-    """Every type of this head in the installed transformers."""
+    """Every type of this head in the installed transformers.
+
+    An encoder-decoder that another auto class knows too is of the head of pairs.
+    """
     from transformers.models.auto import modeling_auto
 
     names = getattr(modeling_auto, f"MODEL_FOR_{HEADS[head].mapping}_MAPPING_NAMES")
-    return sorted(t for t, c in names.items() if not HEADS[head].pairs or _takes_pairs(c))
+    pairs = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+    return sorted(
+        t for t, c in names.items() if HEADS[head].pairs == (c in pairs and _takes_pairs(c))
+    )
 
 
 def _takes_pairs(name: str) -> bool:

@@ -388,7 +388,11 @@ class Mixing(nn.Module):
 
 
 def test_models_that_cannot_be_packed_are_refused_by_name() -> None:
-    from transformers import BartForSequenceClassification, BertForQuestionAnswering, ViTModel
+    from transformers import (
+        BertForQuestionAnswering,
+        BigBirdPegasusForConditionalGeneration,
+        ViTModel,
+    )
 
     with pytest.raises(NotImplementedError, match="no text path, its forward takes pixel_values"):
         patch_model(ViTModel(tiny.tiny_config("vit")))
@@ -398,10 +402,12 @@ def test_models_that_cannot_be_packed_are_refused_by_name() -> None:
         patch_model(model)
     with pytest.raises(NotImplementedError, match="a ForQuestionAnswering head are of a row"):
         patch_model(BertForQuestionAnswering(tiny.tiny_config("bert")))
-    head = BartForSequenceClassification(tiny.tiny_config("bart"))
+    encoder_decoder = BigBirdPegasusForConditionalGeneration(
+        tiny.tiny_config("bigbird_pegasus", attention_type="block_sparse")
+    )
     for on_unknown in ("raise", "unpack"):
-        with pytest.raises(NotImplementedError, match="reads one row of an encoder-decoder"):
-            patch_model(head, on_unknown=on_unknown)  # type: ignore[arg-type]
+        with pytest.raises(NotImplementedError, match="its block-sparse attention"):
+            patch_model(encoder_decoder, on_unknown=on_unknown)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba"])

@@ -12,7 +12,12 @@ import pytest
 import torch
 from packed_attn_patches import families, tiny
 from torch import Tensor, nn
-from transformers import AutoModelForSeq2SeqLM, BartForSequenceClassification
+from torch.nn.functional import cross_entropy
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    BartForSequenceClassification,
+    T5ForSequenceClassification,
+)
 from transformers import T5ForConditionalGeneration as T5
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -187,8 +192,26 @@ def test_inner_models(stock: Any) -> None:
     got = model.get_encoder()(**source).last_hidden_state[0]
     want = [stock.get_encoder()(input_ids=f["input_ids"][None])[0][0] for f in features]
     assert close(got, torch.cat(want))
-    with pytest.raises(NotImplementedError, match="call the whole encoder-decoder"):
+    with pytest.raises(NotImplementedError, match="its encoder_hidden_states belong to: call an"):
         model.get_decoder()(**source, encoder_hidden_states=got[None])
+
+
+@pytest.mark.parametrize("cls", [BartForSequenceClassification, T5ForSequenceClassification])
+def test_heads_of_a_sequence_make_their_own_targets(cls: Any) -> None:
+    """A pack of sources gives a row a document, pooled at its own end token."""
+    torch.manual_seed(0)
+    config = tiny.tiny_config(cls.config_class.model_type, decoder_start_token_id=3, num_labels=3)
+    model = cls(config).eval()
+    docs = [torch.cat([drawn(i, n, seed=1), torch.tensor([3])]) for i, n in enumerate(SOURCES)]
+    want = torch.cat([model(input_ids=d[None]).logits for d in docs])
+    labels = torch.tensor([0, 1, 2, 1, 0])
+    patch_model(model)
+    batch = PackedCollator("documents")([{"input_ids": d} for d in docs])
+    got = model(**{**batch, "labels": labels})
+    assert close(got.logits, want)
+    assert got.loss.item() == pytest.approx(cross_entropy(want, labels).item(), rel=1e-5)
+    with pytest.raises(NotImplementedError, match="which documents its decoder_input_ids belong"):
+        model(**{**batch, "labels": labels}, decoder_input_ids=batch["input_ids"])
 
 
 def test_pairs_of_like_lengths_share_a_forward(t5: Any) -> None:
@@ -280,9 +303,6 @@ def test_settings_that_leave_a_document_uncertain_are_refused(
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(NotImplementedError, match="padding_free: T5ForConditionalGeneration has"):
         patch_model(tiny_seq2seq(), padding_free=True)
-    head = BartForSequenceClassification(tiny.tiny_config("bart"))
-    with pytest.raises(NotImplementedError, match="its head reads one row of an encoder-decoder"):
-        patch_model(head)
     monkeypatch.setattr(families, "PAIRS_MASKED", frozenset())
     with pytest.raises(NotImplementedError, match="encoder-decoders of model type 't5' are not"):
         patch_model(tiny_seq2seq())

@@ -24,6 +24,7 @@ from packed_attn_patches.families import (
     head_of,
     is_encoder_decoder,
     route,
+    runs_on_pairs,
 )
 from packed_attn_patches.inputs import LayoutHook
 from packed_attn_patches.interface import NAMES
@@ -136,7 +137,7 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
             backbone.register_forward_pre_hook(rows, with_kwargs=True)
             backbone.register_forward_hook(PadRows(), with_kwargs=True)
         for module in entrances:
-            if is_encoder_decoder(module):
+            if runs_on_pairs(module):
                 put_forward(module, PairedForward(module, chosen, head_of(module)))
                 module.register_forward_pre_hook(PairHook(settings.backend), with_kwargs=True)
                 continue

@@ -207,12 +207,6 @@ def route(model: nn.Module, on_unknown: str) -> Route:
 def _pair_route(model: PreTrainedModel, on_unknown: str) -> Route:
     """How to make a model of source and target documents exact."""
     model_type = model.config.model_type
-    if head_of(model).per_document:
-        raise _refused(
-            model,
-            "its head reads one row of an encoder-decoder; a head on its encoder or decoder alone "
-            "takes packs",
-        )
     uncertain, reason = _UNCERTAIN.get(model_type, (lambda config: False, ""))
     if uncertain(model.config):
         raise _refused(model, reason)
@@ -222,7 +216,8 @@ def _pair_route(model: PreTrainedModel, on_unknown: str) -> Route:
         Route.UNPACK_SINGLE: PAIRS_SINGLE,
     }.items():
         if model_type in types:
-            return route
+            # Heads of a sequence want as many end tokens in all rows of a batch.
+            return Route.UNPACK_SINGLE if head_of(model).per_document else route
     if on_unknown == "unpack":
         return Route.UNPACK
     raise _refused(
@@ -271,6 +266,11 @@ def _without_weights(model: nn.Module) -> bool:
 def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether forward takes source and target; a decoder alone keeps the config of both."""
     return "decoder_input_ids" in inspect.signature(type(model).forward).parameters
+
+
+def runs_on_pairs(model: nn.Module) -> bool:
+    """Whether a batch packs targets beside sources; a head of a sequence makes its own targets."""
+    return is_encoder_decoder(model) and not head_of(model).per_document
 
 
 def _check_implementation(model: PreTrainedModel) -> None:

@@ -32,6 +32,14 @@ PER_DOCUMENT = ("pooler_output",)
 # Outputs that hold a past to go on from; a packed forward has none.
 PASTS = (*CACHE_NAMES, "cache_params", "mems", "state", "rnn_state")
 
+# Inputs whose documents are those of another stream.
+_OTHER_STREAM = (
+    "encoder_hidden_states",
+    "encoder_outputs",
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+)
+
 # Each document counts its own positions, sees all of itself and starts without a past.
 REPLACED = ("attention_mask", *CACHE_NAMES, "use_cache", "num_items_in_batch", "return_dict")
 
@@ -97,10 +105,11 @@ class _Unpacked:
         shaped = kwargs.get("inputs_embeds") if shaped is None else shaped
         if shaped is None:
             raise ValueError("a packed forward needs input_ids or inputs_embeds")
-        if kwargs.get("encoder_hidden_states") is not None:
+        other = next((name for name in _OTHER_STREAM if kwargs.get(name) is not None), None)
+        if other is not None:
             raise NotImplementedError(
-                f"{type(forward.model).__name__} by itself cannot tell which document its "
-                "encoder_hidden_states belong to: call the whole encoder-decoder with both sides"
+                f"{type(forward.model).__name__} by itself cannot tell which documents its {other} "
+                "belong to: call an encoder-decoder with both sides"
             )
         rows, tokens = shaped.shape[:2]
         others: dict[str, Any] = {"use_cache": False}
