@@ -188,6 +188,46 @@ def _gathered(
             first = i
 
 
+def pair_buckets(
+    sources: Spans, targets: Spans, *, pad_lengths: bool, call_tokens: int
+) -> Iterator[tuple[Bucket, Bucket]]:
+    """Batches of (source, target) pairs: document d of one stream belongs to d of the other.
+
+    Args:
+        sources, targets: the same number of documents, each of a token or more.
+        pad_lengths: let pairs of unlike lengths share a batch, so long as its rows are at most
+            `PADDED_LENGTH` times its tokens; otherwise both lengths are equal in a batch.
+        call_tokens: rows of both sides in one batch, if it has more than one pair.
+    """
+    # The side with more tokens decides which pairs are alike.
+    sides = sorted((sources, targets), key=lambda side: int(side.lengths.sum()))
+    order = np.lexsort([-side.lengths for side in sides])
+    pairs = list(zip(sources.lengths[order].tolist(), targets.lengths[order].tolist()))
+    first = tokens = longest_source = longest_target = 0
+    for i, (source, target) in enumerate([*pairs, (0, 0)]):
+        wider = max(longest_source, source), max(longest_target, target)
+        rows, real = (i - first + 1) * sum(wider), tokens + source + target
+        alike = rows <= PADDED_LENGTH * real if pad_lengths else (source, target) in pairs[first:i]
+        if i > first and (i == len(pairs) or rows > call_tokens or not alike):
+            batch = order[first:i]
+            yield sources.bucket(batch), targets.bucket(batch)
+            first, real, wider = i, source + target, (source, target)
+        tokens, (longest_source, longest_target) = real, wider
+
+
+@dataclass(frozen=True, eq=False)
+class Spans:
+    """Documents of one stream: int64 `starts` and `lengths`, and the tokens of the stream."""
+
+    starts: np.ndarray
+    lengths: np.ndarray
+    total_tokens: int
+
+    def bucket(self, documents: np.ndarray) -> Bucket:
+        """One batch of some of them, each padded to the longest."""
+        return gathered_bucket(self.starts[documents], self.lengths[documents], self.total_tokens)
+
+
 def gathered_bucket(starts: np.ndarray, lengths: np.ndarray, total_tokens: int) -> Bucket:
     """One batch of documents, each padded to the longest."""
     length = int(lengths.max())

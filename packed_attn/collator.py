@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -37,6 +37,11 @@ class PackedCollator:
             Trainer counts documents instead of tokens; `PackedLoss` then weighs them.
         align: give each document a multiple of this many tokens as room, padding behind it; packs
             planned with `pack_lengths(align=...)` stay within capacity.
+        encoder_decoder: `labels` are documents of a decoder, one for each of `input_ids`, of any
+            lengths: a pack has them end to end, with `decoder_seq_lengths`.
+        decoder_capacity: pad the labels to this many tokens per feature.
+        decoder_start_token_id: also emit `decoder_input_ids`: each document's labels behind this
+            token, for losses that are computed outside the model (label smoothing).
 
     Padding is a document of its own, with labels -100, that sees nothing and is seen by nobody. The
     first label of each document is -100, so that the shifted loss never crosses a boundary.
@@ -47,7 +52,9 @@ class PackedCollator:
         `input_ids`, `labels`, `position_ids` int64 `[1, T]`; `cu_seq_lens_q`, `cu_seq_lens_k`
         int32 `[num_documents + 1]`; `max_length_q`, `max_length_k` int; `seq_idx` int32 `[1, T]`;
         `layout`, a `DocumentLayout`. There is no attention_mask: one of ones beside packed
-        positions makes stock transformers leak.
+        positions makes stock transformers leak. Of an encoder-decoder, `labels` int64 `[1, S]`
+        keep the first of each document, because a model shifts none of them away, and
+        `decoder_layout` says where their documents are.
 
     Raises (from a call):
         ValueError: a feature without boundaries under `"packs"`, columns of different lengths,
@@ -60,6 +67,9 @@ class PackedCollator:
     pad_token_id: int = 0
     loss_weighting: LossWeighting = "token"
     align: int = 1
+    encoder_decoder: bool = False
+    decoder_capacity: int | None = None
+    decoder_start_token_id: int | None = None
 
     def __post_init__(self) -> None:
         if self.loss_weighting not in get_args(LossWeighting):
@@ -68,12 +78,19 @@ class PackedCollator:
             )
         if self.features not in ("packs", "documents"):
             raise ValueError(f"features must be 'packs' or 'documents', got {self.features!r}")
-        for name in ("pad_to_multiple_of", "capacity", "align"):
+        if self.encoder_decoder and self.loss_weighting == "document":
+            raise ValueError("loss_weighting='document' is of one stream: not of encoder_decoder")
+        for name in ("decoder_capacity", "decoder_start_token_id"):
+            if getattr(self, name) is not None and not self.encoder_decoder:
+                raise ValueError(f"{name} needs encoder_decoder=True")
+        for name in ("pad_to_multiple_of", "capacity", "align", "decoder_capacity"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        if self.encoder_decoder:
+            return self._pairs(features)
         rows = [self._row(index, feature) for index, feature in enumerate(features)]
         lengths = [n for row in rows for n in row.lengths]
         padding = [flag for r in rows for flag in r.padding or (False,) * len(r.lengths)]
@@ -110,6 +127,27 @@ class PackedCollator:
         }
         if self.loss_weighting == "document":
             batch["shift_labels"] = _document_counts(batch["labels"][0], layout)
+        return batch
+
+    def _pairs(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch of two streams: each is collated as if it were the only one."""
+        alone = replace(
+            self, encoder_decoder=False, decoder_capacity=None, decoder_start_token_id=None
+        )
+        targets = replace(alone, capacity=self.decoder_capacity, pad_token_id=IGNORE_INDEX)
+        batch = alone([{k: v for k, v in f.items() if k != "labels"} for f in features])
+        try:
+            target = targets([_target(index, feature) for index, feature in enumerate(features)])
+            if self.features == "packs":
+                _check_pairs(features)
+        except ValueError as error:
+            raise ValueError(f"of labels, the input_ids of a decoder: {error}") from None
+        batch["labels"], batch["decoder_layout"] = target["input_ids"], target["layout"]
+        if self.decoder_start_token_id is not None:
+            inputs = batch["labels"].roll(1)
+            inputs.masked_fill_(inputs == IGNORE_INDEX, self.pad_token_id)
+            starts = target["layout"].document_starts[None]
+            batch["decoder_input_ids"] = inputs.masked_fill_(starts, self.decoder_start_token_id)
         return batch
 
     def _row(self, index: int, feature: Mapping[str, Any]) -> _Row:
@@ -178,6 +216,30 @@ def _document_counts(labels: Tensor, layout: DocumentLayout) -> Tensor:
     learned = torch.zeros(layout.num_documents, dtype=torch.long)
     learned[layout.document_ids[labels != IGNORE_INDEX].long()] = 1
     return learned.masked_fill(learned == 0, IGNORE_INDEX)
+
+
+def _target(index: int, feature: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's side of a feature under the names of any other."""
+    if feature.get("labels") is None:
+        raise ValueError(f"feature {index} has no labels, only {sorted(feature)}")
+    target = {"input_ids": feature["labels"]}
+    for name in ("seq_lengths", "position_ids"):
+        if feature.get(f"decoder_{name}") is not None:
+            target[name] = feature[f"decoder_{name}"]
+    return target
+
+
+def _check_pairs(features: Sequence[Mapping[str, Any]]) -> None:
+    """Each pack has as many documents on one side as on the other."""
+    for index, feature in enumerate(features):
+        counts = [
+            len(_boundaries(index, side, _tokens(index, "input_ids", side["input_ids"]).size)[0])
+            for side in (feature, _target(index, feature))
+        ]
+        if counts[0] != counts[1]:
+            raise ValueError(
+                f"feature {index} has {counts[1]} documents, but its input_ids have {counts[0]}"
+            )
 
 
 Integers = NDArray[np.integer | np.bool_]

@@ -7,6 +7,7 @@ and then the patched model is compared with them.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -58,6 +59,7 @@ class Head:
     mapping: str
     labels: Callable[[Tensor], Tensor]
     per_document: bool = False
+    pairs: bool = False  # of a source and a target document: see `sweep_pairs.py`
 
 
 def _some_tokens(ids: Tensor) -> Tensor:
@@ -79,23 +81,41 @@ HEADS = {
         per_document=True,
     ),
     "vision": Head("AutoModelForImageTextToText", "IMAGE_TEXT_TO_TEXT", torch.Tensor.clone),
+    "seq2seq": Head(
+        "AutoModelForSeq2SeqLM", "SEQ_TO_SEQ_CAUSAL_LM", torch.Tensor.clone, pairs=True
+    ),
 }
 
 
 def model_types(head: str) -> list[str]:
-    """Every type of this head in the installed transformers."""
+    """Every type of this head in the installed transformers.
+
+    An encoder-decoder that another auto class knows too is of the head of pairs.
+    """
     from transformers.models.auto import modeling_auto
 
-    return sorted(getattr(modeling_auto, f"MODEL_FOR_{HEADS[head].mapping}_MAPPING_NAMES"))
+    names = getattr(modeling_auto, f"MODEL_FOR_{HEADS[head].mapping}_MAPPING_NAMES")
+    pairs = modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES.values()
+    return sorted(
+        t for t, c in names.items() if HEADS[head].pairs == (c in pairs and _takes_pairs(c))
+    )
+
+
+def _takes_pairs(name: str) -> bool:
+    """Whether a class takes a target beside a text; some of the auto class take speech alone."""
+    names = inspect.signature(getattr(transformers, name).forward).parameters
+    return "input_ids" in names and "decoder_input_ids" in names
 
 
 def sweep_type(head: str, model_type: str) -> Outcome:
     """All checks of one type; what it or transformers raises is part of the outcome."""
+    from tests.sweep_pairs import StockPairs, pair_checks
+
     outcome = Outcome(head, model_type)
     try:
         model = tiny_model(model_type, auto_class=getattr(transformers, HEADS[head].auto_class))
         outcome.model = type(model).__name__
-        stock = _Stock(model, HEADS[head])
+        stock = StockPairs(model) if HEADS[head].pairs else _Stock(model, HEADS[head])
     except Exception as error:
         outcome.reason = _said(error)
         return outcome
@@ -105,7 +125,8 @@ def sweep_type(head: str, model_type: str) -> Outcome:
         outcome.status, outcome.reason = "refused", str(error)
         return outcome
     outcome.route = route_of(model).name.lower()
-    for name, check in _checks(model, stock).items():
+    checks = _checks(model, stock) if isinstance(stock, _Stock) else pair_checks(model, stock)
+    for name, check in checks.items():
         try:
             outcome.checks[name] = check()
         except Exception as error:

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packed_attn import DocumentLayout
-from packed_attn.buckets import Plan, plan_buckets
+from packed_attn.buckets import PADDED_LENGTH, Plan, Spans, pair_buckets, plan_buckets
 
 
 @given(
@@ -76,3 +76,30 @@ def test_rows_and_tokens_agree(lengths: list[int], pad_lengths: bool) -> None:
         # Padding reads its own document, so nothing of another is ever in a row.
         documents = layout.document_ids[values]
         assert bool((documents == documents[:, :1]).all())
+
+
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), max_size=40),
+    pad_lengths=st.booleans(),
+    call_tokens=st.sampled_from([1, 64, 4096]),
+)
+def test_pairs_are_together_once_and_padded_little(
+    lengths: list[tuple[int, int]], pad_lengths: bool, call_tokens: int
+) -> None:
+    source, target = (_spans([pair[side] for pair in lengths]) for side in (0, 1))
+    batches = list(pair_buckets(source, target, pad_lengths=pad_lengths, call_tokens=call_tokens))
+    seen: list[tuple[int, int]] = []
+    for a, b in batches:
+        assert a.batch == b.batch
+        firsts = [x.tokens.view(x.batch, x.length)[:, 0].tolist() for x in (a, b)]  # type: ignore
+        seen += zip(*firsts)
+        rows = a.batch * (a.length + b.length)
+        real = sum(len(x.real(torch.device("cpu"))[0]) for x in (a, b))
+        assert rows <= (PADDED_LENGTH if pad_lengths else 1) * real
+        assert rows <= call_tokens or a.batch == 1
+    assert sorted(seen) == list(zip(source.starts.tolist(), target.starts.tolist()))
+
+
+def _spans(lengths: list[int]) -> Spans:
+    ends = np.cumsum([0, *lengths])
+    return Spans(ends[:-1], np.array(lengths, np.int64), int(ends[-1]))

@@ -158,3 +158,86 @@ def test_large_batches_number_their_tokens_alike(mean: int, tokens: int) -> None
 def test_values_that_are_no_integers_are_named() -> None:
     with pytest.raises(ValueError, match="feature 0 must have integers as input_ids, got <U1"):
         PackedCollator("documents")([{"input_ids": ["a", "b"]}])
+
+
+def pairs(sources: tuple[int, ...], targets: tuple[int, ...]) -> dict[str, list[int]]:
+    """A pack of two streams."""
+    return {
+        "input_ids": list(range(10, 10 + sum(sources))),
+        "labels": list(range(50, 50 + sum(targets))),
+        "seq_lengths": list(sources),
+        "decoder_seq_lengths": list(targets),
+    }
+
+
+def test_labels_of_a_decoder_have_lengths_of_their_own() -> None:
+    """The first label of each document stays: a decoder's are not shifted away."""
+    batch = PackedCollator(encoder_decoder=True)([pairs((3, 1), (1, 2)), pairs((2,), (4,))])
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 13, 10, 11]]
+    assert batch["labels"].tolist() == [[50, 51, 52, 50, 51, 52, 53]]
+    assert batch["layout"].lengths == (3, 1, 2)
+    assert batch["decoder_layout"].lengths == (1, 2, 4)
+    assert "decoder_input_ids" not in batch
+
+
+def test_decoder_inputs_are_shifted_by_document() -> None:
+    feature = pairs((3, 1), (2, 3))
+    feature["labels"][3] = -100
+    collator = PackedCollator(encoder_decoder=True, decoder_start_token_id=0, pad_token_id=7)
+    batch = collator([feature])
+    assert batch["labels"].tolist() == [[50, 51, 52, -100, 54]]
+    assert batch["decoder_input_ids"].tolist() == [[0, 50, 0, 52, 7]]
+
+
+def test_both_sides_are_padded_to_their_capacity() -> None:
+    collator = PackedCollator(encoder_decoder=True, capacity=8, decoder_capacity=6)
+    batch = collator([pairs((3, 1), (2, 3))])
+    assert batch["input_ids"].tolist() == [[10, 11, 12, 13, 0, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[50, 51, 52, 53, 54, -100]]
+    for name, lengths in {"layout": (3, 1, 4), "decoder_layout": (2, 3, 1)}.items():
+        assert batch[name].lengths == lengths
+        assert batch[name].padding.tolist() == [False, False, True]
+
+
+def test_documents_of_two_sides() -> None:
+    features = [
+        {"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0], "labels": [5]},
+        {"input_ids": [3], "labels": [6, 7]},
+    ]
+    batch = PackedCollator("documents", encoder_decoder=True)(features)
+    assert batch["input_ids"].tolist() == [[1, 2, 3]]
+    assert batch["labels"].tolist() == [[5, 6, 7]]
+    assert batch["decoder_layout"].lengths == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels": None}, r"feature 0 has no labels"),
+        ({"decoder_seq_lengths": None}, "feature 0 has no boundaries"),
+        ({"decoder_seq_lengths": [4]}, "feature 0 has 5 input_ids, but seq_lengths add to 4"),
+        ({"decoder_seq_lengths": [5]}, "feature 0 has 1 documents, but its input_ids have 2"),
+    ],
+)
+def test_decoder_sides_that_fit_no_source_are_refused(
+    change: dict[str, object], message: str
+) -> None:
+    feature = {**pairs((3, 1), (2, 3)), **change}
+    with pytest.raises(ValueError, match=f"of labels, the input_ids of a decoder: {message}"):
+        PackedCollator(encoder_decoder=True)([feature])
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"decoder_capacity": 4}, "decoder_capacity needs encoder_decoder=True"),
+        ({"decoder_start_token_id": 0}, "decoder_start_token_id needs encoder_decoder=True"),
+        (
+            {"encoder_decoder": True, "loss_weighting": "document"},
+            "loss_weighting='document' is of one stream",
+        ),
+    ],
+)
+def test_arguments_of_a_decoder(kwargs: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PackedCollator(**kwargs)  # type: ignore[arg-type]

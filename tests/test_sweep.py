@@ -45,7 +45,7 @@ def test_every_type_is_exact_or_refused(head: str) -> None:
     built = [o for o in found if isinstance(o, Outcome) and o.status != "not built"]
     assert not [o for o in built if o.status == "wrong"]
     exact = [o for o in built if o.status == "exact"]
-    assert head != "causal" or len(exact) >= 0.95 * len(built)
+    assert head not in ("causal", "seq2seq") or len(exact) >= 0.95 * len(built)
 
 
 @pytest.mark.slow  # starting the server costs more than the rest of this file

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,6 +57,16 @@ CONVENTIONS: dict[str, Convention] = {
 TELLING = tuple(name for name in CONVENTIONS if name != "no boundaries")
 
 
+class Pair(NamedTuple):
+    """A document of an encoder-decoder, int64 `[length]` each."""
+
+    source: Tensor
+    target: Tensor
+
+
+Document = Tensor | Pair
+
+
 @dataclass(frozen=True)
 class AuditBatch:
     """One packed batch.
@@ -66,6 +76,7 @@ class AuditBatch:
         layout: its documents, of the batch's `rows * tokens` tokens, on the CPU.
         rows, tokens: shape of input_ids.
         places: for each document given, its index in `layout`.
+        target: of an encoder-decoder, the decoder's stream; the other fields are of the encoder's.
     """
 
     kwargs: dict[str, Any]
@@ -73,6 +84,12 @@ class AuditBatch:
     rows: int
     tokens: int
     places: tuple[int, ...]
+    target: AuditBatch | None = None
+
+    @property
+    def output(self) -> AuditBatch:
+        """The stream whose tokens have outputs."""
+        return self.target or self
 
     @property
     def spans(self) -> list[tuple[int, int]]:
@@ -82,7 +99,7 @@ class AuditBatch:
 
 
 def packed_batch(
-    documents: Sequence[Tensor], filler: Tensor, pad_token: int, convention: Convention
+    documents: Sequence[Document], filler: Tensor, pad_token: int, convention: Convention
 ) -> AuditBatch:
     """The batch of `documents` by `convention`.
 
@@ -92,10 +109,31 @@ def packed_batch(
             them completes the shorter.
         pad_token: what padding is made of.
     """
+    pairs = [d for d in documents if isinstance(d, Pair)]
+    if not pairs:
+        tensors = [d for d in documents if isinstance(d, Tensor)]
+        return _stream(tensors, filler, pad_token, convention)
+    # A row that is completed on one side has a document more, which the other side needs too.
+    options = {"completed": convention.rows > 1}
+    source = _stream([d.source for d in pairs], filler, pad_token, convention, **options)
+    target = _stream([d.target for d in pairs], filler, pad_token, convention, **options)
+    kwargs = {f"decoder_{k}": v for k, v in target.kwargs.items() if k != "use_cache"}
+    return replace(source, kwargs={**source.kwargs, **kwargs}, target=target)
+
+
+def _stream(
+    documents: Sequence[Tensor],
+    filler: Tensor,
+    pad_token: int,
+    convention: Convention,
+    *,
+    completed: bool = False,
+) -> AuditBatch:
+    """The batch of documents of one stream; `completed`: every row ends in a filler."""
     rows: list[list[int]] = [
         list(range(r, len(documents), convention.rows)) for r in range(convention.rows)
     ]
-    width = max(sum(len(documents[d]) for d in row) for row in rows)
+    width = max(sum(len(documents[d]) for d in row) for row in rows) + int(completed)
     parts: list[Tensor] = []
     padding: list[bool] = []
     places = [0] * len(documents)

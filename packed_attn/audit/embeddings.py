@@ -25,20 +25,24 @@ class Embeddings:
 
     def __init__(self, model: nn.Module, poison: tuple[Tensor, float] | None = None) -> None:
         self._model = model
-        self._module = input_embeddings(model)
+        self._modules = token_embeddings(model)
         self._poison = poison
         self._calls: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> Embeddings:
-        self._handle = self._module.register_forward_hook(self._replace, with_kwargs=True)
+        self._handles = [
+            module.register_forward_hook(self._replace, with_kwargs=True)
+            for module in self._modules
+        ]
         return self
 
     def __exit__(self, kind: object, *exception: object) -> None:
-        self._handle.remove()
+        for handle in self._handles:
+            handle.remove()
         if kind is None and not self._calls:
             raise NotImplementedError(
                 f"{type(self._model).__name__} does not call its input embeddings "
-                f"({type(self._module).__name__}): an audit cannot follow its tokens"
+                f"({type(self._modules[0]).__name__}): an audit cannot follow its tokens"
             )
 
     def gradients(self, loss: Tensor, *, retain_graph: bool = False) -> list[tuple[Tensor, Tensor]]:
@@ -60,6 +64,26 @@ class Embeddings:
         leaf.requires_grad_(torch.is_grad_enabled())
         self._calls.append((ids, leaf))
         return leaf
+
+
+def token_embeddings(model: nn.Module) -> list[nn.Module]:
+    """The modules that embed token ids: one, or one a side of an encoder-decoder."""
+    found = [input_embeddings(model)]
+    for side in ("get_encoder", "get_decoder"):
+        part = getattr(model, side)() if hasattr(model, side) else None
+        if isinstance(part, nn.Module) and part is not model:
+            found += [m for m in _tables(part) if m not in found]
+    return found
+
+
+def _tables(part: nn.Module) -> list[nn.Module]:
+    """The token embeddings of an encoder or decoder; none of a part that takes no tokens."""
+    if getattr(part, "main_input_name", "input_ids") != "input_ids":
+        return []
+    try:
+        return [input_embeddings(part)]
+    except ValueError:
+        return []
 
 
 def input_embeddings(model: nn.Module) -> nn.Module:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from packed_attn.audit.conventions import AuditBatch
 from packed_attn.audit.embeddings import Embeddings
-from packed_attn.audit.subject import Subject
+from packed_attn.audit.subject import Subject, kwargs_alone
 
 
 def gradients_by_document(
@@ -35,7 +35,7 @@ def gradients_by_document(
 def gradient_alone(subject: Subject, index: int) -> Tensor:
     """The gradient of a document's outputs in its embeddings, run by itself."""
     with torch.enable_grad(), Embeddings(subject.model) as embeddings:
-        output = subject.run({"input_ids": subject.documents[index][None]})
+        output = subject.run(kwargs_alone(subject.documents[index]))
         loss = _weighted(subject.flat(output))
         return _own_and_others(embeddings.gradients(loss), subject.pools, index)[0]
 

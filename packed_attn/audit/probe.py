@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from packed_attn.audit.conventions import CONVENTIONS, AuditBatch
 from packed_attn.audit.gradients import gradients_by_document, largest, reached
 from packed_attn.audit.modes import as_it_is, mode
-from packed_attn.audit.subject import LENGTHS, Subject, replaced
+from packed_attn.audit.subject import LENGTHS, Subject, replaced, takes_targets
 from packed_attn.audit.trace import Trace, first_parting
 from packed_attn.layout import DocumentLayout
 
@@ -103,14 +103,20 @@ def _first_module(subject: Subject, batch: AuditBatch, index: int) -> str | None
     a, b = batch.spans[index]
     inside = torch.zeros(batch.rows * batch.tokens, dtype=torch.bool)
     inside[a:b] = True
-    tokens: Tensor = batch.kwargs["input_ids"].flatten().clone()
+    names = [n for n in ("input_ids", "decoder_input_ids") if n in batch.kwargs]
+    changed = {name: _others_replaced(subject, batch.kwargs[name], index) for name in names}
+    kwargs = {**batch.kwargs, **changed}
+    return first_parting(clean, _trace(subject, replace(batch, kwargs=kwargs)), inside)
+
+
+def _others_replaced(subject: Subject, ids: Tensor, index: int) -> Tensor:
+    """Token ids with others in all documents but one."""
+    tokens = ids.flatten().clone()
     for other, pool in enumerate(subject.pools):
         if other != index:
             places = torch.isin(tokens, pool)
             tokens[places] = replaced(tokens[places], pool, subject.seed + 1)
-    kwargs = {**batch.kwargs, "input_ids": tokens.view_as(batch.kwargs["input_ids"])}
-    changed = AuditBatch(kwargs, batch.layout, batch.rows, batch.tokens, batch.places)
-    return first_parting(clean, _trace(subject, changed), inside)
+    return tokens.view_as(ids)
 
 
 def _trace(subject: Subject, batch: AuditBatch) -> Trace:
@@ -128,19 +134,41 @@ def _named(name: str | None) -> tuple[str | None, str | None]:
 
 def _live(model: nn.Module, batch: Mapping[str, Any], seed: int) -> tuple[Subject, AuditBatch]:
     """A given batch with tokens by which its documents can be told."""
-    ids = batch.get("input_ids")
-    if ids is None:
+    if batch.get("input_ids") is None:
         raise ValueError(f"the batch needs input_ids, it has {sorted(batch)}")
-    layout = _layout(batch)
-    real = [d for d in range(layout.num_documents) if layout.lengths[d] and not _pads(layout, d)]
-    if len(real) < 2:
-        raise ValueError(f"the batch needs two documents to tell apart, it has {len(real)}")
-    step = max(1, (len(real) - 1) // (PROBED - 1))
-    probed = [*real[:-1:step][: PROBED - 1], real[-1]]
-    subject = Subject(model, [layout.lengths[d] for d in probed], seed)
+    given = [batch, _target(batch)] if takes_targets(model) else [batch]
+    layouts = [_layout(stream) for stream in given]
+    real = [_real(layout) for layout in layouts]
+    if len(real[0]) < 2:
+        raise ValueError(f"the batch needs two documents to tell apart, it has {len(real[0])}")
+    step = max(1, (len(real[0]) - 1) // (PROBED - 1))
+    chosen = [*range(0, len(real[0]) - 1, step)[: PROBED - 1], len(real[0]) - 1]
+    probed = [[documents[i] for i in chosen] for documents in real]
+    subject = Subject(model, [layouts[-1].lengths[d] for d in probed[-1]], seed)
     kwargs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
-    kwargs["input_ids"] = _substituted(subject, ids, layout, probed)
-    return subject, AuditBatch(kwargs, layout, ids.shape[0], ids.shape[1], tuple(probed))
+    streams = []
+    for stream, layout, places in zip(given, layouts, probed):
+        ids = _substituted(subject, stream["input_ids"], layout, places)
+        rows, tokens = ids.shape
+        streams.append(AuditBatch({"input_ids": ids}, layout, rows, tokens, tuple(places)))
+    source, *targets = streams
+    kwargs["input_ids"] = source.kwargs["input_ids"]
+    if targets:
+        kwargs["decoder_input_ids"] = targets[0].kwargs["input_ids"]
+    return subject, replace(source, kwargs=kwargs, target=targets[0] if targets else None)
+
+
+def _target(batch: Mapping[str, Any]) -> dict[str, Any]:
+    """The decoder's stream of a batch, under the names of any other."""
+    target = {k.removeprefix("decoder_"): v for k, v in batch.items() if k.startswith("decoder_")}
+    if target.get("input_ids") is None:
+        target["input_ids"] = batch["labels"]
+    return target
+
+
+def _real(layout: DocumentLayout) -> list[int]:
+    """The documents with tokens that are not padding."""
+    return [d for d, n in enumerate(layout.lengths) if n and not _pads(layout, d)]
 
 
 def _substituted(
@@ -155,7 +183,9 @@ def _substituted(
         pool = pool_of.get(d, subject.pools[-1])
         drawn = pool[torch.randint(len(pool), (length,), generator=generator).to(pool.device)]
         part = slice(start, start + length)
-        tokens[part] = torch.where(plain[part], drawn.to(tokens.device), tokens[part])
+        # Labels that are no tokens (-100) may stand where a decoder takes tokens.
+        open_places = plain[part] | (tokens[part] < 0)
+        tokens[part] = torch.where(open_places, drawn.to(tokens.device), tokens[part])
     return tokens.view_as(ids)
 
 

@@ -221,15 +221,26 @@ class _Proof:
         moved = difference(logits[others], self.clean[others])
         if moved > self.moved:
             self.moved = moved
-            tokens = self._outside(index, self.batch.rows * self.batch.tokens, self.batch.spans)
-            self.leak = first_parting(
-                self._trace(self.batch, None), self._trace(batch, poison), tokens
-            )
+            self.leak = self._parting(index, batch, poison)
         return moved
 
-    def _trace(self, batch: AuditBatch, poison: tuple | None) -> Trace:
+    def _parting(self, index: int, batch: AuditBatch, poison: tuple | None) -> str | None:
+        """The module where all documents but `index` first moved; an encoder-decoder's decoder is
+        looked at where its encoder is clean."""
+        for stream in (self.batch, self.batch.target):
+            if stream is None:
+                continue
+            tokens = self._outside(index, stream.rows * stream.tokens, stream.spans)
+            leak = first_parting(
+                self._trace(self.batch, None, stream), self._trace(batch, poison, stream), tokens
+            )
+            if leak is not None:
+                return leak
+        return None
+
+    def _trace(self, batch: AuditBatch, poison: tuple | None, stream: AuditBatch) -> Trace:
         """The calls of all modules; their values are made a second time only where they part."""
-        with Trace(self.subject.model, batch.rows, batch.tokens) as trace:
+        with Trace(self.subject.model, stream.rows, stream.tokens) as trace:
             self._run(batch, poison)
         return trace
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packed_attn.audit.conventions import AuditBatch, Convention, packed_batch
+from packed_attn.audit.conventions import AuditBatch, Convention, Document, Pair, packed_batch
 from packed_attn.audit.embeddings import input_embeddings
 
 # Documents of the audit: odd lengths, one of a single token, a sum that is unlikely to be a width.
@@ -26,7 +26,8 @@ class Subject:
 
     Args:
         model: the model; wrappers that only watch gradients are taken off.
-        lengths: tokens of each document.
+        lengths: tokens of each document; of an encoder-decoder those of its target, and its source
+            has one more.
         seed: of the random tokens, and of whatever the model draws in train mode.
 
     Attributes:
@@ -49,17 +50,23 @@ class Subject:
         _check_weights(self.model)
         self.patched = is_patched(self.model)
         self.pools = token_pools(self.model, len(lengths) + 1, seed)
-        self.documents, self.replacements = _documents(self.pools, lengths, seed)
+        self.documents: Sequence[Document]
+        self.replacements: Sequence[Document]
+        if takes_targets(self.model):
+            self.documents, self.replacements = _pairs(self.pools, lengths, seed)
+        else:
+            self.documents, self.replacements = _documents(self.pools, lengths, seed)
         self._alone: dict[bool, list[Tensor]] = {}
         self.per_token = True
         self.terms: list[str] | None = None
 
-    def batch(self, documents: Sequence[Tensor], convention: Convention) -> AuditBatch:
+    def batch(self, documents: Sequence[Document], convention: Convention) -> AuditBatch:
         """The packed batch of `documents`; a stock model is not handed a layout."""
         pad_token = int(self.pools[-1][0])
         batch = packed_batch(documents, self.pools[-1], pad_token, convention)
         if not self.patched:
             batch.kwargs.pop("layout", None)
+            batch.kwargs.pop("decoder_layout", None)
         if not _accepts(self.model, "use_cache"):
             batch.kwargs.pop("use_cache", None)
         return batch
@@ -76,9 +83,10 @@ class Subject:
         that pools a document."""
         training = self.model.training
         if training not in self._alone:
-            outputs = [self.run({"input_ids": d[None]}) for d in self.documents]
+            outputs = [self.run(kwargs_alone(d)) for d in self.documents]
+            lengths = [len(d.target if isinstance(d, Pair) else d) for d in self.documents]
             self.per_token = all(
-                x.ndim >= 2 and x.shape[:2] == (1, len(d)) for x, d in zip(outputs, self.documents)
+                x.ndim >= 2 and x.shape[:2] == (1, n) for x, n in zip(outputs, lengths)
             )
             self._alone[training] = [self.flat(x) for x in outputs]
         return self._alone[training]
@@ -94,7 +102,8 @@ class Subject:
     def rows(self, output: Tensor, batch: AuditBatch) -> Tensor:
         """An output as rows of `[tokens]` or `[documents]`."""
         self.alone()
-        count = batch.rows * batch.tokens if self.per_token else batch.layout.num_documents
+        stream = batch.output
+        count = stream.rows * stream.tokens if self.per_token else stream.layout.num_documents
         rows = self.flat(output)
         if len(rows) < (count if self.per_token else max(batch.places) + 1):
             raise NoRowPerDocument(
@@ -105,7 +114,7 @@ class Subject:
 
     def spans(self, batch: AuditBatch) -> list[tuple[int, int]]:
         """(start, stop) of each document in the rows of `packed`."""
-        return batch.spans if self.per_token else [(p, p + 1) for p in batch.places]
+        return batch.output.spans if self.per_token else [(p, p + 1) for p in batch.places]
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
@@ -121,6 +130,13 @@ class Subject:
         if not self.per_token:
             return output.flatten(1) if output.ndim > 1 else output[:, None]
         return output.flatten(0, 1).flatten(1) if output.ndim > 2 else output.reshape(-1, 1)
+
+
+def kwargs_alone(document: Document) -> dict[str, Tensor]:
+    """What a model is given of one document by itself."""
+    if isinstance(document, Pair):
+        return {"input_ids": document.source[None], "decoder_input_ids": document.target[None]}
+    return {"input_ids": document[None]}
 
 
 def output_tensor(output: Any) -> Tensor:
@@ -196,6 +212,24 @@ def replaced(tokens: Tensor, pool: Tensor, seed: int) -> Tensor:
     return pool[(place + step) % len(pool)]
 
 
+def takes_targets(model: nn.Module) -> bool:
+    """Whether the model is an encoder-decoder: forward takes a target beside a source."""
+    return "decoder_input_ids" in inspect.signature(model.forward).parameters
+
+
+def _pairs(
+    pools: Sequence[Tensor], lengths: Sequence[int], seed: int
+) -> tuple[list[Pair], list[Pair]]:
+    """As `_documents`, of sources and targets; the streams differ in length, so that a tensor's
+    shape says of which it is."""
+    sources = _documents(pools, [n + 1 for n in lengths], seed + 2)
+    targets = _documents(pools, lengths, seed)
+    documents, replacements = (
+        [Pair(source, target) for source, target in zip(*sides)] for sides in zip(sources, targets)
+    )
+    return documents, replacements
+
+
 def _documents(
     pools: Sequence[Tensor], lengths: Sequence[int], seed: int
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -205,7 +239,8 @@ def _documents(
     for pool, length in zip(pools, lengths):
         choice = torch.randint(len(pool), (length,), generator=generator)
         documents.append(pool[choice.to(pool.device)])
-    return documents, [replaced(d, pool, seed + 1) for d, pool in zip(documents, pools)]
+    replacements = [replaced(d, pool, seed + 1) for d, pool in zip(documents, pools)]
+    return documents, replacements
 
 
 def _special_tokens(config: Any) -> set[int]:

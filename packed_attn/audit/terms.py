@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from packed_attn.audit.conventions import CONVENTIONS
-from packed_attn.audit.subject import Subject
+from packed_attn.audit.subject import Subject, kwargs_alone
 
 
 def mixing_terms(subject: Subject) -> list[str]:
@@ -34,12 +34,13 @@ def _balancing(subject: Subject) -> list[str]:
     batch = subject.batch(subject.documents, CONVENTIONS[name])
     try:
         packed = _aux_loss(subject, batch.kwargs)
-        alone = [_aux_loss(subject, {"input_ids": d[None]}) for d in subject.documents]
+        alone = [_aux_loss(subject, kwargs_alone(d)) for d in subject.documents]
     except Exception as error:  # named, whatever the model says
         return [f"its router's loss was not measured: {type(error).__name__}: {error}"]
     if packed is None or any(x is None for x in alone):
         return []
-    lengths = torch.tensor([float(len(d)) for d in subject.documents])
+    shapes = [kwargs_alone(d)["input_ids"].shape for d in subject.documents]
+    lengths = torch.tensor([float(tokens) for _, tokens in shapes])
     mean = float((torch.tensor(alone) * lengths).sum() / lengths.sum())
     coefficient = getattr(config, "router_aux_loss_coef", None)
     return [

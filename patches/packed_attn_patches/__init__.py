@@ -4,6 +4,7 @@
     inputs.py      the forward pre-hook: batch keyword arguments -> one DocumentLayout
     families.py    which model types are accepted, and how that was decided
     unpack.py      a whole model run on documents batched by length
+    pairs.py       encoder-decoders: the same with source and target documents
     wrappers.py    what stands around a model: taken off, or refused
     apply.py       putting all of it on one model instance, and taking it off again
     tiny.py        tiny random models of every model type

@@ -22,11 +22,14 @@ from packed_attn_patches.families import (
     backbone_route,
     first_position,
     head_of,
+    is_encoder_decoder,
     route,
+    runs_on_pairs,
 )
 from packed_attn_patches.inputs import LayoutHook
 from packed_attn_patches.interface import NAMES
 from packed_attn_patches.padding_free import PackRows, PadRows
+from packed_attn_patches.pairs import PairedForward, PairHook
 from packed_attn_patches.unpack import UnpackedForward
 from packed_attn_patches.wrappers import (
     Origin,
@@ -110,6 +113,11 @@ def _probe_derived(model: nn.Module) -> None:
 
 def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
     """All of the patch or, where an exception stops it, nothing."""
+    if settings.padding_free and is_encoder_decoder(model):
+        raise NotImplementedError(
+            f"padding_free: {type(model).__name__} has padded rows on two sides; without it packs "
+            "of source and target documents work"
+        )
     # A head may need unpacking for its own sake, while padded rows meet the backbone alone.
     inner = backbone_route(model, chosen) if settings.padding_free else chosen
     if settings.share_prefixes and inner is not Route.INTERFACE:
@@ -129,6 +137,10 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
             backbone.register_forward_pre_hook(rows, with_kwargs=True)
             backbone.register_forward_hook(PadRows(), with_kwargs=True)
         for module in entrances:
+            if runs_on_pairs(module):
+                put_forward(module, PairedForward(module, chosen, head_of(module)))
+                module.register_forward_pre_hook(PairHook(settings.backend), with_kwargs=True)
+                continue
             taken = chosen if module is model else inner
             if taken is not Route.INTERFACE:
                 put_forward(module, UnpackedForward(module, taken, head_of(module)))
@@ -270,8 +282,10 @@ def _replace_configs(model: PreTrainedModel, record: PatchRecord) -> None:
 def _entrances(model: PreTrainedModel) -> list[nn.Module]:
     """The model and the inner models that some callers enter past it."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    encoder = model.get_encoder() if is_encoder_decoder(model) else None
     # An encoder's head may call a linear layer its decoder.
-    models = (m for m in (model, model.base_model, decoder) if isinstance(m, PreTrainedModel))
+    inner = (model, model.base_model, encoder, decoder)
+    models = (m for m in inner if isinstance(m, PreTrainedModel))
     unique = {id(m): m for m in models}
     return list(unique.values())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -24,6 +25,7 @@ class Route(Enum):
     UNPACK_CAUSAL = "it runs on documents batched by length, right-padded"
     UNPACK_MASKED = "it runs on documents batched by length, right-padded and masked"
     UNPACK = "it runs on documents batched by equal length"
+    UNPACK_SINGLE = "it runs on one document at a time"
 
 
 @dataclass(frozen=True)
@@ -122,12 +124,40 @@ UNPACK_MASKED = frozenset({
 UNPACK_EQUAL = frozenset({
     "convbert", "cpmant", "fnet", "mra", "nystromformer", "paligemma", "yoso",
 })
+# Encoder-decoders: source and target documents, unpacked in pairs. Proven exact right-padded and
+# masked, in batches of equal lengths, or one pair at a time: rows of one batch share the capacity
+# of NLLB's experts, and ProphetNet numbers its relative positions across them. With sdpa and
+# transformers 5.17 UMT5's decoder sees later tokens, so no padding may stand there.
+PAIRS_MASKED = frozenset({
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "fsmt", "led", "longt5",
+    "m2m_100", "marian", "mbart", "mt5", "mvp", "pegasus", "pegasus_x", "plbart",
+    "seamless_m4t", "seamless_m4t_v2", "switch_transformers", "t5", "t5gemma", "t5gemma2",
+})
+PAIRS_EQUAL = frozenset({"encoder-decoder", "umt5"})
+PAIRS_SINGLE = frozenset({"nllb-moe", "prophetnet"})
 # Types whose positions begin behind the padding id.
 POSITIONS_AFTER_PADDING = frozenset({
     "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta",
     "xlm-roberta-xl", "xmod",
 })
 # fmt: on
+# Settings of encoder-decoders with which no document alone has certain outputs, and why.
+_UNCERTAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bigbird_pegasus": (
+        lambda config: config.attention_type != "original_full",
+        "its block-sparse attention becomes full, for good, with the first short row that it sees; "
+        "load it with attention_type='original_full'",
+    ),
+    "fsmt": (
+        lambda config: config.use_cache,
+        "with a cache its decoder sees later tokens in training; load it with use_cache=False",
+    ),
+    "nllb-moe": (
+        lambda config: config.moe_eval_capacity_token_fraction > 0,
+        "each evaluation changes the capacity that its experts have in training; load it with "
+        "moe_eval_capacity_token_fraction=-1.0",
+    ),
+}
 
 
 def route(model: nn.Module, on_unknown: str) -> Route:
@@ -150,12 +180,8 @@ def route(model: nn.Module, on_unknown: str) -> Route:
             model, f"the outputs of a {refused} head are of a row and not of its documents"
         )
     model_type = model.config.model_type
-    if _is_encoder_decoder(model):
-        raise _refused(
-            model,
-            "packing source and target documents of an encoder-decoder together is not supported; "
-            "its decoder alone (AutoModelForCausalLM) is",
-        )
+    if is_encoder_decoder(model):
+        return _pair_route(model, on_unknown)
     if model_type in UNPACK_EQUAL:
         return Route.UNPACK
     known = model_type in INTERFACE | UNPACK_CAUSAL | UNPACK_MASKED
@@ -178,6 +204,30 @@ def route(model: nn.Module, on_unknown: str) -> Route:
     )
 
 
+def _pair_route(model: PreTrainedModel, on_unknown: str) -> Route:
+    """How to make a model of source and target documents exact."""
+    model_type = model.config.model_type
+    uncertain, reason = _UNCERTAIN.get(model_type, (lambda config: False, ""))
+    if uncertain(model.config):
+        raise _refused(model, reason)
+    for route, types in {
+        Route.UNPACK_MASKED: PAIRS_MASKED,
+        Route.UNPACK: PAIRS_EQUAL,
+        Route.UNPACK_SINGLE: PAIRS_SINGLE,
+    }.items():
+        if model_type in types:
+            # Heads of a sequence want as many end tokens in all rows of a batch.
+            return Route.UNPACK_SINGLE if head_of(model).per_document else route
+    if on_unknown == "unpack":
+        return Route.UNPACK
+    raise _refused(
+        model,
+        f"encoder-decoders of model type {model_type!r} are not among those proven exact. "
+        "on_unknown='unpack' runs pairs of source and target documents batched by equal lengths, "
+        "exact and slower; its decoder alone (AutoModelForCausalLM) may be known",
+    )
+
+
 def backbone_route(model: PreTrainedModel, chosen: Route) -> Route:
     """How the model under a head of a sequence is made exact where it runs by itself."""
     if not head_of(model).per_document or model.config.model_type not in INTERFACE:
@@ -190,6 +240,8 @@ def head_of(model: nn.Module) -> Head:
     """What the outputs of `model` are of."""
     if _ends(model, _SEQUENCE):
         return Head(per_document=True, shifts=False)
+    if is_encoder_decoder(model):
+        return Head(shifts=False)
     config: Any = model.config
     return Head(shifts=not _ends(model, _UNSHIFTED) and config.model_type not in UNSHIFTED_TYPES)
 
@@ -211,9 +263,14 @@ def _without_weights(model: nn.Module) -> bool:
     return not offloaded and any(parameter.is_meta for parameter in model.parameters())
 
 
-def _is_encoder_decoder(model: nn.Module) -> bool:
+def is_encoder_decoder(model: nn.Module) -> bool:
     """Whether forward takes source and target; a decoder alone keeps the config of both."""
     return "decoder_input_ids" in inspect.signature(type(model).forward).parameters
+
+
+def runs_on_pairs(model: nn.Module) -> bool:
+    """Whether a batch packs targets beside sources; a head of a sequence makes its own targets."""
+    return is_encoder_decoder(model) and not head_of(model).per_document
 
 
 def _check_implementation(model: PreTrainedModel) -> None:

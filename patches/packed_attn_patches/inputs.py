@@ -133,6 +133,13 @@ class _Batch:
         return None
 
 
+def rows_and_layout(kwargs: Mapping[str, Any]) -> tuple[int, DocumentLayout] | None:
+    """(rows, the layout on the tokens' device) of a packed forward, or None for any other."""
+    batch = _Batch.of(kwargs)
+    layout = None if batch is None else packed_layout(batch, kwargs)
+    return None if batch is None or layout is None else (batch.rows, layout.to(batch.device))
+
+
 def packed_layout(batch: Any, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
     """The layout of a packed forward, or None for one that is not packed.
 

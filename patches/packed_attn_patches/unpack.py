@@ -32,8 +32,16 @@ PER_DOCUMENT = ("pooler_output",)
 # Outputs that hold a past to go on from; a packed forward has none.
 PASTS = (*CACHE_NAMES, "cache_params", "mems", "state", "rnn_state")
 
+# Inputs whose documents are those of another stream.
+_OTHER_STREAM = (
+    "encoder_hidden_states",
+    "encoder_outputs",
+    "decoder_input_ids",
+    "decoder_inputs_embeds",
+)
+
 # Each document counts its own positions, sees all of itself and starts without a past.
-_REPLACED = ("attention_mask", *CACHE_NAMES, "use_cache", "num_items_in_batch", "return_dict")
+REPLACED = ("attention_mask", *CACHE_NAMES, "use_cache", "num_items_in_batch", "return_dict")
 
 
 class UnpackedForward:
@@ -60,6 +68,11 @@ class UnpackedForward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self.__signature__ = inspect.signature(type(self.model).forward.__get__(self.model))
+
+    def pad_token_id(self) -> int | None:
+        """What the model's config says that padding is made of."""
+        config: Any = self.model.config
+        return getattr(config.get_text_config(), "pad_token_id", None)
 
     def __call__(self, *args: Any, layout: DocumentLayout | None = None, **kwargs: Any) -> Any:
         forward: Callable[..., Any] = type(self.model).forward
@@ -92,12 +105,18 @@ class _Unpacked:
         shaped = kwargs.get("inputs_embeds") if shaped is None else shaped
         if shaped is None:
             raise ValueError("a packed forward needs input_ids or inputs_embeds")
+        other = next((name for name in _OTHER_STREAM if kwargs.get(name) is not None), None)
+        if other is not None:
+            raise NotImplementedError(
+                f"{type(forward.model).__name__} by itself cannot tell which documents its {other} "
+                "belong to: call an encoder-decoder with both sides"
+            )
         rows, tokens = shaped.shape[:2]
         others: dict[str, Any] = {"use_cache": False}
         per_token: dict[str, Tensor] = {}
         labels = kwargs.get("labels") if forward.head.per_document else None
         for name, value in kwargs.items():
-            if name in _REPLACED or (name == "labels" and labels is not None):
+            if name in REPLACED or (name == "labels" and labels is not None):
                 continue
             if name == "position_ids":
                 # Plain positions restart with each document by themselves; rotary ids of several
@@ -133,11 +152,9 @@ class _Unpacked:
 
     def _one_by_one(self) -> bool:
         """Sequence heads find a document's last token by its padding and take no batch without."""
-        return self.forward.head.per_document and self._pad_token_id() is None
-
-    def _pad_token_id(self) -> int | None:
-        config: Any = self.forward.model.config
-        return getattr(config.get_text_config(), "pad_token_id", None)
+        if self.forward.route is Route.UNPACK_SINGLE:
+            return True
+        return self.forward.head.per_document and self.forward.pad_token_id() is None
 
     def _inputs(self, bucket: Bucket) -> dict[str, Tensor]:
         """Its rows of every argument; what padding holds is a copy of its document's last token,
@@ -157,7 +174,7 @@ class _Unpacked:
             inputs["attention_mask"] = mask = mask.to(self.layout.device)
             mask.view(-1)[bucket.pads] = 0
             if "input_ids" in inputs:
-                inputs["input_ids"].view(-1)[bucket.pads] = self._pad_token_id() or 0
+                inputs["input_ids"].view(-1)[bucket.pads] = self.forward.pad_token_id() or 0
         return inputs
 
     def _documents(self, bucket: Bucket) -> Tensor:
@@ -212,23 +229,9 @@ class _Unpacked:
         return torch.cat([value for _, value in parts]).index_select(0, order.argsort())
 
     def _stream(self, name: str, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
-        """Bucket rows `[batch, length, width]` -> `[B, T, width]`."""
-        first = parts[0][1]
-        if first.ndim < 2 or first.shape[:2] != (parts[0][0].batch, parts[0][0].length):
-            raise NotImplementedError(
-                f"the output {name} of shape {list(first.shape)} has no rows per token to put back"
-            )
-        rows, tokens = [], []
-        for bucket, value in parts:
-            real, of_tokens = bucket.real(value.device)
-            rows.append(value.flatten(0, 1).index_select(0, real))
-            tokens.append(of_tokens)
-        token = torch.cat(tokens)
-        source = token.new_full((self.layout.total_tokens,), token.numel())
-        source[token] = torch.arange(token.numel(), device=token.device)
-        zeros = first.new_zeros(1, *first.shape[2:])
-        stream = torch.cat([*rows, zeros]).index_select(0, source)
-        return stream.view(self.rows, self.tokens, *first.shape[2:])
+        return in_stream(name, parts, self.layout.total_tokens).unflatten(
+            0, (self.rows, self.tokens)
+        )
 
     def _loss(self, parts: list[tuple[Bucket, Any]]) -> Tensor:
         """The mean over all targets, from the means of the batches."""
@@ -252,3 +255,25 @@ class _Unpacked:
             return (inputs["shift_labels"] != IGNORE_INDEX).sum()
         labels = inputs["labels"][:, 1:] if self.forward.head.shifts else inputs["labels"]
         return (labels != IGNORE_INDEX).sum()
+
+
+def in_stream(name: str, parts: list[tuple[Bucket, Tensor]], total_tokens: int) -> Tensor:
+    """Bucket rows `[batch, length, ...]` of the output `name` -> `[total_tokens, ...]`.
+
+    Tokens of no bucket get zeros.
+    """
+    first = parts[0][1]
+    if first.ndim < 2 or first.shape[:2] != (parts[0][0].batch, parts[0][0].length):
+        raise NotImplementedError(
+            f"the output {name} of shape {list(first.shape)} has no rows per token to put back"
+        )
+    rows, tokens = [], []
+    for bucket, value in parts:
+        real, of_tokens = bucket.real(value.device)
+        rows.append(value.flatten(0, 1).index_select(0, real))
+        tokens.append(of_tokens)
+    token = torch.cat(tokens)
+    source = token.new_full((total_tokens,), token.numel())
+    source[token] = torch.arange(token.numel(), device=token.device)
+    zeros = first.new_zeros(1, *first.shape[2:])
+    return torch.cat([*rows, zeros]).index_select(0, source)
