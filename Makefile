@@ -56,7 +56,7 @@ gpu-test: $(READY)
 # Within 8 minutes; writes attention.json and training_step_gpu.json under benchmarks/results/.
 gpu-bench: $(READY)
 	$(PY) -m benchmarks.bench_attention
-	$(PY) -m benchmarks.bench_training_step --json benchmarks/results/training_step_gpu.json
+	$(PY) -m benchmarks.bench_training_step --model llama3-8b-layers qwen3-0.6b --capacities 8192 --json benchmarks/results/training_step_gpu.json
 
 $(READY): pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)

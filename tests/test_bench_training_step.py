@@ -7,17 +7,32 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import bench_training_step
 
 
 def test_toy_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "steps.json"
-    assert bench_training_step.main(["--toy", "--json", str(path)]) == 0
-    (row,) = json.loads(path.read_text())["steps"]
-    assert row["capacity"] == 128
-    assert row["over_stock"] > 0
-    assert "real tokens/s" in capsys.readouterr().out
+    names = list(bench_training_step.MODELS)
+    assert bench_training_step.main(["--toy", "--model", *names, "--json", str(path)]) == 0
+    rows = json.loads(path.read_text())["steps"]
+    assert [row["model"] for row in rows] == names
+    for row in rows:
+        assert row["capacity"] == 128
+        assert row["over_stock"] > 0
+        assert row["over_contaminated"] > 0
+    assert capsys.readouterr().out.count("real tokens/s") == len(names)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("llama3-8b-layers", 0.889e9), ("qwen3-0.6b", 0.596e9)]
+)
+def test_sizes_are_those_of_the_released_models(name: str, parameters: float) -> None:
+    with torch.device("meta"):
+        model = bench_training_step.MODELS[name](8192, False)
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=0.01)
+    assert next(model.parameters()).dtype == torch.bfloat16
 
 
 def test_a_wrong_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
