@@ -60,7 +60,7 @@ class LayoutHook:
         if is_empty_mask(kwargs.get("attention_mask")) and kwargs.get("layout") is not None:
             return None  # an outer model's hook has done it
         kwargs = named(module, args, kwargs)
-        batch = _Batch.of(kwargs)
+        batch = BatchShape.of(kwargs)
         layout = None if batch is None else packed_layout(batch, self._counted_from_0(kwargs))
         if batch is None or layout is None:
             return (), kwargs
@@ -76,7 +76,7 @@ class LayoutHook:
         return {**kwargs, "position_ids": (ids - self.first_position).clamp(min=0)}
 
     def _packed(
-        self, module: nn.Module, kwargs: dict[str, Any], batch: _Batch, layout: DocumentLayout
+        self, module: nn.Module, kwargs: dict[str, Any], batch: BatchShape, layout: DocumentLayout
     ) -> dict[str, Any]:
         if self.unpacked and layout.is_forest:
             raise NotImplementedError(
@@ -110,14 +110,14 @@ def _balances_experts(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     return bool(getattr(module.config, "output_router_logits", False) if asked is None else asked)
 
 
-def _real_mask(batch: _Batch, layout: DocumentLayout) -> Tensor | None:
+def _real_mask(batch: BatchShape, layout: DocumentLayout) -> Tensor | None:
     """A 0/1 mask `[rows, tokens]` of the tokens that are not padding; None where all are real."""
     padding = layout.padding_tokens
     return None if padding is None else (~padding).long().view(batch.rows, batch.tokens)
 
 
 @dataclass(frozen=True)
-class _Batch:
+class BatchShape:
     """Shape and device of a forward's tokens."""
 
     rows: int
@@ -125,15 +125,15 @@ class _Batch:
     device: torch.device
 
     @staticmethod
-    def of(kwargs: Mapping[str, Any]) -> _Batch | None:
+    def of(kwargs: Mapping[str, Any]) -> BatchShape | None:
         for name in ("input_ids", "inputs_embeds"):
             x = kwargs.get(name)
             if x is not None:
-                return _Batch(x.shape[0], x.shape[1], x.device)
+                return BatchShape(x.shape[0], x.shape[1], x.device)
         return None
 
 
-def packed_layout(batch: Any, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+def packed_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
     """The layout of a packed forward, or None for one that is not packed.
 
     Raises:
@@ -162,11 +162,11 @@ def packed_layout(batch: Any, kwargs: Mapping[str, Any]) -> DocumentLayout | Non
     return layout
 
 
-def _from_layout(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+def _from_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
     return kwargs.get("layout")
 
 
-def _from_cu_seqlens(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+def _from_cu_seqlens(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
     if kwargs.get("layout") is not None:
         return None  # the collator wrote both, and a second reading would wait for the device
     for name in ("cu_seq_lens_q", "cu_seqlens"):
@@ -177,13 +177,13 @@ def _from_cu_seqlens(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout
     return None
 
 
-def _from_seq_idx(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+def _from_seq_idx(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
     if kwargs.get("layout") is not None or kwargs.get("seq_idx") is None:
         return None
     return DocumentLayout.from_document_ids(kwargs["seq_idx"])
 
 
-def _from_segment_mask(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+def _from_segment_mask(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
     """An attention_mask of segment numbers, such as 1 1 2 2 2 0."""
     mask = _plain_mask(kwargs)
     if mask is None or mask.dtype == torch.bool or mask.dtype.is_floating_point:
@@ -193,7 +193,7 @@ def _from_segment_mask(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayo
     return DocumentLayout.from_attention_mask(mask)
 
 
-def _from_position_ids(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+def _from_position_ids(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
     """position_ids that restart between two tokens that the mask keeps."""
     position_ids = kwargs.get("position_ids")
     if kwargs.get("layout") is not None or position_ids is None or position_ids.ndim != 2:
@@ -229,7 +229,7 @@ def _refuse_restarts_of_rotary_ids(kwargs: Mapping[str, Any]) -> None:
 
 
 # In the order in which they are believed; all that are present must agree.
-_CONVENTIONS: dict[str, Callable[[_Batch, Mapping[str, Any]], DocumentLayout | None]] = {
+_CONVENTIONS: dict[str, Callable[[BatchShape, Mapping[str, Any]], DocumentLayout | None]] = {
     "layout": _from_layout,
     "cu_seqlens": _from_cu_seqlens,
     "seq_idx": _from_seq_idx,
@@ -243,12 +243,12 @@ def _plain_mask(kwargs: Mapping[str, Any]) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _real_tokens(batch: _Batch, kwargs: Mapping[str, Any]) -> Tensor | None:
+def _real_tokens(batch: BatchShape, kwargs: Mapping[str, Any]) -> Tensor | None:
     mask = _plain_mask(kwargs)
     return None if mask is None else (mask != 0).expand(batch.rows, -1)
 
 
-def _check_rows(name: str, layout: DocumentLayout, batch: _Batch) -> None:
+def _check_rows(name: str, layout: DocumentLayout, batch: BatchShape) -> None:
     """Documents end at row ends."""
     if batch.rows == 1:
         return
@@ -282,7 +282,7 @@ def _check_mask(name: str, layout: DocumentLayout, kwargs: Mapping[str, Any]) ->
 
 
 def _check_positions(
-    name: str, layout: DocumentLayout, batch: _Batch, kwargs: Mapping[str, Any]
+    name: str, layout: DocumentLayout, batch: BatchShape, kwargs: Mapping[str, Any]
 ) -> None:
     """position_ids count as the layout does; padding may count as it likes."""
     position_ids = kwargs.get("position_ids")

@@ -51,6 +51,16 @@ def empty_mask(batch_size: int, layout: DocumentLayout, backend: str) -> Tensor:
     return mask
 
 
+def stock_of(implementation: str | None) -> str | None:
+    """The stock implementation behind one of our names, or the name as it is.
+
+    A trainer that builds a reference model "like the policy" hands it the policy's name, so a model
+    may have ours before it is patched.
+    """
+    ours = {name: stock for stock, name in NAMES.items()}
+    return implementation if implementation is None else ours.get(implementation, implementation)
+
+
 def is_empty_mask(mask: Any) -> bool:
     """Whether `mask` marks a packed forward."""
     return isinstance(mask, Tensor) and mask.ndim == 4 and mask.numel() == 0
