@@ -107,10 +107,11 @@ def packed_attention_forward(
             f"packed-attn: {type(module).__name__} looks both ways, so a shared prefix would see "
             "what follows it: it takes plain packs, but no forest (parents)"
         )
+    dtype = _compute_dtype(value)
     out = attention(
-        _stream(query),
-        _stream(key),
-        _stream(value),
+        _stream(query.to(dtype)),
+        _stream(key.to(dtype)),
+        _stream(value.to(dtype)),
         layout,
         backend=packed_attn_backend,
         **options,
@@ -126,6 +127,16 @@ def packed_mask(*args: Any, stock: str, **kwargs: Any) -> Any:
 def _stream(x: Tensor) -> Tensor:
     """`[B, heads, T, head_dim]` -> `[B * T, heads, head_dim]`, a view where strides allow."""
     return x.transpose(1, 2).flatten(0, 1)
+
+
+def _compute_dtype(value: Tensor) -> torch.dtype:
+    """The dtype of attention where rotary embeddings and norms in float32 leave q and k in another
+    than v: autocast's, as torch's own attention does; without it v's, which comes straight from a
+    projection as the output goes straight into one."""
+    device = value.device.type
+    if torch.is_autocast_enabled(device) and value.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return value.dtype
 
 
 def _translated(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
