@@ -61,8 +61,13 @@ class LayoutHook:
             return None  # an outer model's hook has done it
         kwargs = named(module, args, kwargs)
         batch = BatchShape.of(kwargs)
-        layout = None if batch is None else packed_layout(batch, self._counted_from_0(kwargs))
-        if batch is None or layout is None:
+        if batch is None:
+            return (), kwargs
+        # Unpacking reads lengths, so a compiler breaks the graph there in any case.
+        traced = torch.compiler.is_compiling() and not self.unpacked
+        read = _traced_layout if traced and kwargs.get("layout") is not None else packed_layout
+        layout = read(batch, self._counted_from_0(kwargs))
+        if layout is None:
             return (), kwargs
         return (), self._packed(module, kwargs, batch, layout)
 
@@ -71,9 +76,8 @@ class LayoutHook:
         ids = kwargs.get("position_ids")
         if not self.first_position or ids is None or ids.ndim != 2:
             return kwargs
-        if int(ids[0, 0]) != self.first_position:
-            return kwargs
-        return {**kwargs, "position_ids": (ids - self.first_position).clamp(min=0)}
+        counts_on = ids[:1, :1] == self.first_position
+        return {**kwargs, "position_ids": (ids - counts_on * self.first_position).clamp(min=0)}
 
     def _packed(
         self, module: nn.Module, kwargs: dict[str, Any], batch: BatchShape, layout: DocumentLayout
@@ -146,20 +150,54 @@ def packed_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayou
         _refuse_restarts_of_rotary_ids(kwargs)
         return None
     name, layout = next(iter(found.items()))
+    _check_total(name, layout, batch)
+    _check_rows(name, layout, batch)
+    _check_agreement(name, layout, found)
+    _check_positions(name, layout, batch, kwargs)
+    _check_mask(name, layout, kwargs)
+    _check_cache(name, kwargs)
+    return layout
+
+
+def _traced_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout:
+    """The layout of a forward that is being compiled: lengths are not read, which would compile
+    anew for every batch, and what is to be checked is asserted where the tensors are."""
+    layout: DocumentLayout = kwargs["layout"].traced()
+    _check_total("layout", layout, batch)
+    _check_positions("layout", layout, batch, kwargs)
+    _check_cache("layout", kwargs)
+    begins = layout.document_ids.view(batch.rows, batch.tokens)[1:, 0]
+    before = layout.document_ids.view(batch.rows, batch.tokens)[:-1, -1]
+    _assert(begins != before, "layout has a document that crosses from one row to the next")
+    mask = _plain_mask(kwargs)
+    if mask is not None:
+        _assert(mask <= 1, "attention_mask has segments beside a layout: leave it out")
+        hidden = layout.padding_tokens
+        seen = mask != 0 if hidden is None else (mask != 0) | hidden.view_as(mask)
+        _assert(seen, "attention_mask hides tokens that are no padding of the layout")
+    return layout
+
+
+def _assert(agree: Tensor, message: str) -> None:
+    """Raises on the device, where reading the answer would wait for it or break a graph."""
+    torch.ops.aten._assert_async.msg(agree.all(), message)
+
+
+def _check_total(name: str, layout: DocumentLayout, batch: BatchShape) -> None:
+    """Every token is in a document."""
     if layout.total_tokens != batch.rows * batch.tokens:
         raise ValueError(
             f"{name} covers {layout.total_tokens} tokens, but the batch has "
             f"{batch.rows} x {batch.tokens}"
         )
-    _check_rows(name, layout, batch)
-    _check_agreement(name, layout, found)
-    _check_positions(name, layout, batch, kwargs)
-    _check_mask(name, layout, kwargs)
+
+
+def _check_cache(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Nothing came before the documents."""
     for cache_name in CACHE_NAMES:
         cache = kwargs.get(cache_name)
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(f"{name} packs documents, but {cache_name} already holds tokens")
-    return layout
 
 
 def _from_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
@@ -294,9 +332,8 @@ def _check_positions(
     if padding is not None:
         agree |= padding.view_as(agree)
     message = f"position_ids contradict {name}: positions restart at other tokens"
-    if agree.is_cuda:
-        # Checked on the device: reading the answer here would make every step wait for it.
-        torch.ops.aten._assert_async.msg(agree.all(), message)
+    if agree.is_cuda or torch.compiler.is_compiling():
+        _assert(agree, message)
     elif not bool(agree.all()):
         raise ValueError(message)
 
