@@ -307,7 +307,7 @@ class DocumentLayout:
         return self._forest().path(document) if self.is_forest else (document,)
 
     def per_token(self, per_document: Tensor) -> Tensor:
-        """`[num_documents]` spread over the tokens: `[total_tokens]`. Further entries are not read."""
+        """`[num_documents]` spread over the tokens: `[total_tokens]`; entries past are not read."""
         if self.num_documents == 0:
             return per_document.new_zeros(self.total_tokens)
         if self._is_known_on_host() and not per_document.dtype.is_floating_point:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packed_attn.buckets import Bucket, plan_buckets
+from packed_attn.buckets import Bucket, Plan, plan_buckets
 from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches.families import Head, Route
@@ -34,6 +34,10 @@ PASTS = (*CACHE_NAMES, "cache_params", "mems", "state", "rnn_state")
 
 # Each document counts its own positions, sees all of itself and starts without a past.
 _REPLACED = ("attention_mask", *CACHE_NAMES, "use_cache", "num_items_in_batch", "return_dict")
+
+
+# numpy on the lengths of a batch: nothing that a compiler could trace.
+_plan_on_the_host: Callable[..., Plan] = torch.compiler.disable(plan_buckets)
 
 
 class UnpackedForward:
@@ -119,7 +123,7 @@ class _Unpacked:
     def calls(self) -> Iterator[tuple[Bucket, dict[str, Any]]]:
         """The keyword arguments of each forward."""
         layout = self.layout.to("cpu")
-        plan = plan_buckets(
+        plan = _plan_on_the_host(
             layout.cu_seqlens,
             layout.padding,
             pad_lengths=self.forward.route is not Route.UNPACK,
