@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packed_attn.buckets import Bucket, Plan, plan_buckets
+from packed_attn.buckets import Bucket, plan_buckets
 from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches.families import Head, Route
@@ -37,7 +37,7 @@ _REPLACED = ("attention_mask", *CACHE_NAMES, "use_cache", "num_items_in_batch", 
 
 
 # numpy on the lengths of a batch: nothing that a compiler could trace.
-_plan_on_the_host: Callable[..., Plan] = torch.compiler.disable(plan_buckets)
+_plan_on_the_host: Any = torch.compiler.disable(plan_buckets)
 
 
 class UnpackedForward:
