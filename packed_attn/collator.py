@@ -101,6 +101,7 @@ class PackedCollator:
         layout = DocumentLayout.from_lengths(lengths, padding=padding)
         if total >= COMPILED_TOKENS:
             _number_tokens(layout)
+        _ = layout.padding_tokens  # per token, which a compiled model reads
         _check_positions(rows, layout)
         # One copy a token, which widens narrow tokens on the way.
         input_ids = np.empty(total, np.int64)

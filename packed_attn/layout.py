@@ -307,12 +307,13 @@ class DocumentLayout:
         return self._forest().path(document) if self.is_forest else (document,)
 
     def per_token(self, per_document: Tensor) -> Tensor:
-        """`[num_documents]` spread over the tokens: `[total_tokens]`."""
+        """`[num_documents]` spread over the tokens: `[total_tokens]`; entries past are not read."""
         if self.num_documents == 0:
             return per_document.new_zeros(self.total_tokens)
         if self._is_known_on_host() and not per_document.dtype.is_floating_point:
             # In the collator, once a batch: many times faster than one look-up a token.
-            return torch.from_numpy(np.repeat(per_document.numpy(), self.lengths))
+            known = per_document.numpy()[: self.num_documents]
+            return torch.from_numpy(np.repeat(known, self.lengths))
         return per_document[self.document_ids.long()]
 
     def visibility(
@@ -387,6 +388,25 @@ class DocumentLayout:
             self.prefix(kind.get("prefix_lengths"))
         return self
 
+    def traced(self) -> DocumentLayout:
+        """The same documents as a compiler should see them: always with `padding`, and nothing that
+        is known on the host, so that other boundaries compile nothing new. A forest is itself.
+
+        Reads `padding_tokens` where they are made (`PackedCollator`, `prepare`), and then no tensor
+        but those of one entry a token and `cu_seqlens`.
+        """
+        if self.is_forest:
+            return self
+        if self.total_tokens and "padding_tokens" in self._derived:
+            # An empty document takes a neighbour's flag, and has no token that could tell.
+            begin = self.cu_seqlens[:-1].long().clamp(max=self.total_tokens - 1)
+            padding = self._derived["padding_tokens"][begin]
+        elif self.padding is not None:
+            padding = self.padding
+        else:
+            padding = torch.zeros_like(self.cu_seqlens[:-1], dtype=torch.bool)
+        return DocumentLayout(self.cu_seqlens, self.total_tokens, None, padding)
+
     def to(
         self, device: torch.device | str | int, non_blocking: bool = False, **_: Any
     ) -> DocumentLayout:
@@ -428,20 +448,28 @@ class DocumentLayout:
         return f"DocumentLayout({', '.join(kinds)})"
 
     def _once(self, key: Any, make: Any) -> Any:
-        if key not in self._derived:
-            self._derived[key] = make()
-        return self._derived[key]
+        if key in self._derived:
+            return self._derived[key]
+        made = make()
+        # A compiler that sees the layout change compiles anew for other numbers of documents. It
+        # makes this once in a graph all the same: equal computations are one.
+        if not torch.compiler.is_compiling():
+            self._derived[key] = made
+        return made
 
     def _one_of_few(self, key: tuple[Any, ...], make: Any) -> Any:
         """`_once` for what callers make keys of: the oldest of its kind makes room."""
-        if key not in self._derived:
+        if key not in self._derived and not torch.compiler.is_compiling():
             kept = [k for k in self._derived if isinstance(k, tuple) and k[0] == key[0]]
             if len(kept) >= KEPT_MASKS:
                 del self._derived[kept[0]]
         return self._once(key, make)
 
     def _is_known_on_host(self) -> bool:
-        """Whether the layout lives on the CPU and its lengths have been read."""
+        """Whether the layout lives on the CPU and its lengths have been read; a compiler that read
+        them would compile anew for every batch."""
+        if torch.compiler.is_compiling():
+            return False
         return self.device.type == "cpu" and "lengths" in self._derived
 
     def _document_ids(self) -> Tensor:
@@ -449,23 +477,23 @@ class DocumentLayout:
             number = np.arange(self.num_documents, dtype=np.int32)
             return torch.from_numpy(np.repeat(number, self.lengths))
         token = torch.arange(self.total_tokens, dtype=torch.int32, device=self.device)
-        # The number of documents that have ended by this token; empty documents drop out.
-        return torch.searchsorted(self.cu_seqlens[1:], token, right=True, out_int32=True)
+        # The number of documents that have begun by this token; empty documents drop out.
+        return torch.searchsorted(self.cu_seqlens, token, right=True, out_int32=True) - 1
 
     def _position_ids(self) -> Tensor:
         if self._is_known_on_host() and not self.is_forest:
             return torch.from_numpy(_count_up(self.lengths, self.total_tokens))
         token = torch.arange(self.total_tokens, device=self.device)
-        place = token - self.per_token(self.cu_seqlens[:-1].long())
+        place = token - self.per_token(self.cu_seqlens.long())
         if self.is_forest:
             place = place + self.per_token(self.forest_tensors().path_offset)
         return place
 
     def _document_starts(self) -> Tensor:
-        # One place more: where empty documents at the end of the stream begin.
-        starts = torch.zeros(self.total_tokens + 1, dtype=torch.bool, device=self.device)
-        starts[self.cu_seqlens[:-1].long()] = True
-        return starts[:-1]
+        ids = self.document_ids
+        starts = torch.ones_like(ids, dtype=torch.bool)
+        starts[1:] = ids[1:] != ids[:-1]
+        return starts
 
     def _document_ends(self) -> Tensor:
         # The token before a document's first; the stream's last token ends its last document.

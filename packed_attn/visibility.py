@@ -99,7 +99,7 @@ def build_visibility(
         query_start = torch.maximum(query_start, under - right)
     if prefix_lengths is not None:
         prefix = prefix_tensor(prefix_lengths, queries)
-        prefix_stop = q.per_token(torch.minimum(k.begin + prefix, k.end))
+        prefix_stop = torch.minimum(q.per_token(k.begin) + q.per_token(prefix), q.per_token(k.end))
         key_stop = torch.maximum(key_stop, prefix_stop)
         query_start = torch.where(k.place < k.per_token(prefix), query_begin, query_start)
     if chunk_size is not None:
@@ -169,7 +169,10 @@ def _checked_prefix(prefix_lengths: Sequence[int] | Tensor, layout: DocumentLayo
 def _runs_kernels(device: torch.device) -> bool:
     """Whether the kernels of `packed_attn_kernels.bookkeeping` make the vectors: on CUDA where
     triton is installed, and on the CPU once the kernels are loaded interpreted. Elsewhere the torch
-    operators of this file do, which are their specification. Imports neither."""
+    operators of this file do, which are their specification, and under a compiler, which makes one
+    kernel of them by itself. Imports neither."""
+    if torch.compiler.is_compiling():
+        return False
     if device.type == "cuda":
         return HAS_TRITON
     rules = sys.modules.get("packed_attn_kernels.rules")
@@ -226,7 +229,8 @@ def _deciding_halves(
 
 @dataclass(frozen=True, eq=False)
 class _Side:
-    """Begins, ends and lengths per document of one side, and how to spread them over tokens."""
+    """Begins, ends and lengths per document of one side and an entry past them, and how to spread
+    them over tokens."""
 
     layout: DocumentLayout
     begin: Tensor
@@ -236,7 +240,10 @@ class _Side:
 
     @staticmethod
     def of(layout: DocumentLayout) -> _Side:
-        begin, end = layout.cu_seqlens[:-1].long(), layout.cu_seqlens[1:].long()
+        # One entry past the documents, which no token reads: a compiler takes a vector of a single
+        # entry for a shape of its own, and compiles anew for a pack of one document.
+        begin = layout.cu_seqlens.long()
+        end = begin.roll(-1)
         token = torch.arange(layout.total_tokens, device=layout.device)
         return _Side(layout, begin, end, end - begin, token - layout.per_token(begin))
 
@@ -286,11 +293,9 @@ def _forest_hull(
 
 def _hidden_documents(queries: DocumentLayout, keys: DocumentLayout) -> Tensor | None:
     """bool `[num_documents]`: padding on either side, which takes both halves of the rule."""
-    sides = {id(layout): layout for layout in (queries, keys) if layout.padding is not None}
-    padding = [layout.padding for layout in sides.values() if layout.padding is not None]
-    if not padding:
-        return None
-    return padding[0] if len(padding) == 1 else padding[0] | padding[1]
+    if keys is queries or keys.padding is None:
+        return queries.padding
+    return keys.padding if queries.padding is None else queries.padding | keys.padding
 
 
 def _settled(

@@ -191,6 +191,35 @@ def test_shared_prefixes_give_the_same_loss_and_gradients(family: str, side: str
     assert relative(got, want) <= 1e-5
 
 
+def test_rows_without_padding_share_too() -> None:
+    """A group of rollouts that all ran to the limit: a mask of ones."""
+    model, generator = tiny_model("llama").train(), torch.Generator().manual_seed(5)
+    prompt = torch.randint(3, 150, (20,), generator=generator)
+    answers = torch.randint(3, 150, (4, 7), generator=generator)
+    ids = torch.cat([prompt.expand(4, -1), answers], dim=1)
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
+    want_logits, want_loss, want = run(model, batch)
+    patch_model(model, padding_free=True, share_prefixes=True)
+    seen: list[int] = []
+    layer = model.model.layers[0]
+    layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    logits, loss, got = run(model, batch)
+    assert seen == [20 + 4 * 7]
+    assert relative({"logits": logits}, {"logits": want_logits}) <= 1e-5
+    assert loss.item() == pytest.approx(want_loss.item(), rel=1e-6)
+    assert relative(got, want) <= 1e-5
+
+
+def test_packs_beside_a_mask_of_ones_stay_packs() -> None:
+    """Boundaries inside rows say more than a mask that hides nothing."""
+    model = patch_model(tiny_model("llama"), padding_free=True, share_prefixes=True).train()
+    plain = patch_model(tiny_model("llama")).train()
+    ids = torch.arange(3, 23).view(2, 10)
+    position_ids = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5], [*range(7), 0, 1, 2]])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": position_ids}
+    assert torch.equal(model(**batch).logits, plain(**batch).logits)
+
+
 def test_positions_must_agree_where_tokens_are_shared() -> None:
     model = patch_model(tiny_model("llama"), padding_free=True, share_prefixes=True).train()
     batch = pair_rows("left")

@@ -211,6 +211,23 @@ def test_two_models_from_one_config_object() -> None:
     assert first.config._attn_implementation == "packed_attn"
 
 
+@pytest.mark.parametrize("stock", ["sdpa", "eager"])
+def test_a_reference_built_like_a_patched_policy(stock: str) -> None:
+    """TRL hands the policy's attention implementation to the reference that it loads."""
+    torch.manual_seed(0)
+    policy = AutoModelForCausalLM.from_config(tiny_config("llama"), attn_implementation=stock)
+    before = stock_results(policy.eval())
+    name = patch_model(policy).config._attn_implementation
+    reference = AutoModelForCausalLM.from_config(tiny_config("llama"), attn_implementation=name)
+    reference.eval().load_state_dict(policy.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(before, stock_results(reference)))
+    docs = documents()
+    assert close(patch_model(reference)(**packed(docs)).logits[0], alone(policy, docs))
+    unpatch_model(reference)
+    assert reference.config._attn_implementation == name
+    assert all(torch.equal(a, b) for a, b in zip(before, stock_results(reference)))
+
+
 @pytest.mark.parametrize("clone", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_is_patched_and_independent(clone: Any) -> None:
     model = patch_model(tiny_model("llama"))

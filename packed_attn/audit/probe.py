@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -191,11 +190,10 @@ def _substituted(
 
 def _layout(batch: Mapping[str, Any]) -> DocumentLayout:
     """The documents of a live batch, read as a patched model reads them."""
-    from packed_attn_patches.inputs import packed_layout
+    from packed_attn_patches.inputs import BatchShape, packed_layout
 
-    ids: Tensor = batch["input_ids"]
-    shape = SimpleNamespace(rows=ids.shape[0], tokens=ids.shape[1], device=ids.device)
-    layout = packed_layout(shape, batch)
+    shape = BatchShape.of(batch)
+    layout = None if shape is None else packed_layout(shape, batch)
     if layout is None:
         raise ValueError(
             f"the batch tells no documents apart, it has {sorted(batch)}: give layout, "

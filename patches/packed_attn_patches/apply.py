@@ -27,7 +27,7 @@ from packed_attn_patches.families import (
     runs_on_pairs,
 )
 from packed_attn_patches.inputs import LayoutHook
-from packed_attn_patches.interface import NAMES
+from packed_attn_patches.interface import NAMES, stock_of
 from packed_attn_patches.padding_free import PackRows, PadRows
 from packed_attn_patches.pairs import PairedForward, PairHook
 from packed_attn_patches.unpack import UnpackedForward
@@ -273,8 +273,9 @@ def _replace_configs(model: PreTrainedModel, record: PatchRecord) -> None:
     memo: dict[int, Any] = {}
     copies = {id(c): copy.deepcopy(c, memo) for _, _, c in record.configs}
     for _, _, config in record.configs:
-        if config._attn_implementation is not None:
-            copies[id(config)]._attn_implementation_internal = NAMES[config._attn_implementation]
+        stock = stock_of(config._attn_implementation)
+        if stock is not None:
+            copies[id(config)]._attn_implementation_internal = NAMES[stock]
     for path, name, config in record.configs:
         setattr(model.get_submodule(path), name, copies[id(config)])
 

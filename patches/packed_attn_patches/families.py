@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
-from packed_attn_patches.interface import NAMES
+from packed_attn_patches.interface import NAMES, stock_of
 
 
 class UnknownModelType(NotImplementedError):
@@ -276,7 +276,7 @@ def runs_on_pairs(model: nn.Module) -> bool:
 def _check_implementation(model: PreTrainedModel) -> None:
     """An attention implementation that has documents alone to be equal to."""
     config: Any = model.config
-    stock = config._attn_implementation
+    stock = stock_of(config._attn_implementation)
     if stock not in NAMES:
         known = ", ".join(NAMES)
         raise _refused(model, f"its attention implementation {stock!r} is not one of {known}")

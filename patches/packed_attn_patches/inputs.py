@@ -60,9 +60,14 @@ class LayoutHook:
         if is_empty_mask(kwargs.get("attention_mask")) and kwargs.get("layout") is not None:
             return None  # an outer model's hook has done it
         kwargs = named(module, args, kwargs)
-        batch = _Batch.of(kwargs)
-        layout = None if batch is None else packed_layout(batch, self._counted_from_0(kwargs))
-        if batch is None or layout is None:
+        batch = BatchShape.of(kwargs)
+        if batch is None:
+            return (), kwargs
+        # Unpacking reads lengths, so a compiler breaks the graph there in any case.
+        traced = torch.compiler.is_compiling() and not self.unpacked
+        read = _traced_layout if traced and kwargs.get("layout") is not None else packed_layout
+        layout = read(batch, self._counted_from_0(kwargs))
+        if layout is None:
             return (), kwargs
         return (), self._packed(module, kwargs, batch, layout)
 
@@ -71,12 +76,11 @@ class LayoutHook:
         ids = kwargs.get("position_ids")
         if not self.first_position or ids is None or ids.ndim != 2:
             return kwargs
-        if int(ids[0, 0]) != self.first_position:
-            return kwargs
-        return {**kwargs, "position_ids": (ids - self.first_position).clamp(min=0)}
+        counts_on = ids[:1, :1] == self.first_position
+        return {**kwargs, "position_ids": (ids - counts_on * self.first_position).clamp(min=0)}
 
     def _packed(
-        self, module: nn.Module, kwargs: dict[str, Any], batch: _Batch, layout: DocumentLayout
+        self, module: nn.Module, kwargs: dict[str, Any], batch: BatchShape, layout: DocumentLayout
     ) -> dict[str, Any]:
         if self.unpacked and layout.is_forest:
             raise NotImplementedError(
@@ -110,14 +114,14 @@ def _balances_experts(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
     return bool(getattr(module.config, "output_router_logits", False) if asked is None else asked)
 
 
-def _real_mask(batch: _Batch, layout: DocumentLayout) -> Tensor | None:
+def _real_mask(batch: BatchShape, layout: DocumentLayout) -> Tensor | None:
     """A 0/1 mask `[rows, tokens]` of the tokens that are not padding; None where all are real."""
     padding = layout.padding_tokens
     return None if padding is None else (~padding).long().view(batch.rows, batch.tokens)
 
 
 @dataclass(frozen=True)
-class _Batch:
+class BatchShape:
     """Shape and device of a forward's tokens."""
 
     rows: int
@@ -125,22 +129,22 @@ class _Batch:
     device: torch.device
 
     @staticmethod
-    def of(kwargs: Mapping[str, Any]) -> _Batch | None:
+    def of(kwargs: Mapping[str, Any]) -> BatchShape | None:
         for name in ("input_ids", "inputs_embeds"):
             x = kwargs.get(name)
             if x is not None:
-                return _Batch(x.shape[0], x.shape[1], x.device)
+                return BatchShape(x.shape[0], x.shape[1], x.device)
         return None
 
 
 def rows_and_layout(kwargs: Mapping[str, Any]) -> tuple[int, DocumentLayout] | None:
     """(rows, the layout on the tokens' device) of a packed forward, or None for any other."""
-    batch = _Batch.of(kwargs)
+    batch = BatchShape.of(kwargs)
     layout = None if batch is None else packed_layout(batch, kwargs)
     return None if batch is None or layout is None else (batch.rows, layout.to(batch.device))
 
 
-def packed_layout(batch: Any, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+def packed_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
     """The layout of a packed forward, or None for one that is not packed.
 
     Raises:
@@ -153,27 +157,61 @@ def packed_layout(batch: Any, kwargs: Mapping[str, Any]) -> DocumentLayout | Non
         _refuse_restarts_of_rotary_ids(kwargs)
         return None
     name, layout = next(iter(found.items()))
+    _check_total(name, layout, batch)
+    _check_rows(name, layout, batch)
+    _check_agreement(name, layout, found)
+    _check_positions(name, layout, batch, kwargs)
+    _check_mask(name, layout, kwargs)
+    _check_cache(name, kwargs)
+    return layout
+
+
+def _traced_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout:
+    """The layout of a forward that is being compiled: lengths are not read, which would compile
+    anew for every batch, and what is to be checked is asserted where the tensors are."""
+    layout: DocumentLayout = kwargs["layout"].traced()
+    _check_total("layout", layout, batch)
+    _check_positions("layout", layout, batch, kwargs)
+    _check_cache("layout", kwargs)
+    begins = layout.document_ids.view(batch.rows, batch.tokens)[1:, 0]
+    before = layout.document_ids.view(batch.rows, batch.tokens)[:-1, -1]
+    _assert(begins != before, "layout has a document that crosses from one row to the next")
+    mask = _plain_mask(kwargs)
+    if mask is not None:
+        _assert(mask <= 1, "attention_mask has segments beside a layout: leave it out")
+        hidden = layout.padding_tokens
+        seen = mask != 0 if hidden is None else (mask != 0) | hidden.view_as(mask)
+        _assert(seen, "attention_mask hides tokens that are no padding of the layout")
+    return layout
+
+
+def _assert(agree: Tensor, message: str) -> None:
+    """Raises on the device, where reading the answer would wait for it or break a graph."""
+    torch.ops.aten._assert_async.msg(agree.all(), message)
+
+
+def _check_total(name: str, layout: DocumentLayout, batch: BatchShape) -> None:
+    """Every token is in a document."""
     if layout.total_tokens != batch.rows * batch.tokens:
         raise ValueError(
             f"{name} covers {layout.total_tokens} tokens, but the batch has "
             f"{batch.rows} x {batch.tokens}"
         )
-    _check_rows(name, layout, batch)
-    _check_agreement(name, layout, found)
-    _check_positions(name, layout, batch, kwargs)
-    _check_mask(name, layout, kwargs)
+
+
+def _check_cache(name: str, kwargs: Mapping[str, Any]) -> None:
+    """Nothing came before the documents."""
     for cache_name in CACHE_NAMES:
         cache = kwargs.get(cache_name)
         if cache is not None and cache.get_seq_length() > 0:
             raise ValueError(f"{name} packs documents, but {cache_name} already holds tokens")
-    return layout
 
 
-def _from_layout(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+def _from_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
     return kwargs.get("layout")
 
 
-def _from_cu_seqlens(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+def _from_cu_seqlens(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
     if kwargs.get("layout") is not None:
         return None  # the collator wrote both, and a second reading would wait for the device
     for name in ("cu_seq_lens_q", "cu_seqlens"):
@@ -184,13 +222,13 @@ def _from_cu_seqlens(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout
     return None
 
 
-def _from_seq_idx(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+def _from_seq_idx(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
     if kwargs.get("layout") is not None or kwargs.get("seq_idx") is None:
         return None
     return DocumentLayout.from_document_ids(kwargs["seq_idx"])
 
 
-def _from_segment_mask(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+def _from_segment_mask(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
     """An attention_mask of segment numbers, such as 1 1 2 2 2 0."""
     mask = _plain_mask(kwargs)
     if mask is None or mask.dtype == torch.bool or mask.dtype.is_floating_point:
@@ -200,7 +238,7 @@ def _from_segment_mask(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayo
     return DocumentLayout.from_attention_mask(mask)
 
 
-def _from_position_ids(batch: _Batch, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
+def _from_position_ids(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
     """position_ids that restart between two tokens that the mask keeps."""
     position_ids = kwargs.get("position_ids")
     if kwargs.get("layout") is not None or position_ids is None or position_ids.ndim != 2:
@@ -236,7 +274,7 @@ def _refuse_restarts_of_rotary_ids(kwargs: Mapping[str, Any]) -> None:
 
 
 # In the order in which they are believed; all that are present must agree.
-_CONVENTIONS: dict[str, Callable[[_Batch, Mapping[str, Any]], DocumentLayout | None]] = {
+_CONVENTIONS: dict[str, Callable[[BatchShape, Mapping[str, Any]], DocumentLayout | None]] = {
     "layout": _from_layout,
     "cu_seqlens": _from_cu_seqlens,
     "seq_idx": _from_seq_idx,
@@ -250,12 +288,12 @@ def _plain_mask(kwargs: Mapping[str, Any]) -> Tensor | None:
     return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
 
-def _real_tokens(batch: _Batch, kwargs: Mapping[str, Any]) -> Tensor | None:
+def _real_tokens(batch: BatchShape, kwargs: Mapping[str, Any]) -> Tensor | None:
     mask = _plain_mask(kwargs)
     return None if mask is None else (mask != 0).expand(batch.rows, -1)
 
 
-def _check_rows(name: str, layout: DocumentLayout, batch: _Batch) -> None:
+def _check_rows(name: str, layout: DocumentLayout, batch: BatchShape) -> None:
     """Documents end at row ends."""
     if batch.rows == 1:
         return
@@ -289,7 +327,7 @@ def _check_mask(name: str, layout: DocumentLayout, kwargs: Mapping[str, Any]) ->
 
 
 def _check_positions(
-    name: str, layout: DocumentLayout, batch: _Batch, kwargs: Mapping[str, Any]
+    name: str, layout: DocumentLayout, batch: BatchShape, kwargs: Mapping[str, Any]
 ) -> None:
     """position_ids count as the layout does; padding may count as it likes."""
     position_ids = kwargs.get("position_ids")
@@ -301,9 +339,8 @@ def _check_positions(
     if padding is not None:
         agree |= padding.view_as(agree)
     message = f"position_ids contradict {name}: positions restart at other tokens"
-    if agree.is_cuda:
-        # Checked on the device: reading the answer here would make every step wait for it.
-        torch.ops.aten._assert_async.msg(agree.all(), message)
+    if agree.is_cuda or torch.compiler.is_compiling():
+        _assert(agree, message)
     elif not bool(agree.all()):
         raise ValueError(message)
 

@@ -51,6 +51,16 @@ def empty_mask(batch_size: int, layout: DocumentLayout, backend: str) -> Tensor:
     return mask
 
 
+def stock_of(implementation: str | None) -> str | None:
+    """The stock implementation behind one of our names, or the name as it is.
+
+    A trainer that builds a reference model "like the policy" hands it the policy's name, so a model
+    may have ours before it is patched.
+    """
+    ours = {name: stock for stock, name in NAMES.items()}
+    return implementation if implementation is None else ours.get(implementation, implementation)
+
+
 def is_empty_mask(mask: Any) -> bool:
     """Whether `mask` marks a packed forward."""
     return isinstance(mask, Tensor) and mask.ndim == 4 and mask.numel() == 0
@@ -97,10 +107,11 @@ def packed_attention_forward(
             f"packed-attn: {type(module).__name__} looks both ways, so a shared prefix would see "
             "what follows it: it takes plain packs, but no forest (parents)"
         )
+    dtype = _compute_dtype(value)
     out = attention(
-        _stream(query),
-        _stream(key),
-        _stream(value),
+        _stream(query.to(dtype)),
+        _stream(key.to(dtype)),
+        _stream(value.to(dtype)),
         layout,
         backend=packed_attn_backend,
         **options,
@@ -116,6 +127,16 @@ def packed_mask(*args: Any, stock: str, **kwargs: Any) -> Any:
 def _stream(x: Tensor) -> Tensor:
     """`[B, heads, T, head_dim]` -> `[B * T, heads, head_dim]`, a view where strides allow."""
     return x.transpose(1, 2).flatten(0, 1)
+
+
+def _compute_dtype(value: Tensor) -> torch.dtype:
+    """The dtype of attention where rotary embeddings and norms in float32 leave q and k in another
+    than v: autocast's, as torch's own attention does; without it v's, which comes straight from a
+    projection as the output goes straight into one."""
+    device = value.device.type
+    if torch.is_autocast_enabled(device) and value.dtype != torch.float64:
+        return torch.get_autocast_dtype(device)
+    return value.dtype
 
 
 def _translated(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:

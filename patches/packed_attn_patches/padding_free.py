@@ -25,7 +25,7 @@ from transformers.utils.generic import ModelOutput
 
 from packed_attn.layout import DocumentLayout
 from packed_attn.packing.forest import plan_forest
-from packed_attn_patches.inputs import CACHE_NAMES, named
+from packed_attn_patches.inputs import CACHE_NAMES, BatchShape, named, packed_layout
 
 ROWS = "packed_attn_rows"
 # Tokens that sharing a beginning must save: every document costs edge tiles of its own.
@@ -140,8 +140,10 @@ class PackRows:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         kwargs = named(module, args, kwargs)
         mask = kwargs.get("attention_mask")
-        if not _is_padded_training(module, kwargs) or not isinstance(mask, Tensor):
+        if not _is_rows_in_training(module, kwargs) or not isinstance(mask, Tensor):
             return None
+        if not self.share_prefixes and not bool((mask == 0).any()):
+            return None  # nothing to leave out
         rows = self._rows(mask, kwargs)
         if not rows.tokens.numel():
             return None
@@ -179,15 +181,17 @@ class PadRows:
         return rows.padded(output)
 
 
-def _is_padded_training(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Rows beside a 2-D mask with zeros, and no cache to fill: generation stays as it is."""
-    mask = kwargs.get("attention_mask")
-    if not isinstance(mask, Tensor) or mask.ndim != 2 or kwargs.get("layout") is not None:
+def _is_rows_in_training(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
+    """Rows beside a 2-D mask of 0 and 1, and no cache to fill: generation stays as it is."""
+    mask, shape = kwargs.get("attention_mask"), BatchShape.of(kwargs)
+    if not isinstance(mask, Tensor) or mask.ndim != 2 or shape is None:
         return False
     fills_a_cache = any(kwargs.get(name) is not None for name in CACHE_NAMES)
     fills_a_cache |= not module.training and kwargs.get("use_cache") is not False
-    # A mask of integer segments says more than real or not; the layout hook reads it.
-    return not fills_a_cache and bool((mask == 0).any()) and bool((mask <= 1).all())
+    if fills_a_cache or not bool((mask <= 1).all()):
+        return False
+    # Boundaries inside rows say more than real or not; the layout hook reads them.
+    return packed_layout(shape, kwargs) is None
 
 
 def _counted(lengths: np.ndarray) -> np.ndarray:

@@ -44,6 +44,10 @@ _OTHER_STREAM = (
 REPLACED = ("attention_mask", *CACHE_NAMES, "use_cache", "num_items_in_batch", "return_dict")
 
 
+# numpy on the lengths of a batch: nothing that a compiler could trace.
+_plan_on_the_host: Any = torch.compiler.disable(plan_buckets)
+
+
 class UnpackedForward:
     """A model's forward that runs packed batches document by document, in batches by length.
 
@@ -138,7 +142,7 @@ class _Unpacked:
     def calls(self) -> Iterator[tuple[Bucket, dict[str, Any]]]:
         """The keyword arguments of each forward."""
         layout = self.layout.to("cpu")
-        plan = plan_buckets(
+        plan = _plan_on_the_host(
             layout.cu_seqlens,
             layout.padding,
             pad_lengths=self.forward.route is not Route.UNPACK,
