@@ -196,6 +196,13 @@ def test_inner_models(stock: Any) -> None:
         model.get_decoder()(**source, encoder_hidden_states=got[None])
 
 
+@pytest.mark.parametrize("head", ["sequence", "token"])
+def test_classifiers_of_t5gemma(head: str) -> None:
+    """They shift their sources into targets, and set use_cache themselves."""
+    outcome = sweep_type(head, "t5gemma")
+    assert outcome.status == "exact", outcome
+
+
 @pytest.mark.parametrize("cls", [BartForSequenceClassification, T5ForSequenceClassification])
 def test_heads_of_a_sequence_make_their_own_targets(cls: Any) -> None:
     """A pack of sources gives a row a document, pooled at its own end token."""

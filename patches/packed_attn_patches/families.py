@@ -44,6 +44,7 @@ class Head:
 # Heads by the ending of their class's name; what ends otherwise shifts its labels.
 _SEQUENCE = ("ForSequenceClassification",)
 _UNSHIFTED = ("ForMaskedLM", "ForTokenClassification")
+_CLASSIFIERS = (*_SEQUENCE, "ForTokenClassification")
 # Heads whose outputs or losses are of a whole row, and that no unpacking was made for.
 _REFUSED = (
     "ForQuestionAnswering",
@@ -269,8 +270,8 @@ def is_encoder_decoder(model: nn.Module) -> bool:
 
 
 def runs_on_pairs(model: nn.Module) -> bool:
-    """Whether a batch packs targets beside sources; a head of a sequence makes its own targets."""
-    return is_encoder_decoder(model) and not head_of(model).per_document
+    """Whether a batch packs targets beside sources; a classifier makes targets of its sources."""
+    return is_encoder_decoder(model) and not _ends(model, _CLASSIFIERS)
 
 
 def _check_implementation(model: PreTrainedModel) -> None:

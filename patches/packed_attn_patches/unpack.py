@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from packed_attn.buckets import Bucket, plan_buckets
 from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
-from packed_attn_patches.families import Head, Route
+from packed_attn_patches.families import Head, Route, is_encoder_decoder
 from packed_attn_patches.inputs import CACHE_NAMES
 
 # Tokens in one forward: beyond it a batch is as efficient as it gets, and only memory grows.
@@ -116,7 +116,10 @@ class _Unpacked:
                 "belong to: call an encoder-decoder with both sides"
             )
         rows, tokens = shaped.shape[:2]
-        others: dict[str, Any] = {"use_cache": False}
+        others: dict[str, Any] = {}
+        # Classifiers of encoder-decoders say it themselves, and may not be told a second time.
+        if "use_cache" in forward.__signature__.parameters or not is_encoder_decoder(forward.model):
+            others["use_cache"] = False
         per_token: dict[str, Tensor] = {}
         labels = kwargs.get("labels") if forward.head.per_document else None
         for name, value in kwargs.items():
