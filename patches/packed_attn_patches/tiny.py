@@ -176,6 +176,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "muse_spark_audio": {"patch_sizes": (2, 2), "hidden_sizes": (32, 64), "depths": (1, 1)},
     "paddleocr_vl_text": {"rope_parameters": _ROPE_3D},
+    "perceiver": {"num_latents": 16, "d_latents": 64, "num_self_attends_per_block": 2},
     "prophetnet": {"num_encoder_layers": LAYERS},
     "qwen2_5_omni_text": {"rope_parameters": _ROPE_3D},
     "qwen2_5_vl_text": {"rope_parameters": _ROPE_3D},
