@@ -5,7 +5,8 @@
 Each type is a tiny random model in a child process with a memory and a time limit. Its documents
 are run alone on the stock model and then packed on the patched one, under every convention, in
 training and with checkpointing (see `tests/sweep.py`). Prints a line for each type that is not
-exact and a table of counts, and writes all outcomes as JSON. Exit status 1 when a type is wrong.
+exact and a table of counts, and writes all outcomes as JSON, beside those of other heads and types
+that the file has from the same versions. Exit status 1 when a type is wrong.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the outcomes go")
     options = parser.parse_args(arguments)
     outcomes: list[Outcome] = []
+    kept = _kept(options.json)
     for head in options.head:
         types = [t for t in model_types(head) if not options.types or t in options.types]
         found = in_children(
@@ -54,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"[{head} {number}/{len(types)}] {model_type}", file=sys.stderr, flush=True)
             if outcome.status != "exact":
                 print(f"{head} {model_type}: {outcome.status}. {_why(outcome)}", flush=True)
-            _write(options.json, outcomes)
+            _write(options.json, kept, outcomes)
     print(table(outcomes))
     return int(any(o.status == "wrong" for o in outcomes))
 
@@ -86,11 +88,25 @@ def _why(outcome: Outcome) -> str:
     return outcome.reason or str(bad)
 
 
-def _write(path: Path, outcomes: Sequence[Outcome]) -> None:
+def _kept(path: Path) -> list[dict[str, Any]]:
+    """The outcomes of an earlier run of the same versions."""
+    if not path.exists():
+        return []
+    report = json.loads(path.read_text())
+    versions = machine_facts("torch", "transformers")
+    same = all(report["machine"][n] == versions[n] for n in ("torch", "transformers"))
+    return report["outcomes"] if same else []
+
+
+def _write(path: Path, kept: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]) -> None:
+    """All outcomes by head and type; those of this run in place of earlier ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    every = {(o["head"], o["model_type"]): o for o in kept}
+    every |= {(o.head, o.model_type): o.to_dict() for o in outcomes}
+    heads = list(HEADS)
     report: dict[str, Any] = {
         "machine": machine_facts("torch", "transformers"),
-        "outcomes": [outcome.to_dict() for outcome in outcomes],
+        "outcomes": [every[key] for key in sorted(every, key=lambda k: (heads.index(k[0]), k[1]))],
     }
     path.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -19,6 +19,7 @@ from packed_attn_patches.tiny import tiny_model
 from torch import Tensor, nn
 
 from packed_attn import PackedCollator, patch_model, unpatch_model
+from packed_attn.audit.embeddings import input_embeddings
 from tests.exactness import documents, stock_outcomes
 
 # Two pairs of like length, which unpacking pads to one batch each, and a single token.
@@ -270,7 +271,7 @@ def _gradient_outside(
         embedded.append((given, leaf))
         return (leaf.clone(), *whole[1:]) if isinstance(output, tuple) else leaf.clone()
 
-    handle = model.get_input_embeddings().register_forward_hook(note, with_kwargs=True)
+    handle = input_embeddings(model).register_forward_hook(note, with_kwargs=True)
     try:
         outputs = _rows(model(**{**packed, "input_ids": ids}))[rows]
     finally:

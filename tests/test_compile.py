@@ -8,13 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+from packed_attn_patches import tiny
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 from transformers import Trainer
 
 from packed_attn import PackedCollator, pack_dataset, patch_model
-from tests.exactness import gradients
+from tests import exactness
+from tests.exactness import close, gradients, packed, relative, token_mean
 from tests.models import tiny_model
 from tests.test_trainer import arguments, documents
 
@@ -157,3 +159,31 @@ def test_other_boundaries_compile_nothing_new() -> None:
         for name, gradient in results[1].items():
             assert torch.equal(results[0][name], gradient), name
     assert counter.frame_count == 2
+
+
+# Plain attention, its norms, softcap and windows, sinks, experts, and a model that is unpacked.
+COMPILED = ("llama", "qwen3", "gemma2", "gpt_oss", "qwen3_moe", "mamba")
+
+
+@pytest.mark.parametrize(
+    "family", [COMPILED[0], *(pytest.param(f, marks=pytest.mark.slow) for f in COMPILED[1:])]
+)
+def test_compiled_families_are_exact(family: str) -> None:
+    """Logits, loss and gradients of a compiled pack are those of the documents alone."""
+    torch._dynamo.reset()
+    implementation = "eager" if family == "gemma2" else None
+    model: Any = tiny.tiny_model(family, attn_implementation=implementation).train()
+    docs = exactness.documents(lengths=(5, 1, 20))
+    want = torch.cat([model(input_ids=d[None]).logits[0] for d in docs]).detach()
+    loss = token_mean(model, docs)
+    loss.backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    patch_model(model)
+    compiled: Any = torch.compile(model, backend="aot_eager")
+    output = compiled(**packed(docs))
+    output.loss.backward()
+    assert torch._dynamo.utils.counters["stats"]["calls_captured"] > 0
+    assert close(output.logits[0].detach(), want)
+    assert output.loss.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert relative(gradients(model), wanted) <= 1e-4

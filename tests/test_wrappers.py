@@ -136,6 +136,33 @@ def test_learned_tokens_are_refused_by_name(kind: str) -> None:
         patch_model(model)
 
 
+@pytest.mark.parametrize(
+    "kind", ["PrefixTuningConfig", "PromptTuningConfig", "PromptEncoderConfig"]
+)
+@pytest.mark.parametrize(
+    "names", [("position_ids",), ("position_ids", "attention_mask"), ("layout",)]
+)
+@pytest.mark.parametrize("family", ["llama", pytest.param("bloom", marks=pytest.mark.slow)])
+def test_learned_tokens_after_the_patch_are_refused_by_the_model(
+    family: str, names: tuple[str, ...], kind: str
+) -> None:
+    """Prompt tuning drops position_ids: nothing in the forward inside tells the documents apart."""
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    model = patch_model(tiny_model(family, num_key_value_heads=4))
+    wrapped = peft.get_peft_model(model, config)
+    batch = packed(documents())
+    batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+    batch = {name: batch[name] for name in ("input_ids", "labels", *names)}
+    with pytest.raises(NotImplementedError, match=r"refuses PeftModel.*(PROMPT|PREFIX|P)_TUNING"):
+        wrapped(**batch)
+    ids = batch["input_ids"]
+    unpatch_model(model)
+    want = wrapped(input_ids=ids).logits
+    with pytest.raises(NotImplementedError, match="batches without packing"):
+        patch_model(wrapped)
+    assert torch.equal(wrapped(input_ids=ids).logits, want)
+
+
 class WithLoss(LlamaForCausalLM):
     """What users derive: a known model with something of its own around it."""
 

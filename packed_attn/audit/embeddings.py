@@ -92,13 +92,14 @@ def input_embeddings(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: there is none.
     """
-    getter = getattr(model, "get_input_embeddings", None)
-    if getter is not None:
-        try:
-            found = getter()
-        except NotImplementedError:
-            found = None
-        if isinstance(found, nn.Module):
+    # T5 names a module that its encoder shares the weight of and does not call.
+    get_encoder = getattr(model, "get_encoder", None)
+    encoder = None if get_encoder is None else get_encoder()
+    if getattr(encoder, "main_input_name", None) != "input_ids":
+        encoder = None
+    for owner in (encoder, model):
+        found = _named_embeddings(owner)
+        if found is not None:
             return found
     for module in model.modules():
         if isinstance(module, nn.Embedding):
@@ -107,3 +108,15 @@ def input_embeddings(model: nn.Module) -> nn.Module:
         f"an audit needs a model with token embeddings, but {type(model).__name__} has none: "
         "a model without a text path packs no documents"
     )
+
+
+def _named_embeddings(owner: Any) -> nn.Module | None:
+    """What a transformers model says that its token embeddings are."""
+    getter = getattr(owner, "get_input_embeddings", None)
+    if getter is None:
+        return None
+    try:
+        found = getter()
+    except NotImplementedError:
+        return None
+    return found if isinstance(found, nn.Module) else None

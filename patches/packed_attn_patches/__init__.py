@@ -6,6 +6,7 @@
     unpack.py      a whole model run on documents batched by length
     pairs.py       encoder-decoders: the same with source and target documents
     wrappers.py    what stands around a model: taken off, or refused
+    prompts.py     prompt and prefix tuning, refused by name
     apply.py       putting all of it on one model instance, and taking it off again
     tiny.py        tiny random models of every model type
     children.py    work on many types, each in a process of its own

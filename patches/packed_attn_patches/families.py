@@ -76,6 +76,9 @@ UNSHIFTED_TYPES = frozenset(
     }
 )
 
+# Token heads that count their loss where the attention_mask is 1, and so read the empty mask.
+_LOSS_READS_MASK = frozenset({"biogpt"})
+
 # fmt: off
 # Proven exact through the attention interface.
 INTERFACE = frozenset({
@@ -86,40 +89,51 @@ INTERFACE = frozenset({
     "gemma2", "gemma3_text", "gemma3n_text", "glm", "glm4", "glm4_moe", "glm4_moe_lite",
     "gpt-sw3", "gpt2", "gpt_bigcode", "gpt_neox", "gpt_oss", "granite", "granite_swa",
     "granitemoe", "granitemoe_swa", "granitemoeshared", "helium", "hrm_text",
-    "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3", "iquestcoder",
-    "jais2", "jetmoe", "kolibri1", "laguna", "llama", "llama4_text", "longcat_flash",
-    "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral", "ministral3", "mistral",
-    "mixtral", "modernbert-decoder", "nanochat", "nemotron", "olmo", "olmo2", "olmo3",
-    "olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3",
+    "hunyuan_v1_dense", "hunyuan_v1_moe", "hy_v3", "hyperclovax", "internlm3",
+    "iquestcoder", "jais2", "jetmoe", "kolibri1", "laguna", "llama", "llama4_text",
+    "longcat_flash", "mellum", "mimo_v2_flash", "minicpm3", "minimax_m2", "ministral",
+    "ministral3", "mistral", "mistral4", "mixtral", "modernbert-decoder", "nanochat",
+    "nemotron", "olmo", "olmo2", "olmo3", "olmoe", "openai_privacy_filter", "opt",
+    "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_asr",
     "qwen3_moe", "roc_bert", "seed_oss", "smollm3", "solar_open", "stablelm", "starcoder2",
     "vaultgemma", "youtu",
 })
 # Proven exact unpacked: outputs never depend on later tokens, so right padding reaches nothing.
 UNPACK_CAUSAL = frozenset({
-    "apertus1p5_text", "axk2", "bailing_hybrid", "bamba", "bart", "bigbird_pegasus",
-    "blenderbot", "blenderbot-small", "bloom", "codegen", "ctrl", "deepseek_v32",
-    "deepseek_v4", "doge", "dory", "dots3_note_text", "exaone", "falcon",
-    "falcon_h1", "falcon_mamba", "fuyu", "gemma3", "gemma4", "gemma4_text", "gemma4_unified",
-    "gemma4_unified_text", "glm4v", "glm_moe_dsa", "got_ocr2", "gpt_neo", "gpt_neox_japanese",
-    "gptj", "granitemoehybrid", "hy_v4", "idefics3", "inkling2_loop_text", "inkling2_text",
-    "inkling_text", "internvl", "jamba", "kimi_linear", "lara_mini", "lfm2", "lfm2_moe",
-    "lfm2_vl", "lfm3", "llava", "llava_next", "mamba", "mamba2", "marian", "mbart", "minimax",
-    "minimax_m3_vl_text", "mistral3", "moss_transcribe_diarize",
-    "mpt", "mvp", "nemotron_h", "olmo_hybrid", "openai-gpt", "pegasus", "phi4_multimodal",
-    "plbart", "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text",
-    "qwen3_5_text", "qwen3_next", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp_text",
-    "recurrent_gemma", "rwkv", "sarvam_mla", "sarvam_moe", "smolvlm", "trocr", "whisper",
-    "xglm", "zamba", "zamba2", "zaya",
+    "apertus1p5_text", "aria", "axk2", "aya_vision", "bailing_hybrid", "bamba", "bart",
+    "bigbird_pegasus", "blenderbot", "blenderbot-small", "bloom", "chameleon", "codegen",
+    "cohere2_vision", "cohere_compass", "cosmos3_edge", "cosmos3_omni", "ctrl",
+    "deepseek_ocr2", "deepseek_v32", "deepseek_v4", "deepseek_vl", "deepseek_vl_hybrid",
+    "doge", "dory", "dots3_note", "dots3_note_text", "emu3", "ernie4_5_vl_moe", "exaone",
+    "exaone4_5", "falcon", "falcon_h1", "falcon_mamba", "fuyu", "gemma3", "gemma4",
+    "gemma4_text", "gemma4_unified", "gemma4_unified_text", "glm46v", "glm4v", "glm4v_moe",
+    "glm5_next", "glm_moe_dsa", "glm_ocr", "glmga", "got_ocr2", "gpt_neo",
+    "gpt_neox_japanese", "gptj", "granite4_vision", "granite_docling", "granitemoehybrid",
+    "hunyuan_vl", "hy_v4", "hy_v4_vl", "hyperclovax_vision_v2", "idefics2", "idefics3",
+    "inkling2", "inkling2_loop", "inkling2_loop_text", "inkling2_text", "inkling_mm_model",
+    "inkling_text", "internvl", "jamba", "janus", "kimi_k25", "kimi_linear", "kosmos-2.5",
+    "lara_mini", "lfm2", "lfm2_moe", "lfm2_vl", "lfm3", "lfm3_vl", "lighton_ocr", "llama4",
+    "llava", "llava_next", "llava_next_video", "llava_onevision", "mamba", "mamba2",
+    "marian", "mbart", "minicpm_ocr", "minicpmv4_6", "minicpmv4_7", "minimax",
+    "minimax_m3_vl", "minimax_m3_vl_text", "mistral3", "mistral_large4", "mllama",
+    "moss_transcribe_diarize", "mpt", "muse_glimmer", "muse_spark", "mvp", "nemotron_h",
+    "nemotron_h_omni", "olmo_hybrid", "openai-gpt", "ovis2", "paddleocr_vl", "pegasus",
+    "phi4_multimodal", "plbart", "pp_chart2table", "qianfan_ocr", "qwen2_5_omni_thinker",
+    "qwen2_5_vl", "qwen2_vl", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text",
+    "qwen3_next", "qwen3_omni_moe_thinker", "qwen3_vl", "qwen3_vl_moe", "qwen4_exp",
+    "qwen4_exp_text", "recurrent_gemma", "rwkv", "sarvam_mla", "sarvam_moe", "shieldgemma2",
+    "smolvlm", "step3p7", "trocr", "unlimited_ocr", "video_llama_3", "video_llava",
+    "vipllava", "whisper", "xglm", "zamba", "zamba2", "zaya",
 })
 # Proven exact unpacked with a mask: encoders, and decoders that may be loaded as encoders.
 UNPACK_MASKED = frozenset({
-    "albert", "big_bird", "camembert", "data2vec-text", "deberta",
-    "deberta-v2", "distilbert", "esm", "eurobert", "flaubert", "gte", "ibert",
-    "jina_embeddings_v3", "layoutlm", "longformer", "markuplm",
-    "megatron-bert", "mobilebert", "modernbert", "modernvbert", "mpnet", "neomme",
-    "nomic_bert", "rembert", "roberta", "roberta-prelayernorm", "roformer", "squeezebert",
-    "tapas", "ultrabert", "ultravbert", "xlm", "xlm-roberta", "xlm-roberta-xl", "xlnet",
-    "xmod",
+    "albert", "big_bird", "camembert", "data2vec-text", "deberta", "deberta-v2",
+    "distilbert", "esm", "esmc", "eurobert", "flaubert", "gte", "ibert",
+    "jina_embeddings_v3", "layoutlm", "layoutlmv3", "lilt", "longformer", "luke",
+    "markuplm", "megatron-bert", "mobilebert", "modernbert", "modernvbert", "mpnet", "mt5",
+    "neomme", "nomic_bert", "rembert", "roberta", "roberta-prelayernorm", "roformer",
+    "squeezebert", "t5", "tapas", "ultrabert", "ultravbert", "umt5", "xlm", "xlm-roberta",
+    "xlm-roberta-xl", "xlnet", "xmod",
 })
 # Proven exact unpacked without any padding: what mixes tokens takes no mask.
 UNPACK_EQUAL = frozenset({
@@ -191,6 +205,8 @@ def route(model: nn.Module, on_unknown: str) -> Route:
     if model_type in UNPACK_MASKED:
         return Route.UNPACK_MASKED
     if model_type in UNPACK_CAUSAL:
+        return Route.UNPACK_CAUSAL
+    if model_type in _LOSS_READS_MASK and _ends(model, ("ForTokenClassification",)):
         return Route.UNPACK_CAUSAL
     if model_type in INTERFACE:
         _check_implementation(model)

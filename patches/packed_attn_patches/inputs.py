@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from packed_attn.collator import IGNORE_INDEX, without_first_labels
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches.interface import empty_mask, is_empty_mask
+from packed_attn_patches.prompts import refuse_calls_with_learned_tokens
 
 # Boundaries that the layout replaces; a layer that still saw them could act on them a second time.
 BOUNDARY_NAMES = (
@@ -60,6 +61,8 @@ class LayoutHook:
         if is_empty_mask(kwargs.get("attention_mask")) and kwargs.get("layout") is not None:
             return None  # an outer model's hook has done it
         kwargs = named(module, args, kwargs)
+        if kwargs.get("input_ids") is None or _filled_cache(kwargs) is not None:
+            refuse_calls_with_learned_tokens()
         batch = BatchShape.of(kwargs)
         if batch is None:
             return (), kwargs
@@ -201,10 +204,18 @@ def _check_total(name: str, layout: DocumentLayout, batch: BatchShape) -> None:
 
 def _check_cache(name: str, kwargs: Mapping[str, Any]) -> None:
     """Nothing came before the documents."""
-    for cache_name in CACHE_NAMES:
-        cache = kwargs.get(cache_name)
+    cache = _filled_cache(kwargs)
+    if cache is not None:
+        raise ValueError(f"{name} packs documents, but {cache} already holds tokens")
+
+
+def _filled_cache(kwargs: Mapping[str, Any]) -> str | None:
+    """The name of an argument that holds tokens of an earlier forward."""
+    for name in CACHE_NAMES:
+        cache = kwargs.get(name)
         if cache is not None and cache.get_seq_length() > 0:
-            raise ValueError(f"{name} packs documents, but {cache_name} already holds tokens")
+            return name
+    return None
 
 
 def _from_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
@@ -290,7 +301,10 @@ def _plain_mask(kwargs: Mapping[str, Any]) -> Tensor | None:
 
 def _real_tokens(batch: BatchShape, kwargs: Mapping[str, Any]) -> Tensor | None:
     mask = _plain_mask(kwargs)
-    return None if mask is None else (mask != 0).expand(batch.rows, -1)
+    if mask is None:
+        return None
+    # A mask may begin with the tokens of a cache.
+    return (mask[:, -batch.tokens :] != 0).expand(batch.rows, -1)
 
 
 def _check_rows(name: str, layout: DocumentLayout, batch: BatchShape) -> None:

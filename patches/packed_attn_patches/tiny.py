@@ -8,6 +8,7 @@ that was never tried in a child process with a memory limit (`children.py`).
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -102,20 +103,24 @@ _SIZES: tuple[tuple[Any, str], ...] = (
 )
 # fmt: on
 _VALUES = {name: value for value, names in _SIZES for name in names.split()}
-_DEFAULT = object()
+_DEFAULT: Any = ...
 
 _WINDOWED = ["sliding_attention", "full_attention"]
 _ROPE_3D = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+_ROPE_3D_HALF = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
 _MIXED = ["linear_attention", "full_attention"]
 
 # What is special about a type, after the table of sizes; `_DEFAULT` leaves a field to its class.
 _SPECIAL: dict[str, dict[str, Any]] = {
     "bamba": {"attn_layer_indices": [1], "layer_types": _DEFAULT},
+    "chameleon": {"vocabulary_map": {"<image>": 195}},
+    "cosmos3_edge_text": {"rope_parameters": _ROPE_3D},
     "cohere_compass_text": {"rope_parameters": dict.fromkeys(_WINDOWED, _ROPE_3D)},
     "dbrx": {
         "attn_config": {"kv_n_heads": 2, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
     },
+    "deepseek_ocr2_text": {"mlp_layer_types": ["dense", "sparse"]},
     "dory": {
         "layer_types": _WINDOWED * 2,
         "num_hidden_layers": 4,
@@ -134,11 +139,25 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     # Block-sparse attention becomes full, for good, with the first short row that it sees.
     "bigbird_pegasus": {"attention_type": "original_full"},
+    "emu3": {"vocabulary_map": {"<image>": 195, "<|extra_200|>": 194}},
+    "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1]},
+    "ernie4_5_vl_moe_text": {
+        "moe_intermediate_size": [32, 32],
+        "rope_parameters": {**_ROPE_3D, "mrope_section": [3, 3, 2]},
+    },
+    "esmc": {"num_key_value_heads": 4},
     "falcon_h1": {"layer_types": _DEFAULT},
+    "glm4v_moe_text": {"rope_parameters": _ROPE_3D_HALF},
     "fsmt": {"src_vocab_size": VOCABULARY, "tgt_vocab_size": VOCABULARY, "use_cache": False},
     "glm4v_text": {"rope_parameters": _ROPE_3D},
+    "glm5_next_text": {"index_kpool": 4, "qk_rope_head_dim": 0},
+    "glm_ocr_text": {"rope_parameters": _ROPE_3D},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
+    "granite4_vision": {"deepstack_layer_map": [], "downsample_rate": "1/2"},
     "granitemoehybrid": {"layer_types": _MIXED},
+    "hunyuan_vl_text": {"rope_parameters": _ROPE_3D},
+    "hy_v4_vl_text": {"rope_parameters": _ROPE_3D_HALF},
+    "inkling2_vision": {"text_hidden_size": 64},
     "jamba": {
         "attn_layer_period": 2,
         "attn_layer_offset": 1,
@@ -146,6 +165,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "expert_layer_offset": 1,
         "layer_types": _DEFAULT,
     },
+    "layoutlmv3": {"coordinate_size": 11, "shape_size": 10},
     "led": {
         "attention_window": 8,
         "max_encoder_position_embeddings": 128,
@@ -153,6 +173,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     },
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
+    "lilt": {"hidden_size": 96},  # boxes have six parts
     "longcat_flash": {"head_dim": 8},
     "longt5": {
         "decoder_start_token_id": 3,
@@ -160,7 +181,9 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "global_block_size": 4,
         "encoder_attention_type": "transient-global",
     },
+    "luke": {"entity_vocab_size": 50, "entity_emb_size": 16},
     "mamba2": {"num_heads": 8},
+    "molmo2_adapter": {"vision_feature_layer": [0, 1]},
     "minimax_m3_vl_text": {
         "index_n_heads": 2,
         "layer_types": ["full_attention", "minimax_m3_sparse"],
@@ -171,9 +194,14 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "expert_capacity": 4,
         "moe_eval_capacity_token_fraction": -1.0,
     },
+    "muse_spark_audio": {"patch_sizes": (2, 2), "hidden_sizes": (32, 64), "depths": (1, 1)},
+    "paddleocr_vl_text": {"rope_parameters": _ROPE_3D},
+    "perceiver": {"num_latents": 16, "d_latents": 64, "num_self_attends_per_block": 2},
     "prophetnet": {"num_encoder_layers": LAYERS},
+    "qwen2_5_omni_text": {"rope_parameters": _ROPE_3D},
     "qwen2_5_vl_text": {"rope_parameters": _ROPE_3D},
     "qwen2_vl_text": {"rope_parameters": _ROPE_3D},
+    "radio": {"video_temporal_patch_size": 2},
     "recurrent_gemma": {"layer_types": _DEFAULT, "num_hidden_layers": 3, "head_dim": _DEFAULT},
     "reformer": {
         "axial_pos_embds": False,
@@ -212,7 +240,7 @@ def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     Raises:
         KeyError: transformers has no such model type.
     """
-    return _tiny(CONFIG_MAPPING[model_type], {**_SPECIAL.get(model_type, {}), **overrides})
+    return _tiny(CONFIG_MAPPING[model_type], {**_special(model_type), **overrides})
 
 
 def tiny_model(
@@ -240,18 +268,30 @@ def tiny_model(
 def _tiny(cls: type[Any], special: dict[str, Any]) -> PreTrainedConfig:
     default: Any = cls()
     known = {**{n: getattr(default, n, None) for n in cls.attribute_map}, **vars(default)}
-    values: dict[str, Any] = {name: _VALUES[name] for name in known if name in _VALUES}
+    # Where a default is a list, the table's single size would be of another kind.
+    values: dict[str, Any] = {
+        name: _VALUES[name]
+        for name, value in known.items()
+        if name in _VALUES and not isinstance(value, list | tuple)
+    }
+    # Token heads read it from configs that do not declare it, and take 0.1.
+    values["classifier_dropout"] = 0.0
     values |= {name: 0.0 for name, value in known.items() if _is_noise(name, value)}
     values |= _layer_types(known)
     for name in cls.sub_configs:
         part = known.get(name)
         if isinstance(part, PreTrainedConfig):
-            values[name] = _tiny(type(part), _SPECIAL.get(part.model_type, {}))
+            values[name] = _tiny(type(part), _special(part.model_type))
     if "qk_rope_head_dim" in known:  # latent attention: a key of its own for every query head
         values["num_key_value_heads"] = values["num_attention_heads"]
         values.pop("head_dim", None)
     values |= special
     return cls(**{name: value for name, value in values.items() if value is not _DEFAULT})
+
+
+def _special(model_type: str) -> dict[str, Any]:
+    """A copy: config classes write into the dictionaries that they are given."""
+    return copy.deepcopy(_SPECIAL.get(model_type, {}))
 
 
 def _is_noise(name: str, value: Any) -> bool:

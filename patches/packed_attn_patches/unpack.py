@@ -29,6 +29,9 @@ CALL_TOKENS = 1 << 16
 # Outputs of one row a document, whatever the head.
 PER_DOCUMENT = ("pooler_output",)
 
+# A head of text and entities calls its loss over text by a name of its own as well.
+LOSSES = ("loss", "mlm_loss")
+
 # Outputs that hold a past to go on from; a packed forward has none.
 PASTS = (*CACHE_NAMES, "cache_params", "mems", "state", "rnn_state")
 
@@ -213,7 +216,7 @@ class _Unpacked:
             of_documents = name in PER_DOCUMENT or (
                 name == "logits" and self.forward.head.per_document
             )
-            if name == "loss":
+            if name in LOSSES:
                 joined[name] = self._loss(parts)
             elif isinstance(value, Tensor):
                 put_back = self._per_document if of_documents else self._stream

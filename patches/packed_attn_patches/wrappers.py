@@ -15,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from packed_attn_patches.prompts import refuse_learned_tokens
 from packed_attn_patches.unpack import UnpackedForward
 
 
@@ -114,14 +115,8 @@ def _inside_peft(model: nn.Module) -> nn.Module | None:
     peft: Any = sys.modules.get("peft")
     if peft is None or not isinstance(model, (peft.PeftModel, peft.PeftMixedModel)):
         return None
+    refuse_learned_tokens(model)
     wrapper: Any = model
-    for name, config in wrapper.peft_config.items():
-        if config.is_prompt_learning:
-            raise NotImplementedError(
-                f"patch_model refuses {type(model).__name__}: its adapter {name!r} is "
-                f"{config.peft_type.value}, which puts learned tokens before a row and not before "
-                "each document, and drops position_ids; use LoRA, or batches without packing"
-            )
     return wrapper.base_model.model
 
 
