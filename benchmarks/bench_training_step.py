@@ -59,13 +59,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def measure(capacity: int, rounds: int, device: str) -> dict[str, float]:
     """One step of each candidate on one pack of `capacity` tokens, `rounds` times in turns."""
-    lengths = log_normal_lengths(capacity, median=capacity / 16, sigma=1.0)
-    generator = torch.Generator().manual_seed(0)
-    documents = [torch.randint(4, VOCABULARY, (n,), generator=generator) for n in lengths]
+    documents = _documents(capacity)
     candidates = {
-        "packed-attn": _step(capacity, device, True, [_packed(documents)]),
-        "stock packing": _step(capacity, device, False, [_stock(documents)]),
-        "padded": _step(capacity, device, False, _padded(documents)),
+        "packed-attn": training_step(capacity, device, True, [_packed(documents)]),
+        "stock packing": training_step(capacity, device, False, [_stock(documents)]),
+        "padded": training_step(capacity, device, False, _padded(documents)),
     }
     losses = {name: step(-1) for name, step in candidates.items()}
     error = max(abs(loss - losses["packed-attn"]) for loss in losses.values())
@@ -75,7 +73,7 @@ def measure(capacity: int, rounds: int, device: str) -> dict[str, float]:
     ours = times["packed-attn"]
     return {
         "capacity": capacity,
-        "documents": len(lengths),
+        "documents": len(documents),
         "tokens_per_second": 1e3 * capacity / statistics.median(ours),
         "over_stock": median_ratio(times["stock packing"], ours),
         "over_padded": median_ratio(times["padded"], ours),
@@ -83,7 +81,12 @@ def measure(capacity: int, rounds: int, device: str) -> dict[str, float]:
     }
 
 
-def _step(
+def packed_pack(capacity: int) -> dict[str, Any]:
+    """The batch of one pack of `capacity` tokens."""
+    return _packed(_documents(capacity))
+
+
+def training_step(
     capacity: int, device: str, patched: bool, batches: list[dict[str, Any]]
 ) -> Callable[[int], float]:
     """One optimizer step over the batches; returns the token mean of the loss."""
@@ -105,6 +108,12 @@ def _step(
         return total
 
     return step
+
+
+def _documents(capacity: int) -> list[Tensor]:
+    lengths = log_normal_lengths(capacity, median=capacity / 16, sigma=1.0)
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(4, VOCABULARY, (n,), generator=generator) for n in lengths]
 
 
 def _packed(documents: list[Tensor]) -> dict[str, Any]:

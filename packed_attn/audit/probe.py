@@ -20,6 +20,10 @@ from packed_attn.layout import DocumentLayout
 PROBED = 4
 
 
+class OneDocument(ValueError):
+    """A batch without a second document that the first could reach."""
+
+
 @dataclass(frozen=True)
 class Leak:
     """One document's outputs depend on another document.
@@ -70,7 +74,8 @@ def leaks_between_documents(
         lengths, seed: of the small batch.
 
     Raises:
-        ValueError: as `audit`; or a batch without input_ids, boundaries or two documents.
+        ValueError: as `audit`; or a batch without input_ids or boundaries.
+        OneDocument: a ValueError too: a batch without two documents.
     """
     if batch is not None:
         subject, live = _live(model, batch, seed)
@@ -133,7 +138,7 @@ def _live(model: nn.Module, batch: Mapping[str, Any], seed: int) -> tuple[Subjec
     layout = _layout(batch)
     real = [d for d in range(layout.num_documents) if layout.lengths[d] and not _pads(layout, d)]
     if len(real) < 2:
-        raise ValueError(f"the batch needs two documents to tell apart, it has {len(real)}")
+        raise OneDocument(f"the batch needs two documents to tell apart, it has {len(real)}")
     step = max(1, (len(real) - 1) // (PROBED - 1))
     probed = [*real[:-1:step][: PROBED - 1], real[-1]]
     subject = Subject(model, [layout.lengths[d] for d in probed], seed)
