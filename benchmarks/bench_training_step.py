@@ -70,9 +70,8 @@ def measure(
     capacity: int, rounds: int, device: str, name: str = "demo", *, toy: bool = False
 ) -> dict[str, Any]:
     """One step of each candidate on one pack of `capacity` tokens, `rounds` times in turns."""
-    lengths = log_normal_lengths(capacity, median=capacity / 16, sigma=1.0)
-    generator = torch.Generator().manual_seed(0)
-    documents = [torch.randint(4, VOCABULARY, (n,), generator=generator) for n in lengths]
+    documents = _documents(capacity)
+    lengths = [document.numel() for document in documents]
     batches = {
         OURS: [_packed(documents)],
         "stock packing": [_stock(documents)],
@@ -80,7 +79,7 @@ def measure(
         CONTAMINATED: [_contaminated(documents)],
     }
     steps = {
-        key: _Step(MODELS[name](capacity, toy), device, batch, patched=key == OURS)
+        key: Step(MODELS[name](capacity, toy), device, batch, patched=key == OURS)
         for key, batch in batches.items()
     }
     losses = {key: step(-1).item() for key, step in steps.items()}
@@ -104,7 +103,12 @@ def measure(
     }
 
 
-class _Step:
+def packed_pack(capacity: int) -> dict[str, Any]:
+    """The batch of one pack of `capacity` tokens."""
+    return _packed(_documents(capacity))
+
+
+class Step:
     """One optimizer step over the batches; a call returns the token mean of the loss."""
 
     def __init__(
@@ -149,7 +153,7 @@ class _Step:
 
 
 def _utilisation(
-    step: _Step, lengths: Sequence[int], seconds: float, device: str
+    step: Step, lengths: Sequence[int], seconds: float, device: str
 ) -> dict[str, float]:
     """MFU: 6 operations a parameter and token, and 6 products on each document's half square."""
     peak = peak_flops(torch.device(device), step.dtype)
@@ -214,6 +218,12 @@ MODELS: dict[str, Callable[[int, bool], nn.Module]] = {
     "llama3-8b-layers": partial(_released, "llama", LLAMA3_8B_LAYERS),
     "qwen3-0.6b": partial(_released, "qwen3", QWEN3_0_6B),
 }
+
+
+def _documents(capacity: int) -> list[Tensor]:
+    lengths = log_normal_lengths(capacity, median=capacity / 16, sigma=1.0)
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(4, VOCABULARY, (n,), generator=generator) for n in lengths]
 
 
 def _packed(documents: list[Tensor]) -> dict[str, Any]:

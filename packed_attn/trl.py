@@ -25,7 +25,9 @@ def packed_sft_arguments(**dataset_kwargs: Any) -> dict[str, Any]:
     """Arguments of `SFTConfig` with which SFTTrainer takes packs of `pack_dataset` as they are.
 
     TRL's collator flattens a batch of packs and writes their boundaries from `seq_lengths`;
-    `max_length` must be off, since TRL would cut packs and not documents.
+    `max_length` must be off, since TRL would cut packs and not documents. Every process fetches its
+    own batches: accelerate's dispatching, its default for streams, would stack packs of unlike
+    lengths.
 
     Args:
         dataset_kwargs: more entries of `SFTConfig(dataset_kwargs=...)`.
@@ -34,6 +36,7 @@ def packed_sft_arguments(**dataset_kwargs: Any) -> dict[str, Any]:
         "padding_free": True,
         "max_length": None,
         "dataset_kwargs": {"skip_prepare_dataset": True, **dataset_kwargs},
+        "accelerator_config": {"dispatch_batches": False},
     }
 
 

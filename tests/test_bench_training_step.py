@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import bench_training_step
+from benchmarks import bench_isolation, bench_training_step
 
 
 def test_toy_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -45,3 +45,13 @@ def test_a_wrong_loss_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_training_step, "_stock", blind)
     with pytest.raises(RuntimeError, match="losses differ, so nothing is timed"):
         bench_training_step.measure(128, 1, "cpu")
+
+
+def test_toy_run_of_the_isolation_probe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "isolation.json"
+    assert bench_isolation.main(["--toy", "--json", str(path)]) == 0
+    (row,) = json.loads(path.read_text())["probes"]
+    assert row["overhead"] == pytest.approx(
+        row["probe_over_step"] / 500 + row["hook_microseconds"] / row["step_milliseconds"] / 1e3
+    )
+    assert "a probe takes" in capsys.readouterr().out

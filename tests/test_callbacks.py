@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import Trainer
 
 from packed_attn import DocumentLayout, PackedCollator, pack_dataset, patch_model
+from packed_attn.audit import OneDocument, leaks_between_documents
 from packed_attn.callbacks import IsolationCallback, IsolationError, PackingCallback
 from tests.models import tiny_model
 from tests.test_trainer import CAPACITY, arguments, documents
@@ -133,6 +134,23 @@ def test_documents_one_a_row_have_nothing_to_probe(tmp_path: Path) -> None:
     run.add_callback(IsolationCallback(run))
     run.train()
     assert not logged(run, "isolation/largest_gradient")
+
+
+def test_a_pack_of_one_document_has_nothing_to_reach(tmp_path: Path) -> None:
+    """Told by its type, not by words: the run goes on, and other errors stop it."""
+    packs = pack_dataset([d for d in documents() if len(d) > 33], CAPACITY, overflow="error")
+    run = Trainer(
+        patch_model(tiny_model("llama")),
+        arguments(tmp_path, max_steps=1, per_device_train_batch_size=1),
+        train_dataset=packs,
+        data_collator=PackedCollator(),
+    )
+    run.add_callback(IsolationCallback(run))
+    run.train()
+    assert logged(run, "isolation/largest_gradient") == [0.0]
+    batch = next(iter(run.get_train_dataloader()))
+    with pytest.raises(OneDocument, match="two documents to tell apart, it has 1"):
+        leaks_between_documents(run.model, batch)  # type: ignore[arg-type]
 
 
 def test_packing_figures_are_those_of_the_data(tmp_path: Path) -> None:

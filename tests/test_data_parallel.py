@@ -10,7 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from packed_attn import PackedCollator, pack_dataset, patch_model
+from packed_attn import PackedCollator, PackedIterableDataset, pack_dataset, patch_model
+from packed_attn.trl import packed_sft_arguments
 from tests.models import tiny_model
 from tests.processes import in_processes
 from tests.test_trainer import CAPACITY, documents
@@ -79,3 +80,42 @@ def test_two_ranks_equal_one_process(family: str, wrapper: str, checkpointing: b
         for name, parameter in model.named_parameters():
             got = rank["gradients"][name]
             torch.testing.assert_close(got, parameter.grad, msg=name, rtol=1e-4, atol=1e-6)
+
+
+def batches_of_rank() -> list[tuple[int, ...]]:
+    """Lengths of the documents of each batch that accelerate gives this rank from a stream."""
+    from accelerate import Accelerator
+    from accelerate.utils import DataLoaderConfiguration
+    from torch.utils.data import DataLoader
+
+    loader = DataLoader(stream(), batch_size=1, collate_fn=PackedCollator(capacity=CAPACITY))
+    config = DataLoaderConfiguration(**packed_sft_arguments()["accelerator_config"])
+    prepared: Any = Accelerator(cpu=True, dataloader_config=config).prepare_data_loader(loader)
+    return [batch["layout"].lengths for batch in prepared]
+
+
+def stream() -> PackedIterableDataset:
+    """One that leaves the division among ranks to accelerate."""
+    return PackedIterableDataset(documents(), CAPACITY, rank=0, world_size=1)
+
+
+@pytest.mark.slow
+def test_every_rank_fetches_its_own_packs() -> None:
+    """With dispatch_batches off, accelerate divides a stream's packs and loses none."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = in_processes(RANKS, batches_of_rank)
+    collate = PackedCollator(capacity=CAPACITY)
+    assert {n for rank in found for n in rank} == {
+        collate([row])["layout"].lengths for row in stream()
+    }
+    assert len(found[0]) == len(found[1])
+
+
+def test_packs_are_never_stacked() -> None:
+    """accelerate stacks the batches that it dispatches; those of packs stop it."""
+    from accelerate.utils import concatenate
+
+    batch = batches()[0]
+    with pytest.raises(TypeError, match="Can only concatenate tensors"):
+        concatenate([batch, batch])

@@ -40,6 +40,31 @@ def test_training_page_runs(tmp_path: Path) -> None:
     assert names["policy"] is names["model"]
 
 
+def test_accelerate_reads_the_configurations(tmp_path: Path) -> None:
+    """The files of the training page, as `accelerate launch --config_file` reads them."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    page = (ROOT / "docs/training.md").read_text()
+    blocks = re.findall(r"```yaml\n# (\S+)\n(.*?)```", page, re.DOTALL)
+    assert [name for name, _ in blocks] == ["fsdp2.yaml", "zero3.yaml"]
+    read: dict[str, Any] = {}
+    for name, block in blocks:
+        (tmp_path / name).write_text(block)
+        read[name] = load_config_from_file(str(tmp_path / name))
+    assert read["fsdp2.yaml"].distributed_type == "FSDP"
+    assert known_to_launch(read["fsdp2.yaml"].fsdp_config)
+    assert read["zero3.yaml"].distributed_type == "DEEPSPEED"
+    assert known_to_launch(read["zero3.yaml"].deepspeed_config)
+
+
+def known_to_launch(settings: dict[str, Any]) -> bool:
+    """Whether each setting is an argument of `accelerate launch`: others are passed over."""
+    from accelerate.commands.launch import launch_command_parser
+
+    known = {action.dest for action in launch_command_parser()._actions}
+    return bool(settings) and set(settings) <= known
+
+
 def test_python_blocks_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     names = run_blocks("README.md", tmp_path)
     assert names["out"].shape == (43, 8, 64)

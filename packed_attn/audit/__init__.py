@@ -12,7 +12,7 @@ report.py        what an audit found
 """
 
 from packed_attn.audit.conventions import CONVENTIONS, Convention
-from packed_attn.audit.probe import Leak, leaks_between_documents
+from packed_attn.audit.probe import Leak, OneDocument, leaks_between_documents
 from packed_attn.audit.proof import audit
 from packed_attn.audit.report import Check, IsolationReport
 
@@ -22,6 +22,7 @@ __all__ = [
     "Convention",
     "IsolationReport",
     "Leak",
+    "OneDocument",
     "audit",
     "leaks_between_documents",
 ]

@@ -17,7 +17,11 @@ from packed_attn.audit.trace import Trace, first_parting
 from packed_attn.layout import DocumentLayout
 
 # Documents of a live batch whose outputs are differentiated: each costs a backward.
-PROBED = 4
+PROBED = 3
+
+
+class OneDocument(ValueError):
+    """A batch without a second document that the first could reach."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def leaks_between_documents(
         lengths, seed: of the small batch.
 
     Raises:
-        ValueError: as `audit`; or a batch without input_ids, boundaries or two documents.
+        ValueError: as `audit`; or a batch without input_ids or boundaries.
+        OneDocument: a ValueError too: a batch without two documents.
     """
     if batch is not None:
         subject, live = _live(model, batch, seed)
@@ -139,7 +144,7 @@ def _live(model: nn.Module, batch: Mapping[str, Any], seed: int) -> tuple[Subjec
     layouts = [_layout(stream) for stream in given]
     real = [_real(layout) for layout in layouts]
     if len(real[0]) < 2:
-        raise ValueError(f"the batch needs two documents to tell apart, it has {len(real[0])}")
+        raise OneDocument(f"the batch needs two documents to tell apart, it has {len(real[0])}")
     step = max(1, (len(real[0]) - 1) // (PROBED - 1))
     chosen = [*range(0, len(real[0]) - 1, step)[: PROBED - 1], len(real[0]) - 1]
     probed = [[documents[i] for i in chosen] for documents in real]
