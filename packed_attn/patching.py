@@ -25,6 +25,10 @@ def patch_model(
     segment mask or `position_ids` that restart, whichever the batch carries; they must agree. A
     batch without boundaries (padded, generated, one document a row) runs as before.
 
+    An encoder-decoder takes a pack of sources and a pack of as many targets: the boundaries of
+    `decoder_input_ids` and `labels` have the same names behind `decoder_` (`decoder_layout`,
+    `decoder_position_ids`, ...), and `PackedCollator(encoder_decoder=True)` writes both.
+
     Only this instance changes: other models, also of the same config object, stay as they are.
     Patching twice is patching once. A deepcopy or a pickle of a patched model is patched too.
 

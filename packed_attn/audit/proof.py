@@ -67,14 +67,16 @@ def audit(
     train mode also (6) the gradient in a document's own embeddings equals that of it alone.
 
     Works on any module that takes `input_ids` and returns logits or hidden states, a row a token
-    or, where a model pools, a row a document.
+    or, where a model pools, a row a document. A document of an encoder-decoder is a source and a
+    target, changed, poisoned and differentiated together.
 
     Args:
         model: a model, patched or not, wrapped or not, of any size; it is left as it was found.
         convention: a key of `CONVENTIONS`: which boundaries the batch carries. By default all that
             `PackedCollator` emits for a patched model, and position_ids for any other.
         conventions: several of them; the result is a report for each, also where the model raises.
-        lengths: tokens of each document, at least two documents.
+        lengths: tokens of each document, at least two documents; of an encoder-decoder those of
+            its targets.
         seed: of the random tokens.
 
     Raises:
