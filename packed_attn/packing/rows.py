@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packed_attn.packing.plan import Packs
+from packed_attn.packing.prefixes import learned_labels
 from packed_attn.packing.sources import DOCUMENTS, IGNORED_LABEL, MASK_COLUMNS, Source
 
 if TYPE_CHECKING:
@@ -19,7 +20,9 @@ def token_columns(source: Source, packs: Packs, pieces: slice) -> dict[str, Any]
 
     Returns:
         `input_ids` in the dtype of the source; `labels` int64, -100 at the start of every piece
-        and where a mask says so; `position_ids` int64; then the source's other columns.
+        and where a mask says so; `position_ids` int64; then the source's other columns. With shared
+        prefixes, `input_ids` and `labels` alone: -100 at the start of roots, and positions follow
+        from the pieces' parents, without which they would be misread.
     """
     from packed_attn.packing import compiled
 
@@ -30,6 +33,11 @@ def token_columns(source: Source, packs: Packs, pieces: slice) -> dict[str, Any]
     if not isinstance(input_ids, np.ndarray) and input_ids.type == "null":
         input_ids = np.empty(0, np.int64)
     piece_starts = np.cumsum(lengths) - lengths
+    if packs.trees is not None:
+        names = {name: _as_numpy(column) for name, column in values.items()}
+        labels = learned_labels({"input_ids": _as_numpy(input_ids), **names})
+        labels[piece_starts[packs.trees.parents[pieces] < 0]] = IGNORED_LABEL
+        return {"input_ids": input_ids, "labels": labels}
     positions = np.empty(int(lengths.sum()), np.int64)
     compiled.count_up(lengths, positions)
     columns = {
@@ -41,10 +49,9 @@ def token_columns(source: Source, packs: Packs, pieces: slice) -> dict[str, Any]
 
 
 def document_columns(
-    source: Source, packs: Packs, pieces: slice, keep: tuple[str, ...]
+    source: Source, documents: NDArray[np.int64], keep: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Columns with one value a piece: `documents` where `keep` has it, and kept scalars."""
-    documents = packs.order[pieces]
+    """Columns with one value a document: `documents` where `keep` has it, and kept scalars."""
     columns: dict[str, Any] = {n: c.take(documents) for n, c in source.kept.items()}
     return {DOCUMENTS: documents, **columns} if DOCUMENTS in keep else columns
 
