@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packed_attn.collator import IGNORE_INDEX, without_first_labels
 from packed_attn.layout import DocumentLayout
+from packed_attn.logps import IGNORE_INDEX, without_first_labels
 from packed_attn_patches.interface import empty_mask, is_empty_mask
 
 # Boundaries that the layout replaces; a layer that still saw them could act on them a second time.
@@ -28,6 +28,7 @@ BOUNDARY_NAMES = (
     "max_length_k",
     "cu_seqlens",
     "seq_idx",
+    "document_paths",
 )
 
 
@@ -82,6 +83,12 @@ class LayoutHook:
             raise NotImplementedError(
                 "this model runs on documents batched by length, where a document cannot go on "
                 "from another: it takes plain packs, but no forest (parents)"
+            )
+        if layout.is_forest and kwargs.get("labels") is not None:
+            raise ValueError(
+                "the batch shares prefixes, whose last token predicts the first of each document "
+                "that continues it, but the model was given labels to compute a loss with one "
+                "target a token: pass compute_loss_func=PackedLoss(model) to the Trainer"
             )
         layout = layout.to(batch.device)
         packed = {k: v for k, v in kwargs.items() if k not in BOUNDARY_NAMES}
