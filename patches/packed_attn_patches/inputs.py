@@ -106,6 +106,8 @@ class LayoutHook:
         # Unpacked, a document's first label has no document before it that could predict it.
         if packed.get("labels") is not None and self.shifts and not self.unpacked:
             packed["labels"] = without_first_labels(packed["labels"], layout)
+        if layout.is_forest:
+            packed.pop("shift_labels", None)  # the collator's counts for PackedLoss
         if packed.get("shift_labels") is not None:
             packed.update(_shift_labels(packed["shift_labels"], packed.get("labels"), layout))
         return packed
