@@ -26,7 +26,7 @@ from packed_attn import (
     pack_lengths,
     patch_model,
 )
-from packed_attn.packing import PackPart, compare
+from packed_attn.packing import PackingReport, PackPart, compare
 from packed_attn.packing.forest import plan_forest, plan_prompts
 from tests.exactness import gradients, relative
 from tests.models import tiny_model
@@ -35,6 +35,10 @@ from tests.test_trainer import arguments
 
 CAPACITY = 96
 SHARED: dict[str, Any] = {"share_prefixes": True, "min_shared": 4}
+
+
+def ignore(report: PackingReport) -> None:
+    """For packing whose report is beside the point."""
 
 
 def documents_of(row: dict[str, Any]) -> list[list[int]]:
@@ -50,7 +54,7 @@ def documents_of(row: dict[str, Any]) -> list[list[int]]:
     return found
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.lists(st.integers(0, 2), max_size=30), max_size=25),
     st.integers(1, 6),
@@ -122,7 +126,7 @@ def test_a_tree_larger_than_a_pack_repeats_its_prefixes() -> None:
     assert packs.report.shared_tokens == 60 - 44
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(-1, 4), st.integers(0, 6)), max_size=20), st.integers(1, 9)
 )
@@ -347,3 +351,60 @@ def test_worker_processes_plan_the_same_rows() -> None:
     loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=1)
     for row, other in zip(rows, loader, strict=True):
         assert torch.equal(torch.as_tensor(row["input_ids"]), torch.as_tensor(other["input_ids"]))
+
+
+def test_streams_share_in_the_window() -> None:
+    """The same documents and account as the whole set; the state continues from every row."""
+    docs = answered_questions()
+
+    def stream(reports: Any, **options: Any) -> PackedIterableDataset:
+        return PackedIterableDataset(
+            docs, CAPACITY, lookahead=8, on_report=reports, learnable_only=True,
+            **{**SHARED, **options},
+        )  # fmt: skip
+
+    reports: list[Any] = []
+    rows = list(stream(reports.append))
+    wanted = [d["input_ids"] for d in docs if 1 in d["completion_mask"][1:]]
+    assert sorted(ids for row in rows for ids in documents_of(row)) == sorted(wanted)
+    report = reports[0]
+    assert report.shared_tokens == sum(map(len, wanted)) - sum(row["input_ids"].size for row in rows)
+    assert report.shared_tokens > 50
+    assert report.learned_tokens == sum((row["labels"] != -100).sum() for row in rows)
+    squares = sum(len(ids) ** 2 for ids in wanted)
+    assert report.attention_cost + report.shared_attention_cost == squares
+    for taken in range(len(rows)):
+        first, second = stream(ignore), stream(ignore)
+        iterator = iter(first)
+        for _ in range(taken):
+            next(iterator)
+        second.load_state_dict(first.state_dict())
+        for row, other in zip(list(second), rows[taken:], strict=True):
+            assert {k: v.tolist() for k, v in row.items()} == {
+                k: v.tolist() for k, v in other.items()
+            }
+    with pytest.raises(ValueError, match="state must be of a data set with min_shared=4"):
+        stream(ignore).load_state_dict(stream(ignore, share_prefixes=False).state_dict())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 2), max_size=30), max_size=25), st.integers(1, 6))
+def test_streams_keep_every_document(lists: list[list[int]], least: int) -> None:
+    rows = list(
+        PackedIterableDataset(
+            lists, 12, lookahead=5, share_prefixes=True, min_shared=least, on_report=ignore
+        )
+    )
+    assert all(row["input_ids"].size <= 12 for row in rows)
+    found = [ids for row in rows for ids in documents_of(row)]
+    assert sorted(found) == sorted(ids for _, ids in parts(lists, 12, "split"))
+
+
+def test_streamed_rows_train_as_the_documents_alone() -> None:
+    docs = answered_questions()
+    rows = list(PackedIterableDataset(docs, CAPACITY, on_report=ignore, **SHARED))
+    model = patch_model(tiny_model("llama"))
+    loss, batch = PackedLoss(model), PackedCollator()(rows)
+    labels = batch.pop("labels")
+    want = mean_alone(tiny_model("llama"), docs, "token")
+    assert loss(model(**batch), labels).item() == pytest.approx(want.item(), rel=1e-6)
