@@ -89,7 +89,11 @@ class PackedCollator:
             _number_tokens(layout)
         _check_positions(rows, layout)
         input_ids, labels = self._tokens(rows, layout)
-        batch = {"input_ids": input_ids, "labels": labels, "position_ids": layout.position_ids[None]}
+        batch = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "position_ids": layout.position_ids[None],
+        }
         if layout.is_forest:
             paths = torch.from_numpy(_document_paths(rows, layout))
             counts = _path_counts(paths, labels[0], layout)
@@ -243,7 +247,7 @@ def _links(
         raise ValueError(
             f"feature {index} has {documents} documents in seq_lengths, but {parents.size} parents"
         )
-    if ends.size and not (0 <= ends.min() and ends.max() < documents):
+    if ends.size and not (ends.min() >= 0 and ends.max() < documents):
         raise ValueError(
             f"feature {index} must have ends from 0 to {documents - 1}, got {ends.min()} to "
             f"{ends.max()}"

@@ -13,7 +13,7 @@ IGNORE_INDEX = -100
 def unpack_logps(logits: Tensor, layout: DocumentLayout, labels: Tensor) -> tuple[Tensor, ...]:
     """The log-probability of each document's own tokens, given all before them on its path.
 
-        layout = DocumentLayout.from_lengths([5, 3, 4], parents=[-1, 0, 0])   # a prompt, two answers
+        layout = DocumentLayout.from_lengths([5, 3, 4], parents=[-1, 0, 0])  # prompt, two answers
         _, chosen, rejected = unpack_logps(model(**batch).logits, layout, batch["input_ids"])
         margin = chosen.sum() - rejected.sum()
 
@@ -40,7 +40,10 @@ def unpack_logps(logits: Tensor, layout: DocumentLayout, labels: Tensor) -> tupl
 def token_logps(logits: Tensor, layout: DocumentLayout, labels: Tensor) -> Tensor:
     """`unpack_logps` in one tensor, `[total_tokens]`."""
     tokens = layout.total_tokens
-    for name, x, places in (("logits", logits, logits.shape[:-1]), ("labels", labels, labels.shape)):
+    for name, x, places in (
+        ("logits", logits, logits.shape[:-1]),
+        ("labels", labels, labels.shape),
+    ):
         if places.numel() != tokens:
             raise ValueError(f"{name} must be of {tokens} tokens, got shape {list(x.shape)}")
     rows = logits.reshape(tokens, -1)

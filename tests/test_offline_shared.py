@@ -40,8 +40,11 @@ def test_shards_hold_the_rows_of_pack_dataset(folder: Path) -> None:
     want = pack_dataset(
         docs, CAPACITY, share_prefixes=True, min_shared=4, seed=1, on_report=reports.append
     )
-    rows = [row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
-    assert rows == want.to_list() and len(rows) >= 2
+    rows = [
+        row for path in sorted(folder.glob("*.parquet")) for row in pq.read_table(path).to_pylist()
+    ]
+    assert rows == want.to_list()
+    assert len(rows) >= 2
     report = report_of(read_manifest(folder))
     assert report.shared_tokens == reports[0].shared_tokens > 100
     assert report.learned_tokens == sum(x != -100 for row in rows for x in row["labels"])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
+import operator
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -84,7 +84,7 @@ def test_every_document_is_in_one_pack(
         ]
         inside = slice(trees.offsets[p], trees.offsets[p + 1])
         row = {
-            "input_ids": sum(tokens, []),
+            "input_ids": functools.reduce(operator.iadd, tokens, []),
             "seq_lengths": packs.lengths[pieces],
             "parents": trees.parents[pieces],
             "ends": trees.ends[inside],
@@ -127,9 +127,7 @@ def test_a_tree_larger_than_a_pack_repeats_its_prefixes() -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(
-    st.lists(st.tuples(st.integers(-1, 4), st.integers(0, 6)), max_size=20), st.integers(1, 9)
-)
+@given(st.lists(st.tuples(st.integers(-1, 4), st.integers(0, 6)), max_size=20), st.integers(1, 9))
 def test_prompt_ids_give_the_forest_of_the_tokens(
     documents: list[tuple[int, int]], least: int
 ) -> None:
@@ -153,7 +151,7 @@ def test_prompt_ids_give_the_forest_of_the_tokens(
             lists[named.lists[d]][named.starts[d] : named.starts[d] + named.lengths[d]]
             for d in path
         ]
-        assert sum(spans, []) == tokens
+        assert functools.reduce(operator.iadd, spans, []) == tokens
 
 
 @pytest.mark.parametrize("weighting", ["token", "document"])
@@ -166,7 +164,8 @@ def test_a_training_step_equals_the_documents_alone(
     if not masks:
         docs = [{"input_ids": d["input_ids"]} for d in docs]
     rows = PackedDataset(docs, CAPACITY, keep=(), **SHARED)
-    assert rows.report.shared_tokens > 100 and len(rows) >= 2
+    assert rows.report.shared_tokens > 100
+    assert len(rows) >= 2
     model = patch_model(tiny_model("llama"))
     trainer = Trainer(
         model,
@@ -237,7 +236,8 @@ def test_rows_are_those_of_pack_dataset() -> None:
         assert row["name"] == [f"d{d}" for d in row["documents"]]
     report = rows.report
     learned = sum((np.asarray(row["labels"]) != -100).sum() for row in rows)
-    assert report.learned_tokens == learned and report.unlearnable_documents == 3
+    assert report.learned_tokens == learned
+    assert report.unlearnable_documents == 3
     before = [row["documents"].tolist() for row in rows]
     later = []
     for epoch in range(1, 5):
@@ -249,7 +249,9 @@ def test_rows_are_those_of_pack_dataset() -> None:
 def test_columns_name_the_prompts() -> None:
     docs: list[dict[str, Any]] = [
         {**d, "group": g, "prompt": n}
-        for d, g, n in zip(answered_questions(), [0, 1, 1, 2, 2, 2, 2], [25, 29, 29, 33, 33, 33, 33])
+        for d, g, n in zip(
+            answered_questions(), [0, 1, 1, 2, 2, 2, 2], [25, 29, 29, 33, 33, 33, 33]
+        )
     ]
     named = PackedDataset(docs, CAPACITY, prompt_ids="group", prompt_lengths="prompt")
     for row in named:
@@ -280,7 +282,9 @@ def test_bad_options(options: dict[str, Any], kind: type[Exception], words: str)
 
 def test_columns_that_are_not_compared_are_refused() -> None:
     docs = [{"input_ids": [1, 2, 3], "weights": [0.5, 1.0, 1.0]}]
-    with pytest.raises(ValueError, match="must agree in all columns, and 'weights' is not compared"):
+    with pytest.raises(
+        ValueError, match="must agree in all columns, and 'weights' is not compared"
+    ):
         PackedDataset(docs, 16, share_prefixes=True)
 
 
@@ -368,7 +372,9 @@ def test_streams_share_in_the_window() -> None:
     wanted = [d["input_ids"] for d in docs if 1 in d["completion_mask"][1:]]
     assert sorted(ids for row in rows for ids in documents_of(row)) == sorted(wanted)
     report = reports[0]
-    assert report.shared_tokens == sum(map(len, wanted)) - sum(row["input_ids"].size for row in rows)
+    assert report.shared_tokens == sum(map(len, wanted)) - sum(
+        row["input_ids"].size for row in rows
+    )
     assert report.shared_tokens > 50
     assert report.learned_tokens == sum((row["labels"] != -100).sum() for row in rows)
     squares = sum(len(ids) ** 2 for ids in wanted)

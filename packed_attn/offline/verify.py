@@ -204,9 +204,10 @@ def _shared_faults(
                 f"{labels[roots][labels[roots] != IGNORED_LABEL][0]}, not {IGNORED_LABEL}: the "
                 "loss would cross a boundary"
             )
-        if "labels" not in settings["columns"] and (
-            (labels != IGNORED_LABEL) & (labels != tokens)
-        ).any():
+        if (
+            "labels" not in settings["columns"]
+            and ((labels != IGNORED_LABEL) & (labels != tokens)).any()
+        ):
             yield f"{place}: a label is neither its token nor {IGNORED_LABEL}"
 
 

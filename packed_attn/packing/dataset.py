@@ -89,8 +89,8 @@ def pack_dataset(
         seq_lengths    int64: lengths of the documents in the row (TRL's name and meaning)
         others         every list column with one value per token is packed alongside
 
-    With shared prefixes, `seq_lengths` are those of pieces, and there are instead of position_ids and
-    other columns:
+    With shared prefixes, `seq_lengths` are those of pieces, and there are instead of position_ids
+    and other columns:
 
         parents        int64: the piece of the row that each piece continues, -1 for none
         ends           int64: the piece in which each document of the row ends

@@ -47,8 +47,8 @@ class PackedDataset(TorchDataset):
 
     With a seed, `set_epoch` plans anew: other packs in another order, the same for the same seed
     and epoch. DataLoader workers follow it, persistent ones too. Hugging Face's Trainer and
-    accelerate call it by themselves. Trainer's `remove_unused_columns` may be on or off, but must be
-    off with shared prefixes: boundaries that were dropped are an error in the collator.
+    accelerate call it by themselves. Trainer's `remove_unused_columns` may be on or off, but must
+    be off with shared prefixes: boundaries that were dropped are an error in the collator.
 
     Copies in other processes hold the source and the settings, and plan for themselves: what is
     pickled is small where the source is on disk (a data set that was loaded from disk, or a

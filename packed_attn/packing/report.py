@@ -64,9 +64,9 @@ class PackingReport:
         lost_labels: first tokens of the second and later pieces: nothing before them is left that
             could predict them, so their labels no longer count. Tokens whose label was masked
             already are among them.
-        lower_bound: packs that no plan of the same pieces (or trees) does without: Martello and Toth's L2,
-            or what `max_documents` or `apart` force where that is more. `wrapped` cuts anywhere, so
-            there it is ceil(tokens / capacity).
+        lower_bound: packs that no plan of the same pieces (of the same trees, where prefixes are
+            shared) does without: Martello and Toth's L2, or what `max_documents` or `apart` force
+            where that is more. `wrapped` cuts anywhere, so there it is ceil(tokens / capacity).
         longest: tokens of the longest piece.
         attention_cost: query-key pairs of attention inside documents: the sum of length^2, a
             shared prefix counted once.

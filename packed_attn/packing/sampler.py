@@ -207,8 +207,8 @@ class PackedBatchSampler(Sampler[list[int | PackPart]]):
         dropped = repeated = rows[:0]
         if remainder == "split" and self._packs.trees is not None and len(rows) % together:
             raise NotImplementedError(
-                f"remainder='split' would cut packs with shared prefixes, and {len(rows)} packs are "
-                f"no multiple of {together}: use 'drop' or 'repeat'"
+                f"remainder='split' would cut packs with shared prefixes, and {len(rows)} packs "
+                f"are no multiple of {together}: use 'drop' or 'repeat'"
             )
         if remainder == "split":
             rows = _split_to_multiple(rows, together)

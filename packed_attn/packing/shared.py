@@ -1,4 +1,4 @@
-"""Forests to packs: trees that fit stay whole, larger ones are split with their prefixes repeated."""
+"""Forests to packs: trees that fit stay whole, larger ones are split, their prefixes repeated."""
 
 from __future__ import annotations
 
