@@ -26,6 +26,8 @@ from packed_attn import (
     pack_lengths,
     patch_model,
 )
+from packed_attn.audit import leaks_between_documents
+from packed_attn.callbacks import IsolationCallback, PackingCallback
 from packed_attn.packing import PackingReport, PackPart, compare
 from packed_attn.packing.forest import plan_forest, plan_prompts
 from tests.exactness import gradients, relative
@@ -142,7 +144,8 @@ def test_prompt_ids_give_the_forest_of_the_tokens(
     named = plan_prompts([len(x) for x in lists], ids, lengths, min_shared=least)
     found = plan_forest(lists, min_shared=least)
     # Documents equal to their prompt are one document where it is found, and here if it is shared.
-    if all(n or (i >= 0 and ids.count(i) * len(prompts[i]) > least) for i, n in documents):
+    saves = [(ids.count(i) - 1) * len(prompts[i]) >= least for i in range(5)]
+    if all(n or (i >= 0 and saves[i]) for i, n in documents):
         for name in ("lengths", "parents", "starts"):
             assert getattr(named, name).tolist() == getattr(found, name).tolist(), name
     for i, tokens in enumerate(lists):
@@ -230,7 +233,7 @@ def test_rows_are_those_of_pack_dataset() -> None:
     assert written.column_names == [
         "input_ids", "labels", "seq_lengths", "parents", "ends", "documents", "name",
     ]  # fmt: skip
-    for row, other in zip(rows, written, strict=True):
+    for row, other in zip(list(rows), written, strict=True):  # type: ignore[call-overload]
         assert {k: np.asarray(v).tolist() for k, v in row.items()} == other
         assert documents_of(row) == [docs[d]["input_ids"] for d in row["documents"]]
         assert row["name"] == [f"d{d}" for d in row["documents"]]
@@ -353,7 +356,7 @@ def test_comparison_counts_whole_documents() -> None:
 def test_worker_processes_plan_the_same_rows() -> None:
     rows = PackedDataset(answered_questions(), CAPACITY, seed=0, **SHARED)
     loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=1)
-    for row, other in zip(rows, loader, strict=True):
+    for row, other in zip(list(rows), loader, strict=True):  # type: ignore[call-overload]
         assert torch.equal(torch.as_tensor(row["input_ids"]), torch.as_tensor(other["input_ids"]))
 
 
@@ -414,3 +417,40 @@ def test_streamed_rows_train_as_the_documents_alone() -> None:
     labels = batch.pop("labels")
     want = mean_alone(tiny_model("llama"), docs, "token")
     assert loss(model(**batch), labels).item() == pytest.approx(want.item(), rel=1e-6)
+
+
+def test_callbacks_watch_and_measure(tmp_path: Path) -> None:
+    """Prefixes are shared and nothing else: a prefix is no leak, a sibling's token would be."""
+    docs = answered_questions()
+    rows = PackedDataset(docs, 512, **SHARED)
+    assert len(rows) == 1
+    model = patch_model(tiny_model("llama"))
+    trainer = Trainer(
+        model,
+        arguments(tmp_path, max_steps=1, remove_unused_columns=False),
+        train_dataset=rows,
+        data_collator=PackedCollator(),
+        compute_loss_func=PackedLoss(model),
+    )
+    trainer.add_callback(PackingCallback(trainer))
+    trainer.add_callback(IsolationCallback(trainer))
+    trainer.train()
+    logged = {k: v for entry in trainer.state.log_history for k, v in entry.items()}
+    assert logged["isolation/largest_gradient"] == 0.0
+    assert logged["packing/documents_per_step"] == len(docs)
+    tokens = rows.report.packed_tokens
+    longest = max(len(d["input_ids"]) for d in docs)
+    assert logged["packing/padding_saved"] == pytest.approx(1 - tokens / (len(docs) * longest))
+    flops = rows.report.attention_cost * 6 * 2 * 4 * 16 * 2 / 2
+    assert logged["packing/attention_teraflop"] == pytest.approx(flops / 1e12)
+
+
+def test_a_leak_between_answers_is_found() -> None:
+    """A layer that mixes neighbours, whatever the layout says."""
+    (row,) = PackedDataset(answered_questions(), 512, **SHARED)
+    batch = PackedCollator()([row])
+    model = patch_model(tiny_model("llama"))
+    assert leaks_between_documents(model, batch) is None
+    model.model.layers[0].mlp.register_forward_hook(lambda _, args, out: out + out.roll(1, 1))
+    leak = leaks_between_documents(model, batch)
+    assert leak is not None and leak.module == "model.layers.0.mlp"

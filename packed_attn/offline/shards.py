@@ -81,7 +81,8 @@ def _open_plan(job: Job, digest: str) -> PackedRows:
 
     report = PackingReport.from_dict(read_json(job.work / PLAN)["report"])
     trees = Trees(*(mapped(f"trees-{name}") for name in TREES)) if job.share_prefixes else None
-    packs = Packs(*(mapped(name) for name in ARRAYS), report, trees)
+    arrays = {name: mapped(name) for name in ARRAYS}
+    packs = Packs(**arrays, report=report, trees=trees)
     return PackedRows(None, scratch_source(job), packs, keep=())
 
 
