@@ -247,6 +247,11 @@ def _links(
         raise ValueError(
             f"feature {index} has {documents} documents in seq_lengths, but {parents.size} parents"
         )
+    if parents.size and not (-1 <= parents.min() and parents.max() < documents):
+        raise ValueError(
+            f"feature {index} must have parents from -1 to {documents - 1}, got {parents.min()} "
+            f"to {parents.max()}"
+        )
     if ends.size and not (ends.min() >= 0 and ends.max() < documents):
         raise ValueError(
             f"feature {index} must have ends from 0 to {documents - 1}, got {ends.min()} to "

@@ -233,7 +233,7 @@ def test_rows_are_those_of_pack_dataset() -> None:
     assert written.column_names == [
         "input_ids", "labels", "seq_lengths", "parents", "ends", "documents", "name",
     ]  # fmt: skip
-    for row, other in zip(list(rows), written, strict=True):  # type: ignore[call-overload]
+    for row, other in zip(list(rows), written, strict=True):
         assert {k: np.asarray(v).tolist() for k, v in row.items()} == other
         assert documents_of(row) == [docs[d]["input_ids"] for d in row["documents"]]
         assert row["name"] == [f"d{d}" for d in row["documents"]]
@@ -300,6 +300,14 @@ def test_rows_that_lost_their_parents_are_refused() -> None:
         PackedCollator()([{**row, "ends": None}])
     with pytest.raises(ValueError, match="must have ends from 0 to 1, got 0 to 5"):
         PackedCollator()([{**row, "ends": [0, 5]}])
+    with pytest.raises(ValueError, match="must have parents from -1 to 1, got -1 to 2"):
+        PackedCollator()([{**row, "parents": [-1, 2]}])
+    with pytest.raises(
+        ValueError, match=r"point to an earlier document or be -1, but parents\[0\]"
+    ):
+        PackedCollator()([{**row, "parents": [1, 0]}])
+    with pytest.raises(ValueError, match="has position_ids that contradict its seq_lengths"):
+        PackedCollator()([{**row, "position_ids": [0, 1, 2, 0]}])
     with pytest.raises(ValueError, match="2 documents in seq_lengths, but 1 parents"):
         PackedCollator()([{**row, "parents": [-1]}])
     with pytest.raises(NotImplementedError, match="collate packs with shared prefixes without"):
@@ -321,6 +329,23 @@ def test_a_model_with_labels_and_no_loss_of_ours_is_refused() -> None:
     batch = PackedCollator()([row])
     with pytest.raises(ValueError, match=r"pass compute_loss_func=PackedLoss\(model\)"):
         patch_model(tiny_model("llama"))(**batch)
+
+
+@pytest.mark.parametrize(
+    ("rows", "positions", "words"),
+    [
+        (2, None, "has document 1 in row 1, but what it continues, document 0, in row 0"),
+        (1, [[0, 1, 2, 0, 1, 2]], "position_ids contradict layout"),
+    ],
+)
+def test_a_forest_that_a_model_cannot_follow(rows: int, positions: Any, words: str) -> None:
+    """A child in another row than its parent, and positions that do not go on."""
+    ids = torch.arange(3, 9).view(rows, -1)
+    batch: dict[str, Any] = {"layout": DocumentLayout.from_lengths([3, 3], parents=[-1, 0])}
+    if positions is not None:
+        batch["position_ids"] = torch.tensor(positions)
+    with pytest.raises(ValueError, match=words):
+        patch_model(tiny_model("llama"))(input_ids=ids, **batch)
 
 
 def test_batches_of_several_rows_and_padding() -> None:
@@ -356,7 +381,7 @@ def test_comparison_counts_whole_documents() -> None:
 def test_worker_processes_plan_the_same_rows() -> None:
     rows = PackedDataset(answered_questions(), CAPACITY, seed=0, **SHARED)
     loader = torch.utils.data.DataLoader(rows, batch_size=None, num_workers=1)
-    for row, other in zip(list(rows), loader, strict=True):  # type: ignore[call-overload]
+    for row, other in zip(list(rows), loader, strict=True):
         assert torch.equal(torch.as_tensor(row["input_ids"]), torch.as_tensor(other["input_ids"]))
 
 
@@ -453,4 +478,5 @@ def test_a_leak_between_answers_is_found() -> None:
     assert leaks_between_documents(model, batch) is None
     model.model.layers[0].mlp.register_forward_hook(lambda _, args, out: out + out.roll(1, 1))
     leak = leaks_between_documents(model, batch)
-    assert leak is not None and leak.module == "model.layers.0.mlp"
+    assert leak is not None
+    assert leak.module == "model.layers.0.mlp"

@@ -265,6 +265,13 @@ def _check_rows(name: str, layout: DocumentLayout, batch: _Batch) -> None:
     for row in range(1, batch.rows):
         if row * batch.tokens not in begins:
             raise ValueError(f"{name} has a document that crosses from row {row - 1} to row {row}")
+    for d, start in enumerate(layout.starts if layout.is_forest else ()):
+        parent = layout.parent(d)
+        if parent >= 0 and layout.starts[parent] // batch.tokens != start // batch.tokens:
+            raise ValueError(
+                f"{name} has document {d} in row {start // batch.tokens}, but what it continues, "
+                f"document {parent}, in row {layout.starts[parent] // batch.tokens}"
+            )
 
 
 def _check_agreement(
