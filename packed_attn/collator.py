@@ -247,7 +247,7 @@ def _links(
         raise ValueError(
             f"feature {index} has {documents} documents in seq_lengths, but {parents.size} parents"
         )
-    if parents.size and not (-1 <= parents.min() and parents.max() < documents):
+    if parents.size and not (parents.min() >= -1 and parents.max() < documents):
         raise ValueError(
             f"feature {index} must have parents from -1 to {documents - 1}, got {parents.min()} "
             f"to {parents.max()}"

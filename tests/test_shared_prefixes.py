@@ -302,9 +302,7 @@ def test_rows_that_lost_their_parents_are_refused() -> None:
         PackedCollator()([{**row, "ends": [0, 5]}])
     with pytest.raises(ValueError, match="must have parents from -1 to 1, got -1 to 2"):
         PackedCollator()([{**row, "parents": [-1, 2]}])
-    with pytest.raises(
-        ValueError, match=r"point to an earlier document or be -1, but parents\[0\]"
-    ):
+    with pytest.raises(ValueError, match=r"point to an earlier document or be -1"):
         PackedCollator()([{**row, "parents": [1, 0]}])
     with pytest.raises(ValueError, match="has position_ids that contradict its seq_lengths"):
         PackedCollator()([{**row, "position_ids": [0, 1, 2, 0]}])
