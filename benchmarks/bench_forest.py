@@ -4,9 +4,12 @@
 
 Packed attention on the CPU of one prompt with n answers: as a forest, and as n documents of prompt
 and answer without padding. Prints how many times fewer tokens and attention FLOPs (pairs of query
-and key that see each other) the forest has, how many times less time it takes, and how its time
-grows with the answers. Both sides take turns in one process and a ratio is the median over rounds.
-Outputs and gradients are compared before anything is timed.
+and key that see each other) the forest has, how many times less time it takes, how its time grows
+with the answers, and how fast forests are planned.
+
+Times are CPU time on one thread, which other work on the machine disturbs little. Both sides take
+turns in one process and a ratio is the median over rounds. Outputs and gradients are compared
+before anything is timed.
 """
 
 from __future__ import annotations
@@ -15,77 +18,120 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import torch
 from bench_cpu import machine
 from timing import median_ratio, paired_seconds
 from torch import Tensor
 
-from packed_attn import DocumentLayout, attention
+from packed_attn import DocumentLayout, attention, pack_lengths
+from packed_attn.packing.forest import plan_forest, plan_prompts
 
 ROUNDS = 5
 HEADS, HEAD_DIM = 2, 64
 RESULTS = Path(__file__).parent / "results" / "forest_cpu.json"
 # Largest difference of out and gradients to their copies', over the largest element.
 TOLERANCE = 1e-5
+RATIOS, GROUPS = (1, 4, 16), (2, 8, 16, 64)  # prompt : answer, and answers
+PROMPT = 2048
+# (prompt, answer, answers) whose time is taken; at 2048-token prompts FLOPs decide.
+TIMED = (
+    *((2048, 2048, 2), (2048, 512, 2), (2048, 512, 8), (2048, 128, 2), (2048, 128, 8)),
+    *((512, 512, 8), (512, 128, 8), (512, 128, 64), (512, 32, 8), (512, 32, 64)),
+)
+GROWTH = (1, 4, 16, 64)
 
 
 @dataclass(frozen=True)
-class Row:
-    """One prompt with its answers, and the forest's advantages over copies of the prompt."""
+class Saved:
+    """One prompt with its answers: how many times more its copies have."""
 
     prompt: int
     answer: int
     answers: int
     tokens: float
     flops: float
+
+
+@dataclass(frozen=True)
+class Row(Saved):
+    """The same, measured.
+
+    Attributes:
+        time: how many times longer the copies take.
+        milliseconds: CPU time of the forest, forward and backward.
+        difference: largest of out and gradients, over the largest element.
+    """
+
     time: float
     milliseconds: float
     difference: float
+
+    @property
+    def of_flops(self) -> float:
+        return self.time / self.flops
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the figures go")
     options = parser.parse_args(arguments)
-    rows = []
-    print("| prompt | answers | fewer tokens | fewer FLOPs | less time | forest, ms |")
-    print("|---|---|---|---|---|---|")
-    for prompt, answer, answers in SHAPES:
-        print(f"{prompt} + {answers} x {answer}", file=sys.stderr, flush=True)
-        row = measured(prompt, answer, answers)
-        rows.append(row)
-        print(
-            f"| {prompt} | {answers} of {answer} | {row.tokens:.2f}x | {row.flops:.2f}x | "
-            f"{row.time:.2f}x | {row.milliseconds:.1f} |",
-            flush=True,
-        )
-    growth = grown()
-    for answers, per_pair in growth.items():
-        print(f"512 + {answers} x 64: {per_pair:.2f} times the time a pair that 1 answer takes")
+    torch.set_num_threads(1)
     report = {
         "machine": machine(),
+        "clock": "CPU time of the process, one thread",
         "rounds": ROUNDS,
         "heads": HEADS,
         "head_dim": HEAD_DIM,
-        "rows": [asdict(row) for row in rows],
-        "time_per_pair_by_answers": growth,
+        "saved": [asdict(row) for row in grid()],
+        "rows": [asdict(row) for row in timed()],
+        "time_per_pair_by_answers": growth(),
+        "planning": planning(),
     }
     options.json.parent.mkdir(parents=True, exist_ok=True)
     options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-# Prompt : answer of 1:1, 4:1 and 16:1; at 2048 tokens FLOPs decide.
-SHAPES = (
-    *((512, 512 // ratio, group) for ratio in (1, 4, 16) for group in (2, 8, 16)),
-    (512, 128, 64),
-    (2048, 512, 2),
-    (2048, 512, 8),
-)
-GROUPS = (1, 4, 16, 64)
+def grid() -> list[Saved]:
+    """What is saved of tokens and FLOPs, counted."""
+    rows = []
+    print("| prompt : answer | answers | fewer tokens | fewer FLOPs |")
+    print("|---|---|---|---|")
+    for ratio in RATIOS:
+        for answers in GROUPS:
+            row = Saved(*(shape := (PROMPT, PROMPT // ratio, answers)), *_saved(*shape))
+            rows.append(row)
+            print(f"| {ratio}:1 | {answers} | {row.tokens:.2f}x | {row.flops:.2f}x |")
+    return rows
+
+
+def timed() -> list[Row]:
+    """What is saved of time."""
+    rows = []
+    print("| prompt | answers | fewer tokens | fewer FLOPs | less time | of FLOPs | forest, ms |")
+    print("|---|---|---|---|---|---|---|")
+    for prompt, answer, answers in TIMED:
+        print(f"{prompt} + {answers} x {answer}", file=sys.stderr, flush=True)
+        row = measured(prompt, answer, answers)
+        rows.append(row)
+        print(
+            f"| {prompt} | {answers} of {answer} | {row.tokens:.2f}x | {row.flops:.2f}x | "
+            f"{row.time:.2f}x | {row.of_flops:.2f} | {row.milliseconds:.1f} |",
+            flush=True,
+        )
+    return rows
+
+
+def _saved(prompt: int, answer: int, answers: int) -> tuple[float, float]:
+    """How many times fewer tokens and FLOPs the forest has."""
+    tokens = answers * (prompt + answer) / (prompt + answers * answer)
+    return tokens, _pairs(prompt + answer, 0, 1) * answers / _pairs(prompt, answer, answers)
 
 
 def measured(prompt: int, answer: int, answers: int) -> Row:
@@ -122,23 +168,22 @@ def measured(prompt: int, answer: int, answers: int) -> Row:
         "forest": lambda: run(forest, [q, k, v], grad_out),
         "copies": lambda: run(copies, *copied),
     }
-    seconds = paired_seconds(candidates, ROUNDS)
+    seconds = paired_seconds(candidates, ROUNDS, clock=time.process_time)
     return Row(
         prompt,
         answer,
         answers,
-        tokens=copies.total_tokens / forest.total_tokens,
-        flops=_pairs(prompt + answer, 0, 1) * answers / _pairs(prompt, answer, answers),
+        *_saved(prompt, answer, answers),
         time=median_ratio(seconds["copies"], seconds["forest"]),
         milliseconds=1e3 * statistics.median(seconds["forest"]),
         difference=difference,
     )
 
 
-def grown() -> dict[int, float]:
+def growth() -> dict[int, float]:
     """Time a pair of query and key of 512 + n x 64 tokens, over that of one answer."""
     candidates: dict[str, Callable[[], object]] = {}
-    for answers in GROUPS:
+    for answers in GROWTH:
         layout = _forest(512, 64, answers)
         q, k, v, grad_out = _draw(layout.total_tokens)
 
@@ -147,11 +192,53 @@ def grown() -> dict[int, float]:
             return torch.autograd.grad(attention(*qkv, layout, backend="cpu"), qkv, grad)  # type: ignore[misc]
 
         candidates[str(answers)] = both_ways
-    seconds = paired_seconds(candidates, ROUNDS)
+    seconds = paired_seconds(candidates, ROUNDS, clock=time.process_time)
     one = _pairs(512, 64, 1)
-    return {
-        n: median_ratio(seconds[str(n)], seconds["1"]) * one / _pairs(512, 64, n) for n in GROUPS
+    found = {
+        n: median_ratio(seconds[str(n)], seconds["1"]) * one / _pairs(512, 64, n) for n in GROWTH
     }
+    for answers, per_pair in found.items():
+        print(f"512 + {answers} x 64: {per_pair:.2f} times the time a pair that 1 answer takes")
+    return found
+
+
+def planning() -> dict[str, float]:
+    """Documents and tokens planned a second of CPU time, on one core."""
+    random, number = np.random.default_rng(0), 1_000_000
+    lengths = random.integers(600, 900, number)
+    ids = random.permutation(np.repeat(np.arange(number // 8), 8))
+    prompts = np.full(number, 512)
+    documents, tokens = _arrow_groups(random, 1000, 8, 512, 128), 8000 * 640
+    short, short_tokens = _arrow_groups(random, 20000, 2, 32, 16), 40000 * 48
+    figures = {
+        "documents_per_second_prompt_ids": number
+        / _seconds(lambda: plan_prompts(lengths, ids, prompts)),
+        "documents_per_second_prompt_ids_and_packs": number
+        / _seconds(
+            lambda: pack_lengths(lengths, 8192, share=lambda n: plan_prompts(n, ids, prompts))
+        ),
+        "tokens_per_second_found_in_512_and_128": tokens / _seconds(lambda: plan_forest(documents)),
+        "tokens_per_second_found_in_32_and_16": short_tokens / _seconds(lambda: plan_forest(short)),
+    }
+    for name, figure in figures.items():
+        print(f"{name.replace('_', ' ')}: {figure / 1e6:.1f} M")
+    return figures
+
+
+def _arrow_groups(
+    random: np.random.Generator, prompts: int, group: int, prompt: int, answer: int
+) -> pa.ListArray:
+    """Groups of documents with a prompt each, mixed, in int32 Arrow lists."""
+    heads = random.integers(0, 50000, (prompts, prompt), dtype=np.int32).repeat(group, axis=0)
+    answers = random.integers(0, 50000, (prompts * group, answer), dtype=np.int32)
+    rows = random.permutation(np.concatenate([heads, answers], axis=1))
+    offsets = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(rows.ravel()))
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    """The median over rounds."""
+    return statistics.median(paired_seconds({"it": call}, ROUNDS, clock=time.process_time)["it"])
 
 
 def _forest(prompt: int, answer: int, answers: int) -> DocumentLayout:

@@ -11,11 +11,18 @@ import torch
 
 
 def paired_seconds(
-    candidates: Mapping[str, Callable[[], object]], runs: int = 9, warmup: int = 1
+    candidates: Mapping[str, Callable[[], object]],
+    runs: int = 9,
+    warmup: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, list[float]]:
-    """Wall seconds of each candidate in each of `runs` rounds; a round runs every candidate once.
+    """Seconds of each candidate in each of `runs` rounds; a round runs every candidate once.
 
     The order turns from round to round, so that none always follows the same neighbour.
+
+    Args:
+        clock: what reads the time: wall time, or `time.process_time` where other processes would
+            disturb it.
     """
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -24,9 +31,9 @@ def paired_seconds(
     for round_ in range(runs):
         turn = round_ % len(names)
         for name in names[turn:] + names[:turn]:
-            begin = time.perf_counter()
+            begin = clock()
             candidates[name]()
-            seconds[name].append(time.perf_counter() - begin)
+            seconds[name].append(clock() - begin)
     return seconds
 
 

@@ -4,6 +4,7 @@ from packed_attn.attention import attention
 from packed_attn.audit import IsolationReport, audit
 from packed_attn.collator import PackedCollator
 from packed_attn.layout import DocumentLayout, Visibility
+from packed_attn.logps import unpack_logps
 from packed_attn.loss import PackedLoss
 from packed_attn.packing import (
     PackedBatchSampler,
@@ -38,5 +39,6 @@ __all__ = [
     "pack_lengths",
     "patch_model",
     "truncate",
+    "unpack_logps",
     "unpatch_model",
 ]

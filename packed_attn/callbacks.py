@@ -87,7 +87,7 @@ class PackingCallback(TrainerCallback):
         packing/tokens_per_second        real tokens of this process, padding not counted
         packing/fill                     real tokens / tokens in the rows
         packing/padding_saved            share of a padded batch of the same documents that would
-                                         have been padding
+                                         have been padding, or copies of shared prefixes
         packing/documents_per_step
         packing/attention_teraflop       of attention alone in one step, forward and backward
         packing/mfu                      model FLOPs / peak FLOPs, on a GPU whose peak is known
@@ -124,12 +124,16 @@ class PackingCallback(TrainerCallback):
         padding = (False,) * layout.num_documents
         if layout.padding is not None:
             padding = tuple(layout.to("cpu").padding.tolist())  # type: ignore[union-attr]
-        lengths = [n for n, pads in zip(layout.lengths, padding) if n and not pads]
+        lengths = documents = [n for n, pads in zip(layout.lengths, padding) if n and not pads]
         self._real += sum(lengths)
         self._tokens += layout.total_tokens
-        self._documents += len(lengths)
-        self._padded += len(lengths) * max(lengths, default=0)
         self._squares += sum(n * n for n in lengths)
+        if layout.is_forest:
+            before = layout.forest_tensors().path_offset.tolist()
+            self._squares += sum(2 * n * k for n, k in zip(layout.lengths, before))
+            documents = _whole_lengths(batch["document_paths"], layout)
+        self._documents += len(documents)
+        self._padded += len(documents) * max(documents, default=0)
 
     def _figures(self) -> dict[str, float]:
         seconds = time.perf_counter() - self._since
@@ -157,6 +161,14 @@ class PackingCallback(TrainerCallback):
         width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
         products = 2 + 4
         return products * 2 * heads * width * config.num_hidden_layers / 2
+
+
+def _whole_lengths(paths: Tensor, layout: DocumentLayout) -> list[int]:
+    """Tokens of each document whose pieces are shared."""
+    lengths: dict[int, int] = {}
+    for document, piece in paths.t().tolist():
+        lengths[document] = lengths.get(document, 0) + layout.lengths[piece]
+    return list(lengths.values())
 
 
 def _log(trainer: Trainer, control: Any, figures: dict[str, float]) -> None:

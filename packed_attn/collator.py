@@ -12,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from packed_attn.layout import DocumentLayout
+from packed_attn.logps import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 COMPILED_TOKENS = 2**14  # of a batch for which numba, half a second to import, is worth having
 LossWeighting = Literal["token", "document"]
 # A token is learned where its mask is 1: TRL's names, in the order in which they apply.
@@ -27,8 +27,8 @@ class PackedCollator:
     Args:
         features: what one feature is. `"packs"` (default): documents end to end, with boundaries
             in `seq_lengths` (document lengths, as TRL and `pack_dataset` write them) or in
-            `position_ids` that restart at 0. `"documents"`: one document each (padding-free
-            batches).
+            `position_ids` that restart at 0; with shared prefixes also in `parents` and `ends`, as
+            `pack_dataset` writes them. `"documents"`: one document each (padding-free batches).
         pad_to_multiple_of: pad the row to a multiple of this many tokens.
         capacity: pad the row to this many tokens per feature, so that every batch has one shape.
         pad_token_id: what padding is made of.
@@ -44,7 +44,8 @@ class PackedCollator:
             token, for losses that are computed outside the model (label smoothing).
 
     Padding is a document of its own, with labels -100, that sees nothing and is seen by nobody. The
-    first label of each document is -100, so that the shifted loss never crosses a boundary.
+    first label of each document is -100 (with shared prefixes: that of each root), so that the
+    shifted loss never crosses a boundary.
     Without `labels`, they are copies of `input_ids`, -100 where a `completion_mask` or
     `assistant_masks` is 0.
 
@@ -59,6 +60,7 @@ class PackedCollator:
     Raises (from a call):
         ValueError: a feature without boundaries under `"packs"`, columns of different lengths,
             boundaries that contradict each other, or a pack over capacity.
+        NotImplementedError: shared prefixes with `align`.
     """
 
     features: Literal["packs", "documents"] = "packs"
@@ -98,12 +100,41 @@ class PackedCollator:
         beyond = total - sum(lengths)
         if beyond:
             lengths, padding = [*lengths, beyond], [*padding, True]
-        layout = DocumentLayout.from_lengths(lengths, padding=padding)
-        if total >= COMPILED_TOKENS:
+        links = _joined_parents(rows, len(lengths))
+        layout = DocumentLayout.from_lengths(lengths, parents=links, padding=padding)
+        if total >= COMPILED_TOKENS and links is None:
             _number_tokens(layout)
         _ = layout.padding_tokens  # per token, which a compiled model reads
         _check_positions(rows, layout)
-        # One copy a token, which widens narrow tokens on the way.
+        input_ids, labels = self._tokens(rows, layout)
+        batch = {
+            "input_ids": input_ids,
+            "labels": labels,
+            "position_ids": layout.position_ids[None],
+        }
+        if layout.is_forest:
+            paths = torch.from_numpy(_document_paths(rows, layout))
+            counts = _path_counts(paths, labels[0], layout)
+            by_document = counts.new_ones(counts.numel()).masked_fill(counts == 0, IGNORE_INDEX)
+            every = counts.new_ones(1, int(counts.sum()))
+            counted = by_document if self.loss_weighting == "document" else every
+            return {**batch, "layout": layout, "document_paths": paths, "shift_labels": counted}
+        longest = layout.max_seqlen
+        batch |= {
+            "cu_seq_lens_q": layout.cu_seqlens,
+            "cu_seq_lens_k": layout.cu_seqlens,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "seq_idx": layout.document_ids[None],
+            "layout": layout,
+        }
+        if self.loss_weighting == "document":
+            batch["shift_labels"] = _document_counts(labels[0], layout)
+        return batch
+
+    def _tokens(self, rows: Sequence[_Row], layout: DocumentLayout) -> tuple[Tensor, Tensor]:
+        """input_ids and labels `[1, T]`: one copy a token, which widens narrow ones on the way."""
+        total = layout.total_tokens
         input_ids = np.empty(total, np.int64)
         # One place more: where empty documents at the end of the row begin.
         labels = np.empty(total + 1, np.int64)
@@ -113,22 +144,11 @@ class PackedCollator:
             input_ids[at:stop], labels[at:stop] = row.input_ids, row.labels
             at = stop
         input_ids[at:], labels[at:] = self.pad_token_id, IGNORE_INDEX
-        labels[layout.cu_seqlens.numpy()[:-1]] = IGNORE_INDEX
-        longest = layout.max_seqlen
-        batch = {
-            "input_ids": torch.from_numpy(input_ids)[None],
-            "labels": torch.from_numpy(labels[:total])[None],
-            "position_ids": layout.position_ids[None],
-            "cu_seq_lens_q": layout.cu_seqlens,
-            "cu_seq_lens_k": layout.cu_seqlens,
-            "max_length_q": longest,
-            "max_length_k": longest,
-            "seq_idx": layout.document_ids[None],
-            "layout": layout,
-        }
-        if self.loss_weighting == "document":
-            batch["shift_labels"] = _document_counts(batch["labels"][0], layout)
-        return batch
+        starts = layout.cu_seqlens.numpy()[:-1]
+        if layout.is_forest:
+            starts = starts[layout.forest_tensors().path_offset.numpy() == 0]
+        labels[starts] = IGNORE_INDEX
+        return torch.from_numpy(input_ids)[None], torch.from_numpy(labels[:total])[None]
 
     def _pairs(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch of two streams: each is collated as if it were the only one."""
@@ -163,7 +183,9 @@ class PackedCollator:
             keep = _real_tokens(index, feature, input_ids)
             return self._with_room(_Row(input_ids[keep], labels[keep], (int(keep.sum()),)))
         lengths, position_ids = _boundaries(index, feature, input_ids.size)
-        row = self._with_room(_Row(input_ids, labels, lengths, position_ids=position_ids))
+        parents, ends = _links(index, feature, len(lengths))
+        row = _Row(input_ids, labels, lengths, (), position_ids, parents, ends)
+        row = self._with_room(row)
         tokens = row.input_ids.size
         if self.capacity is not None and tokens > self.capacity:
             raise ValueError(
@@ -175,6 +197,11 @@ class PackedCollator:
         """The row with padding behind each document up to a multiple of `align`."""
         if not any(n % self.align for n in row.lengths):
             return row
+        if row.parents is not None:
+            raise NotImplementedError(
+                "align gives documents room of their own, which would part a shared prefix from "
+                "what continues it: collate packs with shared prefixes without align"
+            )
         _check_positions([row], DocumentLayout.from_lengths(row.lengths))
         lengths, padding = [], []
         for n in row.lengths:
@@ -198,18 +225,6 @@ class PackedCollator:
             total = self.capacity * len(rows)
         multiple = self.pad_to_multiple_of or 1
         return -(-total // multiple) * multiple
-
-
-def without_first_labels(labels: Tensor, layout: DocumentLayout) -> Tensor:
-    """labels with -100 where a document begins: the shifted loss predicts it from the document
-    before.
-
-    Args:
-        labels: integer `[..., T]` with `layout.total_tokens` elements in stream order.
-        layout: the documents, on the same device.
-    """
-    first = layout.document_starts.view(labels.shape)
-    return labels.masked_fill(first, IGNORE_INDEX)
 
 
 def _document_counts(labels: Tensor, layout: DocumentLayout) -> Tensor:
@@ -243,6 +258,71 @@ def _check_pairs(features: Sequence[Mapping[str, Any]]) -> None:
             )
 
 
+def _joined_parents(rows: Sequence[_Row], documents: int) -> list[int] | None:
+    """Parents in the batch, of padding too; None where no row shares prefixes."""
+    if all(row.parents is None for row in rows):
+        return None
+    parents = np.full(documents, -1)
+    at = 0
+    for row in rows:
+        stop = at + len(row.lengths)
+        if row.parents is not None:
+            parents[at:stop] = np.where(row.parents < 0, -1, row.parents + at)
+        at = stop
+    return parents.tolist()
+
+
+def _document_paths(rows: Sequence[_Row], layout: DocumentLayout) -> NDArray[np.int64]:
+    """(document, document of the layout) pairs, int64 `[2, num_pairs]`, documents in order."""
+    pairs, at, number = [], 0, 0
+    for row in rows:
+        ends = np.arange(len(row.lengths)) if row.ends is None else row.ends
+        for end in ends.tolist():
+            if row.ends is None and row.padding and row.padding[end]:
+                continue
+            pairs += [(number, piece) for piece in layout.path(at + end)]
+            number += 1
+        at += len(row.lengths)
+    return np.array(pairs, np.int64).reshape(-1, 2).T.copy()
+
+
+def _path_counts(paths: Tensor, labels: Tensor, layout: DocumentLayout) -> Tensor:
+    """int64 `[num_documents]`: how many labels each document has along its path."""
+    piece = layout.document_ids[labels != IGNORE_INDEX].long()
+    counts = torch.bincount(piece, minlength=layout.num_documents)
+    number = int(paths[0, -1]) + 1 if paths.numel() else 0
+    return counts.new_zeros(number).index_add(0, paths[0], counts[paths[1]])
+
+
+def _links(
+    index: int, feature: Mapping[str, Any], documents: int
+) -> tuple[Integers | None, Integers | None]:
+    """`parents` and `ends` of a feature, checked as far as they index."""
+    given = {name: feature[name] for name in ("parents", "ends") if feature.get(name) is not None}
+    if not given:
+        return None, None
+    if len(given) < 2:
+        raise ValueError(
+            f"feature {index} must have parents and ends together, but has {', '.join(given)} alone"
+        )
+    parents, ends = (_tokens(index, name, values) for name, values in given.items())
+    if parents.size != documents:
+        raise ValueError(
+            f"feature {index} has {documents} documents in seq_lengths, but {parents.size} parents"
+        )
+    if parents.size and not (parents.min() >= -1 and parents.max() < documents):
+        raise ValueError(
+            f"feature {index} must have parents from -1 to {documents - 1}, got {parents.min()} "
+            f"to {parents.max()}"
+        )
+    if ends.size and not (ends.min() >= 0 and ends.max() < documents):
+        raise ValueError(
+            f"feature {index} must have ends from 0 to {documents - 1}, got {ends.min()} to "
+            f"{ends.max()}"
+        )
+    return parents, ends
+
+
 Integers = NDArray[np.integer | np.bool_]
 
 
@@ -255,6 +335,8 @@ class _Row:
     lengths: tuple[int, ...]
     padding: tuple[bool, ...] = ()  # of each document; empty is none
     position_ids: Integers | None = None  # as the feature has them, to be compared with `lengths`
+    parents: Integers | None = None  # what each document continues, where prefixes are shared
+    ends: Integers | None = None  # the document of the row in which each of the data ends
 
 
 def _tokens(index: int, name: str, values: Any) -> Integers:

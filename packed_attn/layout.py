@@ -306,6 +306,10 @@ class DocumentLayout:
         """The documents on the way from the root to `document`, which is the last."""
         return self._forest().path(document) if self.is_forest else (document,)
 
+    def parent(self, document: int) -> int:
+        """The document that `document` continues, -1 for a root; read on the host."""
+        return self._forest().parents[document] if self.is_forest else -1
+
     def per_token(self, per_document: Tensor) -> Tensor:
         """`[num_documents]` spread over the tokens: `[total_tokens]`; entries past are not read."""
         if self.num_documents == 0:

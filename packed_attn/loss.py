@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from packed_attn.collator import IGNORE_INDEX, LossWeighting, without_first_labels
+from packed_attn.collator import LossWeighting
 from packed_attn.layout import DocumentLayout
+from packed_attn.logps import IGNORE_INDEX, token_logps, without_first_labels
 
 
 class PackedLoss:
@@ -29,6 +30,9 @@ class PackedLoss:
     documents of their own token means: each counts the same whatever its length. Both are exact
     over gradient accumulation and over processes, because Trainer counts what the collator lets it
     count; the collator must therefore be told the same weighting, and a mismatch raises.
+
+    Packs with shared prefixes need it in either weighting: a token that several documents share
+    counts for each of them, and a prompt's last token predicts the first of every answer.
 
     Evaluation gets `loss_per_token` and `loss_per_document`, over all packs together. Unpacked
     evaluation with one document a batch reports the second as its `eval_loss`.
@@ -103,35 +107,42 @@ class PackedLoss:
             # A batch without boundaries: every row is one document.
             rows, tokens = labels.shape
             layout = DocumentLayout.from_lengths([tokens] * rows, device=labels.device)
-        return document_losses(logits, labels, layout)
+        return document_losses(logits, labels, layout, self._batch.paths)
 
 
 def document_losses(
-    logits: Tensor, labels: Tensor, layout: DocumentLayout
+    logits: Tensor, labels: Tensor, layout: DocumentLayout, paths: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """Summed cross-entropy and number of target tokens of each document.
 
     Args:
         logits: `[B, T, vocabulary]`; the token before predicts.
-        labels: int64 `[B, T]`, -100 where nothing is learned. A document's first token is predicted
-            by no other, whatever its label.
+        labels: int64 `[B, T]`, -100 where nothing is learned. A first token that no other of its
+            document precedes is not predicted, whatever its label.
         layout: the documents of the `B * T` tokens.
+        paths: int64 `[2, num_pairs]`, (document, piece) pairs: which documents of the layout are
+            the pieces of a document that shares some (`document_paths` of the collator). None:
+            each is a document.
 
     Returns:
-        float32 `[num_documents]`, in nats, differentiable, and int64 `[num_documents]`.
+        float32 `[num_documents]`, in nats, differentiable, and int64 `[num_documents]`. With paths
+        there are as many entries as pairs, and those past the last document are 0: to count the
+        documents would make the host wait for the device.
     """
-    layout = layout.to(labels.device)
-    targets = without_first_labels(labels, layout).flatten()[1:]
-    losses = nn.functional.cross_entropy(
-        logits.flatten(0, 1)[:-1].float(),
-        targets.to(logits.device),
-        ignore_index=IGNORE_INDEX,
-        reduction="none",
-    )
-    document = layout.document_ids[1:].long().to(logits.device)
-    sums = losses.new_zeros(layout.num_documents).index_add(0, document, losses)
-    learned = (targets != IGNORE_INDEX).long().to(logits.device)
-    return sums, learned.new_zeros(layout.num_documents).index_add(0, document, learned)
+    layout = layout.to(logits.device)
+    piece = layout.document_ids.long()
+    learned = (without_first_labels(labels.to(logits.device), layout) != IGNORE_INDEX).flatten()
+    sums = -_summed(token_logps(logits, layout, labels), piece, layout.num_documents)
+    counts = _summed(learned.long(), piece, layout.num_documents)
+    if paths is None:
+        return sums, counts
+    document, piece = paths.to(logits.device)
+    number = paths.shape[1]
+    return _summed(sums[piece], document, number), _summed(counts[piece], document, number)
+
+
+def _summed(values: Tensor, index: Tensor, size: int) -> Tensor:
+    return values.new_zeros(size).index_add(0, index, values)
 
 
 class _LatestBatch:
@@ -139,12 +150,14 @@ class _LatestBatch:
 
     def __init__(self) -> None:
         self.layout: DocumentLayout | None = None
+        self.paths: Tensor | None = None
         self.weighting: Literal["token", "document"] = "token"
 
     def arrives(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         counted = kwargs.get("shift_labels")
         by_document = isinstance(counted, Tensor) and counted.ndim == 1
         self.weighting = "document" if by_document else "token"
+        self.paths = kwargs.get("document_paths")
 
     def is_packed(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
@@ -152,4 +165,4 @@ class _LatestBatch:
         self.layout = kwargs.get("layout")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layout": None, "weighting": self.weighting}
+        return {"layout": None, "paths": None, "weighting": self.weighting}

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from packed_attn import DocumentLayout, PackedCollator
-from packed_attn.collator import COMPILED_TOKENS, IGNORE_INDEX, without_first_labels
+from packed_attn.collator import COMPILED_TOKENS, IGNORE_INDEX
+from packed_attn.logps import without_first_labels
 
 
 def pack(*lengths: int, first: int = 10) -> dict[str, list[int]]:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packed_attn import DocumentLayout
-from packed_attn.packing.forest import ForestPlan, plan_forest
+from packed_attn.packing.forest import ForestPlan, plan_forest, plan_prompts
 
 
 def tokens(plan: ForestPlan, lists: list[list[int]], document: int) -> list[int]:
@@ -117,3 +118,62 @@ def test_bad_input(lists: Any, options: dict[str, Any], words: str) -> None:
 def test_arrays_of_any_integer_type() -> None:
     lists = [np.array([1, 2], np.int32), np.array([1, 3], np.uint16)]
     assert plan_forest(lists).tokens == 3
+
+
+@pytest.mark.parametrize("kind", [pa.int32(), pa.int64(), pa.uint16()])
+def test_arrow_lists_in_several_chunks_and_slices(kind: pa.DataType) -> None:
+    lists = [[9, 9], [1, 2, 3], [1, 2, 4], [], [1, 2], [7]]
+    whole = pa.array(lists, pa.list_(kind))
+    chunks = pa.chunked_array([whole[:2], whole[2:4], whole[4:]])
+    wanted = plan_forest(lists[1:])
+    for given_lists in (whole[1:], chunks[1:]):
+        plan = plan_forest(given_lists)
+        for name in ("lengths", "parents", "lists", "starts", "ends"):
+            assert getattr(plan, name).tolist() == getattr(wanted, name).tolist(), name
+
+
+@pytest.mark.parametrize(
+    ("lists", "words"),
+    [
+        (pa.array([[1], None], pa.list_(pa.int32())), "must not hold nulls"),
+        (pa.array([[1, None]], pa.list_(pa.int32())), "must not hold nulls"),
+        (pa.array([[1.5]]), "one-dimensional integers, but the Arrow array is float64"),
+        (pa.array([1, 2]), "must be lists of integers, got int64"),
+        (pa.array([[-1]]), "from 0 to 2\\^32 - 1, but the Arrow array has -1"),
+    ],
+)
+def test_bad_arrow_lists(lists: pa.Array, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        plan_forest(lists)
+
+
+def test_ids_above_two_to_the_31_and_collisions_of_hashes() -> None:
+    """Ten thousand lists below one prefix, whose first own tokens are all different."""
+    top = 2**32 - 1
+    lists = [np.array([5, top - i, i], np.int64) for i in range(10_000)]
+    plan = plan_forest(lists)
+    assert plan.num_documents == 10_001
+    assert plan.lengths[0] == 1
+    assert (plan.parents[1:] == 0).all()
+    assert plan.lists[1:].tolist() == list(range(10_000))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (([3], [0], [-1]), "prompt_lengths must not be negative"),
+        (([3], [0, 1], [2]), "prompt_ids must have one entry a document"),
+        (([3], [0], [1.5]), "prompt_lengths must be integers"),
+    ],
+)
+def test_bad_prompt_columns(arguments: Any, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        plan_prompts(*arguments)
+
+
+def test_prompts_of_cut_and_empty_documents() -> None:
+    """A cut document is all prompt; one left out is nowhere; unlike prompts share the shorter."""
+    plan = plan_prompts([4, 4, 0, 6], [7, 7, 7, 7], [5, 5, 5, 4])
+    assert plan.lengths.tolist() == [4, 2]
+    assert plan.parents.tolist() == [-1, 0]
+    assert plan.ends.tolist() == [0, 0, -1, 1]

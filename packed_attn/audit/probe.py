@@ -91,7 +91,9 @@ def leaks_between_documents(
 
 
 def _worst(subject: Subject, batch: AuditBatch) -> Leak | None:
-    found = gradients_by_document(subject, batch)
+    # The last pool of a forest stands for all that is on no other's path, shared prefixes too.
+    which = range(len(batch.places) - 1) if batch.layout.is_forest else None
+    found = gradients_by_document(subject, batch, which)
     scale = reached(subject, [own for own, _ in found])
     figures = [largest(others) / scale for _, others in found]
     index = max(range(len(figures)), key=figures.__getitem__)
@@ -145,9 +147,11 @@ def _live(model: nn.Module, batch: Mapping[str, Any], seed: int) -> tuple[Subjec
     real = [_real(layout) for layout in layouts]
     if len(real[0]) < 2:
         raise OneDocument(f"the batch needs two documents to tell apart, it has {len(real[0])}")
-    step = max(1, (len(real[0]) - 1) // (PROBED - 1))
-    chosen = [*range(0, len(real[0]) - 1, step)[: PROBED - 1], len(real[0]) - 1]
-    probed = [[documents[i] for i in chosen] for documents in real]
+    if layouts[0].is_forest:
+        probed = [_probed_leaves(layouts[0], real[0])]
+    else:
+        chosen = _spread(range(len(real[0])))
+        probed = [[documents[i] for i in chosen] for documents in real]
     subject = Subject(model, [layouts[-1].lengths[d] for d in probed[-1]], seed)
     kwargs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
     streams = []
@@ -175,13 +179,38 @@ def _real(layout: DocumentLayout) -> list[int]:
     return [d for d, n in enumerate(layout.lengths) if n and not _pads(layout, d)]
 
 
+def _spread(documents: Sequence[int]) -> list[int]:
+    """At most PROBED of them, the first and the last included."""
+    step = max(1, (len(documents) - 1) // (PROBED - 1))
+    return [*documents[:-1:step][: PROBED - 1], documents[-1]]
+
+
+def _probed_leaves(layout: DocumentLayout, real: Sequence[int]) -> list[int]:
+    """Documents that nothing continues, each of another tree, and one more that is not probed.
+
+    Paths of different trees have nothing in common, so each has a pool of its own.
+    """
+    parents = [layout.parent(d) for d in range(layout.num_documents)]
+    leaves = [d for d in real if d not in parents]
+    if len(leaves) < 2:
+        raise OneDocument(f"the batch needs two documents to tell apart, it has {len(leaves)}")
+    of_tree = {layout.path(d)[0]: d for d in reversed(leaves)}
+    probed = sorted(of_tree.values())[: PROBED - 1]
+    rest = [d for d in leaves if d not in probed]
+    return [*probed, rest[-1]] if rest else probed
+
+
 def _substituted(
     subject: Subject, ids: Tensor, layout: DocumentLayout, probed: Sequence[int]
 ) -> Tensor:
-    """`ids` with each probed document in tokens of its own pool, and all others in the last."""
+    """`ids` with each probed document in tokens of its own pool, and all others in the last.
+
+    What a document continues is its own.
+    """
     tokens = ids.flatten().clone()
     plain = torch.isin(tokens, torch.cat(subject.pools).to(tokens.device))
-    pool_of = {d: subject.pools[i] for i, d in enumerate(probed)}
+    last = len(probed) - 1 if layout.is_forest else len(probed)
+    pool_of = {p: subject.pools[i] for i, d in enumerate(probed[:last]) for p in layout.path(d)}
     generator = torch.Generator().manual_seed(subject.seed)
     for d, (start, length) in enumerate(zip(layout.starts, layout.lengths)):
         pool = pool_of.get(d, subject.pools[-1])

@@ -26,6 +26,12 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--learnable-only", action="store_true", help="leave out documents without a label"
     )
+    parser.add_argument(
+        "--share-prefixes",
+        action="store_true",
+        help="documents that begin alike share those tokens in a pack (for PackedCollator)",
+    )
+    parser.add_argument("--min-shared", type=int, help="tokens that sharing must save (16)")
     parser.add_argument("--max-loss", type=float, help="share of the tokens that may be lost")
     parser.add_argument(
         "--skip-bad", action="store_true", help="count records that cannot be read, leave them out"
@@ -42,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     """Packs; what is wrong with the input is an error of one line."""
     from packed_attn.offline import pack_files, report_of
 
-    sizes = {name: getattr(args, name) for name in ("shard_tokens", "part_bytes")}
+    sizes = {name: getattr(args, name) for name in ("shard_tokens", "part_bytes", "min_shared")}
     manifest = pack_files(
         args.inputs,
         args.output,
@@ -52,6 +58,7 @@ def run(args: argparse.Namespace) -> int:
         overflow=args.overflow,
         seed=args.seed,
         learnable_only=args.learnable_only,
+        share_prefixes=args.share_prefixes,
         max_loss=args.max_loss,
         skip_bad=args.skip_bad,
         workers=args.workers,

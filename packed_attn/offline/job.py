@@ -57,6 +57,8 @@ class Job:
         tokenizer: None where documents are tokens already.
         capacity, strategy, overflow, seed, max_loss: as in `pack_lengths`.
         learnable_only: whether documents of which no token has a label are left out.
+        share_prefixes, min_shared: whether documents that begin alike share those tokens, and how
+            many that must save.
         packs_per_shard: packs in every shard but the last.
         skip_bad: whether records that cannot be read are counted and left out.
         version: of packed-attn.
@@ -74,6 +76,8 @@ class Job:
     overflow: Overflow
     seed: int | None
     learnable_only: bool
+    share_prefixes: bool
+    min_shared: int
     max_loss: float | None
     packs_per_shard: int
     skip_bad: bool

@@ -28,9 +28,11 @@ from packed_attn.offline.job import Job, TokenizerIdentity, open_folder
 from packed_attn.offline.manifest import read_manifest, write_manifest
 from packed_attn.offline.progress import Progress
 from packed_attn.offline.scratch import document_figures, load_tokenizer, tokenize_part
-from packed_attn.offline.shards import PLAN, save_plan, write_shard
+from packed_attn.offline.shards import PLAN, save_plan, scratch_source, write_shard
 from packed_attn.packing.arguments import check_choice, checked_whole
 from packed_attn.packing.plan import Overflow, Strategy, pack_lengths
+from packed_attn.packing.prefixes import MIN_SHARED, SharedPrefixes
+from packed_attn.packing.sources import learned_in
 
 SHARD_TOKENS = 2**26
 PART_BYTES = 2**24
@@ -46,6 +48,8 @@ def pack_files(
     overflow: Overflow = "split",
     seed: int | None = None,
     learnable_only: bool = False,
+    share_prefixes: bool = False,
+    min_shared: int = MIN_SHARED,
     max_loss: float | None = None,
     skip_bad: bool = False,
     workers: int = 1,
@@ -61,7 +65,8 @@ def pack_files(
     any number of workers, and after any number of kills and continued runs.
 
     Memory: a few dozen bytes a document, and per worker the tokens of one batch; tokens lie on
-    disk, in the output folder, until the run is done.
+    disk, in the output folder, until the run is done. With `share_prefixes` also 4 bytes for each
+    token, and as many for its label, while the packs are planned.
 
     Args:
         inputs: .jsonl or .parquet files, folders of them, or what `Dataset.save_to_disk` wrote.
@@ -71,6 +76,7 @@ def pack_files(
         tokenizer: name or folder, for documents that are not tokens already.
         strategy, overflow, seed, max_loss: as in `pack_lengths`.
         learnable_only: leave out documents of which no token has a label.
+        share_prefixes, min_shared: as in `PlanOptions`.
         skip_bad: count records that cannot be read, and leave them out.
         workers: processes (with Ray: tasks at a time).
         engine: "local", or "ray" with a folder that all nodes see.
@@ -101,6 +107,8 @@ def pack_files(
         overflow=overflow,
         seed=seed,
         learnable_only=learnable_only,
+        share_prefixes=share_prefixes,
+        min_shared=checked_whole("min_shared", min_shared),
         max_loss=max_loss,
         packs_per_shard=max(1, checked_whole("shard_tokens", shard_tokens) // capacity),
         skip_bad=skip_bad,
@@ -152,6 +160,7 @@ def _plan(job: Job, counts: list[dict[str, Any]]) -> dict[str, Any]:
     lengths, learned = document_figures(job)
     if not lengths.size:
         raise ValueError(f"inputs must hold documents, but {_names(job)} hold none")
+    share = SharedPrefixes(scratch_source(job), job.min_shared) if job.share_prefixes else None
     packs = pack_lengths(
         lengths,
         job.capacity,
@@ -159,15 +168,21 @@ def _plan(job: Job, counts: list[dict[str, Any]]) -> dict[str, Any]:
         overflow=job.overflow,
         learned=learned if job.learnable_only else None,
         seed=job.seed,
+        share=share,
     )
     bad, padding = (sum(count[name] for count in counts) for name in ("bad", "padding"))
+    in_packs = int(learned[np.unique(packs.order)].sum())
+    if packs.trees is not None:
+        firsts = packs.trees.parents < 0
+        place = packs.order, packs.starts, packs.lengths
+        in_packs = learned_in(scratch_source(job), *place, firsts)
     report = replace(
         packs.report,
         documents=packs.report.documents + bad,
         unreadable_documents=bad,
         tokens=packs.report.tokens + padding,
         padding_tokens=padding,
-        masked_tokens=packs.report.packed_tokens - int(learned[np.unique(packs.order)].sum()),
+        masked_tokens=packs.report.packed_tokens - in_packs,
     )
     report.require(job.max_loss)
     if not len(packs):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,17 +15,22 @@ from packed_attn.offline.scratch import token_columns
 from packed_attn.packing.dataset import PackedRows
 from packed_attn.packing.plan import Packs
 from packed_attn.packing.report import PackingReport
+from packed_attn.packing.shared import Trees
 from packed_attn.packing.sources import Source
 
 ARRAYS = ("order", "starts", "lengths", "offsets")
+TREES = tuple(field.name for field in fields(Trees))
 PLAN = "plan.json"
 
 
 def save_plan(job: Job, packs: Packs) -> dict[str, Any]:
     """Writes the plan for the workers to map; returns (and writes) what is known of it."""
-    for name in ARRAYS:
+    arrays = {name: getattr(packs, name) for name in ARRAYS}
+    if packs.trees is not None:
+        arrays |= {f"trees-{name}": getattr(packs.trees, name) for name in TREES}
+    for name, array in arrays.items():
         with whole_file(job.work / f"plan-{name}.npy") as path, open(path, "wb") as file:
-            np.save(file, getattr(packs, name))
+            np.save(file, array)
     plan = {
         "digest": packs.digest(),
         "packs": len(packs),
@@ -53,12 +59,13 @@ def write_shard(job: Job, number: int) -> dict[str, Any]:
                 writer.write_table(rows.table(begin, min(begin + step, stop)))
         digest, size = sha256_of(path), path.stat().st_size
     pieces = slice(int(packs.offsets[first]), int(packs.offsets[stop]))
+    documents = packs.offsets if packs.trees is None else packs.trees.offsets
     result = {
         "file": name,
         "sha256": digest,
         "bytes": size,
         "packs": stop - first,
-        "documents": pieces.stop - pieces.start,
+        "documents": int(documents[stop] - documents[first]),
         "tokens": int(packs.lengths[pieces].sum()),
     }
     write_json(job.shard_result(number), result)
@@ -68,11 +75,19 @@ def write_shard(job: Job, number: int) -> dict[str, Any]:
 @lru_cache(maxsize=1)
 def _open_plan(job: Job, digest: str) -> PackedRows:
     """The plan and the documents, mapped once in a process."""
-    arrays: dict[str, Any] = {
-        name: np.load(job.work / f"plan-{name}.npy", mmap_mode="r") for name in ARRAYS
-    }
+
+    def mapped(name: str) -> Any:
+        return np.load(job.work / f"plan-{name}.npy", mmap_mode="r")
+
     report = PackingReport.from_dict(read_json(job.work / PLAN)["report"])
+    trees = Trees(*(mapped(f"trees-{name}") for name in TREES)) if job.share_prefixes else None
+    arrays = {name: mapped(name) for name in ARRAYS}
+    packs = Packs(**arrays, report=report, trees=trees)
+    return PackedRows(None, scratch_source(job), packs, keep=())
+
+
+def scratch_source(job: Job) -> Source:
+    """The tokenised documents, mapped."""
     columns = token_columns(job)
     lengths = columns["input_ids"].lengths
-    source = Source(columns, np.zeros_like(lengths), lengths, kept={}, dropped=[])
-    return PackedRows(None, source, Packs(**arrays, report=report), keep=())
+    return Source(columns, np.zeros_like(lengths), lengths, kept={}, dropped=[])

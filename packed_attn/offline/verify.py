@@ -14,8 +14,11 @@ from packed_attn.offline.files import sha256_of
 from packed_attn.offline.manifest import is_unaltered, read_manifest, report_of
 from packed_attn.packing.columns import ListColumn, table_columns
 from packed_attn.packing.sources import IGNORED_LABEL
+from packed_attn.trees import Forest
 
 REQUIRED = ("input_ids", "labels", "position_ids", "seq_lengths")
+REQUIRED_SHARED = ("input_ids", "labels", "seq_lengths", "parents", "ends")
+PER_PIECE = ("seq_lengths", "parents", "ends")
 COUNTS = ("packs", "documents", "tokens")
 
 
@@ -69,14 +72,17 @@ def _shard_faults(path: Path, shard: dict[str, Any], settings: dict[str, Any]) -
     counts: Counter[str] = Counter()
     try:
         for first, table in _row_groups(path):
-            missing = [name for name in REQUIRED if name not in table.column_names]
+            shares = settings["share_prefixes"]
+            required = REQUIRED_SHARED if shares else REQUIRED
+            missing = [name for name in required if name not in table.column_names]
             if missing:
                 yield f"no column {missing[0]!r}"
                 return
             columns = table_columns(table)
             yield from _row_faults(columns, first, settings)
             counts["packs"] += table.num_rows
-            counts["documents"] += int(columns["seq_lengths"].lengths.sum())
+            documents = columns["ends" if shares else "seq_lengths"]
+            counts["documents"] += int(documents.lengths.sum())
             counts["tokens"] += int(columns["input_ids"].lengths.sum())
     except (OSError, ValueError) as error:
         yield f"cannot be read: {(str(error).splitlines() or [''])[0]}"
@@ -104,7 +110,7 @@ def _row_faults(
     tokens = columns["input_ids"].lengths
     for name, column in columns.items():
         odd = np.flatnonzero(column.lengths != tokens)
-        if name != "seq_lengths" and odd.size:
+        if name not in PER_PIECE and odd.size:
             row = odd[0]
             yield (
                 f"row {first + row}: {column.lengths[row]} values in {name!r} for "
@@ -127,7 +133,10 @@ def _row_faults(
     if (pieces < 1).any():
         yield f"row {first + row_of_piece[np.argmax(pieces < 1)]}: a document without tokens"
         return
-    yield from _boundary_faults(columns, pieces, first, settings)
+    if settings["share_prefixes"]:
+        yield from _shared_faults(columns, pieces, first, settings)
+    else:
+        yield from _boundary_faults(columns, pieces, first, settings)
 
 
 def _boundary_faults(
@@ -161,6 +170,49 @@ def _boundary_faults(
         odd = np.flatnonzero((labels != IGNORED_LABEL) & (labels != _flat(columns["input_ids"])))
         if odd.size:
             yield f"row {row_of(odd[0])}: a label is neither its token nor {IGNORED_LABEL}"
+
+
+def _shared_faults(
+    columns: dict[str, ListColumn],
+    pieces: NDArray[np.int64],
+    first: int,
+    settings: dict[str, Any],
+) -> Iterator[str]:
+    """What must hold of the trees of a row: what continues what, and that no piece is nobody's."""
+    names = ("seq_lengths", "parents", "ends", "input_ids", "labels")
+    rows = {name: _by_row(columns[name]) for name in names}
+    for row in range(columns["input_ids"].lengths.size):
+        lengths, parents, ends, tokens, labels = (rows[name][row] for name in names)
+        place = f"row {first + row}"
+        if parents.size != lengths.size:
+            yield f"{place}: {parents.size} parents for {lengths.size} pieces"
+            continue
+        try:
+            Forest.build(lengths.tolist(), parents.tolist())
+        except ValueError as error:
+            yield f"{place}: {error}"
+            continue
+        leaves = np.setdiff1d(np.arange(lengths.size), parents)
+        if ends.size == 0 or ends.min() < 0 or ends.max() >= lengths.size:
+            yield f"{place}: a document ends in no piece of the row"
+        elif np.setdiff1d(leaves, ends).size:
+            yield f"{place}: piece {np.setdiff1d(leaves, ends)[0]} is no document's"
+        roots = (np.cumsum(lengths) - lengths)[parents < 0]
+        if (labels[roots] != IGNORED_LABEL).any():
+            yield (
+                f"{place}: the first label of a document is "
+                f"{labels[roots][labels[roots] != IGNORED_LABEL][0]}, not {IGNORED_LABEL}: the "
+                "loss would cross a boundary"
+            )
+        if (
+            "labels" not in settings["columns"]
+            and ((labels != IGNORED_LABEL) & (labels != tokens)).any()
+        ):
+            yield f"{place}: a label is neither its token nor {IGNORED_LABEL}"
+
+
+def _by_row(column: ListColumn) -> list[NDArray[np.int64]]:
+    return np.split(_flat(column), np.cumsum(column.lengths)[:-1])
 
 
 def _flat(column: ListColumn) -> NDArray[np.int64]:

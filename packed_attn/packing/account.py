@@ -82,6 +82,17 @@ def length_figures(documents: Histogram, pieces: Histogram, capacity: int) -> di
     }
 
 
+def shared_figures(figures: dict[str, Any], tokens: int, pairs: int) -> dict[str, int]:
+    """The figures of documents that take `tokens` and `pairs` of attention with prefixes shared."""
+    return {
+        "packed_tokens": tokens,
+        "shared_tokens": figures["packed_tokens"] - tokens,
+        "attention_cost": pairs,
+        "shared_attention_cost": figures["attention_cost"] - pairs,
+        "masked_tokens": 0,
+    }
+
+
 def fill_histogram(pack_tokens: NDArray[np.int64], capacity: int) -> tuple[int, ...]:
     """Packs by fill; float64 divides whole numbers below 2^53 exactly where they divide."""
     bins = np.ceil(pack_tokens.astype(np.float64) * FILL_BINS / capacity).astype(np.int64) - 1

@@ -72,6 +72,20 @@ class ListColumn:
             return np.concatenate([self.chunks[c][a:b] for c, a, b in pieces])
         return pa.concat_arrays([self._arrow(c).slice(a, b - a) for c, a, b in pieces])
 
+    def flat(self, *, end_to_end: bool = False) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        """All values in one numpy array, and where each row begins in it.
+
+        A column of one chunk of numbers is read where it lies; of others this is a copy.
+
+        Args:
+            end_to_end: copy, so that rows lie one behind the other.
+        """
+        if self._in_numpy and len(self.chunks) == 1 and not end_to_end:
+            return self.chunks[0], self.starts
+        rows, lengths = np.arange(self.lengths.size), np.maximum(self.lengths, 0)
+        values = self.gather(rows, np.zeros_like(rows), lengths).to_numpy(zero_copy_only=False)
+        return values, np.cumsum(lengths) - lengths
+
     def batches(self) -> Iterator[tuple[int, NDArray[Any], NDArray[np.int64]]]:
         """About a million values at a time: first row, values end to end, lengths of rows."""
         batch_of_row = np.cumsum(self.lengths) // VALUES_PER_BATCH

@@ -29,14 +29,20 @@ def compare(packs: Packs, max_length: int | None = None) -> Comparison:
     """
     if not packs.num_packs:
         raise ValueError("packs must hold at least one pack to be compared, got none")
-    lengths, report = packs.lengths, packs.report
+    lengths, report = packs.document_lengths, packs.report
     cut = int(np.quantile(lengths, 0.8)) if max_length is None else max_length
     kept, truncation = truncation_of(lengths, cut)
     padded = _one_a_row("padded", lengths, 0, 0)
     lost = sum(truncation.lost_tokens.values())
     truncated = _one_a_row("truncated", kept, lost, truncation.truncated_examples)
     packed = Way(
-        "packed", packs.num_packs, report.capacity, report.packed_tokens, 0, 0, _squares(lengths)
+        "packed",
+        packs.num_packs,
+        report.capacity,
+        report.packed_tokens,
+        0,
+        0,
+        report.attention_cost,
     )
     return Comparison(cut, padded, truncated, packed)
 
@@ -52,7 +58,7 @@ class Way:
         lost_tokens: tokens of documents that are not.
         cut_documents: documents that lost some.
         attention_cost: query-key pairs: the sum of length^2 over what attention runs on, documents
-            in packs and whole rows otherwise.
+            in packs (shared prefixes once) and whole rows otherwise.
     """
 
     name: str
@@ -142,8 +148,3 @@ def _one_a_row(name: str, lengths: NDArray[np.int64], lost: int, cut: int) -> Wa
     longest = int(lengths.max())
     pairs = lengths.size * longest**2
     return Way(name, lengths.size, longest, int(lengths.sum()), lost, cut, pairs)
-
-
-def _squares(lengths: NDArray[np.int64]) -> int:
-    sizes, counts = np.unique(lengths, return_counts=True)
-    return sum(n * size**2 for size, n in zip(sizes.tolist(), counts.tolist()))

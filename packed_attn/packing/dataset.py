@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packed_attn.packing.columns import as_dataset
-from packed_attn.packing.plan import Overflow, Packs, Strategy, pack_lengths
+from packed_attn.packing.plan import Overflow, Packs, Share, Strategy, pack_lengths
+from packed_attn.packing.prefixes import MIN_SHARED, SharedPrefixes
 from packed_attn.packing.report import PackingReport, log_report
 from packed_attn.packing.rows import document_columns, token_columns
 from packed_attn.packing.sources import (
@@ -20,6 +21,7 @@ from packed_attn.packing.sources import (
     Source,
     TokenFile,
     integer_column,
+    learned_in,
     learned_tokens,
     read_source,
 )
@@ -39,6 +41,11 @@ class PlanOptions(TypedDict, total=False):
     together, apart: names of integer columns, one value a document, as in `pack_lengths`.
     learnable_only: leave out documents without a token to learn from (no label but -100, or no
         mask but 0), and count masked tokens. It reads all labels; planning reads none otherwise.
+    share_prefixes: documents that begin alike (with the same tokens and labels) share those tokens
+        in a pack: they stand there once, and what follows them goes on from them.
+    prompt_ids, prompt_lengths: names of integer columns, one value a document, instead: documents
+        with one id of at least 0 share that many first tokens, which is checked.
+    min_shared: tokens that sharing must save, 16 unless told otherwise.
     """
 
     strategy: Strategy
@@ -51,6 +58,14 @@ class PlanOptions(TypedDict, total=False):
     together: str | None
     apart: str | None
     learnable_only: bool
+    share_prefixes: bool
+    prompt_ids: str | None
+    prompt_lengths: str | None
+    min_shared: int
+
+
+# Options that `pack_lengths` does not know.
+SHARING = ("share_prefixes", "prompt_ids", "prompt_lengths", "min_shared")
 
 
 def pack_dataset(
@@ -74,6 +89,15 @@ def pack_dataset(
         position_ids   int32: 0, 1, 2, ... in every document
         seq_lengths    int32: lengths of the documents in the row (TRL's name and meaning)
         others         every list column with one value per token is packed alongside
+
+    With shared prefixes, `seq_lengths` are those of pieces, and there are instead of position_ids
+    and other columns:
+
+        parents        int32: the piece of the row that each piece continues, -1 for none
+        ends           int32: the piece in which each document of the row ends
+
+    Such rows are for `PackedCollator` and `PackedLoss`, and Trainer needs
+    `remove_unused_columns=False`.
 
     int32 makes 12 bytes a token to write and read where int64 makes 20; `datasets` and collators
     hand it on as int64.
@@ -109,7 +133,7 @@ def pack_dataset(
     """
     data = dataset if isinstance(dataset, TokenFile) else as_dataset(dataset)
     source = read_source(data, without_documents(keep))
-    packs = plan_source(data, source, capacity, options)
+    packs = plan_source(data, source, capacity, options, shared_prefixes(data, source, options))
     _warn_of_dropped(source.dropped)
     on_report(packs.report)
     return _write(data, source, packs, tuple(keep), num_proc, options)
@@ -122,22 +146,57 @@ def without_documents(keep: Sequence[str]) -> list[str]:
     return [name for name in keep if name != DOCUMENTS]
 
 
+def shared_prefixes(
+    data: Dataset | TokenFile, source: Source, options: PlanOptions
+) -> SharedPrefixes | None:
+    """What plans the prefixes that a source's documents share; None where they share none.
+
+    Raises:
+        ValueError: half of the options, or a column that is none or that cannot be shared.
+    """
+    names = [options.get(name) for name in ("prompt_ids", "prompt_lengths")]
+    least = options.get("min_shared", MIN_SHARED)
+    if isinstance(least, bool) or not isinstance(least, int) or least < 1:
+        raise ValueError(f"min_shared must be an integer of at least 1, got {least!r}")
+    if names == [None, None]:
+        return SharedPrefixes(source, least) if options.get("share_prefixes") else None
+    if None in names or options.get("share_prefixes"):
+        raise ValueError(
+            "prompt_ids and prompt_lengths must be given together and without share_prefixes, got "
+            f"{names[0]!r} and {names[1]!r}"
+        )
+    ids, lengths = (
+        integer_column(data, argument, str(name))
+        for argument, name in zip(("prompt_ids", "prompt_lengths"), names)
+    )
+    return SharedPrefixes(source, least, ids, lengths)
+
+
 def plan_source(
-    data: Dataset | TokenFile, source: Source, capacity: int, options: PlanOptions
+    data: Dataset | TokenFile,
+    source: Source,
+    capacity: int,
+    options: PlanOptions,
+    share: Share | None = None,
 ) -> Packs:
-    """`pack_lengths` for the documents of a source; the report counts the source's padding."""
-    arguments: dict[str, Any] = dict(options)
+    """`pack_lengths` for the documents of a source; the report counts the source's padding.
+
+    Args:
+        share: what `shared_prefixes` made of the options.
+    """
+    arguments: dict[str, Any] = {k: v for k, v in options.items() if k not in SHARING}
     for argument in ("together", "apart"):
         if arguments.get(argument) is not None:
             arguments[argument] = integer_column(data, argument, arguments[argument])
     if arguments.pop("learnable_only", False):
         longest = capacity if options.get("overflow") == "truncate" else None
         arguments["learned"] = learned_tokens(source, longest)
-    packs = pack_lengths(source.lengths, capacity, **arguments)
-    padding = source.padding_tokens
-    if not padding:
-        return packs
-    report = packs.report
+    packs = pack_lengths(source.lengths, capacity, share=share, **arguments)
+    padding, report = source.padding_tokens, packs.report
+    if packs.trees is not None and "learned" in arguments:
+        firsts = packs.trees.parents < 0
+        learned = learned_in(source, packs.order, packs.starts, packs.lengths, firsts)
+        report = replace(report, masked_tokens=report.packed_tokens - learned)
     report = replace(report, tokens=report.tokens + padding, padding_tokens=padding)
     return replace(packs, report=report)
 
@@ -252,9 +311,17 @@ class PackedRows:
             table[name] = _list_array(pack_tokens, values)
             if name == "position_ids":
                 table["seq_lengths"] = _list_array(pack_pieces, lengths.astype(np.int32))
-        for name, values in document_columns(self.source, self.packs, pieces, self.keep).items():
+        documents, pack_documents, trees = self.packs.order[pieces], pack_pieces, self.packs.trees
+        if trees is not None:
+            bounds = trees.offsets[first : stop + 1]
+            inside = slice(int(bounds[0]), int(bounds[-1]))
+            documents, pack_documents = trees.documents[inside], bounds - bounds[0]
+            table["seq_lengths"] = _list_array(pack_pieces, lengths.astype(np.int32))
+            table["parents"] = _list_array(pack_pieces, trees.parents[pieces].astype(np.int32))
+            table["ends"] = _list_array(pack_documents, trees.ends[inside].astype(np.int32))
+        for name, values in document_columns(self.source, documents, self.keep).items():
             kept = self.source.kept.get(name)
-            table[name] = _list_array(pack_pieces, pa.array(values, kept and kept.column.type))
+            table[name] = _list_array(pack_documents, pa.array(values, kept and kept.column.type))
         return pa.table(table)
 
 

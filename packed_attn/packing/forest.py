@@ -5,19 +5,22 @@
       -> e
     f
 
-Sorted lists share their prefixes with their neighbours, so the tree is read off the lengths of the
-prefixes that neighbours share, as a suffix array's intervals are (Abouelhoda, Kurtz and Ohlebusch,
-"Replacing suffix trees with enhanced suffix arrays", 2004).
+Lists go one by one into a trie with compressed edges (Morrison, "PATRICIA", 1968): each is compared
+with one path, so a token is read once, and what a list shares with no other is not read at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
+
+from packed_attn.packing.arguments import checked_column, checked_lengths
+
+NOTHING = np.empty(0, np.int32)
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,134 +66,125 @@ def plan_forest(token_lists: Sequence[Any], *, min_shared: int = 1) -> ForestPla
     lists end in one document; a list that is a prefix of another ends where the other goes on.
 
     Args:
-        token_lists: lists of token ids, each `[num_tokens]` integers from 0 to 2^32 - 1.
+        token_lists: lists of token ids, each `[num_tokens]` integers from 0 to 2^32 - 1; or an
+            Arrow array of lists of integers, which is read where it lies.
         min_shared: tokens that sharing a prefix must save to be worth a document of its own.
 
     Raises:
         ValueError: min_shared below 1, a list that is not one-dimensional integers, or an id out of
             range.
     """
+    _check_least(min_shared)
+    return plan_flat(*_flat(token_lists), min_shared)
+
+
+def plan_prompts(
+    lengths: ArrayLike, prompt_ids: ArrayLike, prompt_lengths: ArrayLike, *, min_shared: int = 1
+) -> ForestPlan:
+    """The forest of documents that are known to begin with the same prompts; reads no token.
+
+    Args:
+        lengths: tokens of each document, `[num_documents]`; 0 leaves it out.
+        prompt_ids: integers `[num_documents]`: documents with one number of at least 0 begin with
+            one prompt; negative ones share nothing.
+        prompt_lengths: tokens of the prompt that each document begins with, `[num_documents]`. Of
+            documents with one number the shortest prompt counts, and no document more than its
+            length, so documents may have been cut.
+        min_shared: tokens that sharing a prompt must save.
+
+    Raises:
+        ValueError: min_shared below 1, or columns that are not one integer a document.
+    """
+    from packed_attn.packing import tries
+
+    _check_least(min_shared)
+    given = checked_lengths(lengths)
+    ids = checked_column("prompt_ids", prompt_ids, given.size)
+    prompts = checked_column("prompt_lengths", prompt_lengths, given.size)
+    if prompts.min(initial=0) < 0:
+        at = int(np.argmax(prompts < 0))
+        raise ValueError(f"prompt_lengths must not be negative, but [{at}] is {prompts[at]}")
+    numbers, ends = np.empty_like(given), np.empty_like(given)
+    groups = tries.number_groups(ids, given > 0, numbers)
+    counts, shared = tries.shortest_prompts(numbers, np.minimum(prompts, given), groups)
+    return _plan(tries.emit_groups(numbers, given, shared, counts, min_shared, ends), ends)
+
+
+def plan_flat(
+    tokens: NDArray[np.int32],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    min_shared: int,
+    second: NDArray[np.int32] = NOTHING,
+) -> ForestPlan:
+    """`plan_forest` of lists in one flat array: list i is `tokens[starts[i]:][:lengths[i]]`.
+
+    Args:
+        tokens: as `bits` makes them.
+        second: values beside the tokens, such as labels, that must agree too where they are shared
+            (those of first tokens aside); empty for none.
+    """
+    from packed_attn.packing import tries
+
+    leaf_of = np.empty(lengths.size, np.int64)
+    nodes = tries.insert_lists(tokens, second, starts, lengths, leaf_of)
+    documents = tries.emit_documents(nodes, min_shared)
+    ends = np.where(leaf_of < 0, -1, nodes[leaf_of, tries.DOCUMENT])
+    return _plan(documents, ends)
+
+
+def bits(values: NDArray[Any]) -> NDArray[np.int32]:
+    """Integers as int32, those from 2^31 to 2^32 - 1 as negative ones: equal where they are equal.
+
+    One type for the compiled passes, which are compiled anew for each; int32 is not copied.
+    """
+    return values.astype(np.int32, copy=False)
+
+
+def _check_least(min_shared: Any) -> None:
     if isinstance(min_shared, bool) or not isinstance(min_shared, int) or min_shared < 1:
         raise ValueError(f"min_shared must be an integer of at least 1, got {min_shared!r}")
-    keys = [_sortable(index, ids) for index, ids in enumerate(token_lists)]
-    order = sorted((i for i in range(len(keys)) if keys[i]), key=keys.__getitem__)
-    tree = _Tree()
-    leaf_of = [-1] * len(keys)
-    before = b""
-    for index in order:
-        leaf_of[index] = tree.add(index, len(keys[index]) // 4, _shared(before, keys[index]))
-        before = keys[index]
-    return _emitted(tree, leaf_of, min_shared)
 
 
-@dataclass
-class _Node:
-    """A prefix of `depth` tokens of list `index`; `weight` lists go through it."""
-
-    index: int
-    depth: int
-    is_end: bool
-    weight: int = 0
-    children: list[int] = field(default_factory=list)
-
-
-@dataclass
-class _Tree:
-    """Prefixes of sorted lists. Node 0 is the empty prefix; `_path` leads to the latest list."""
-
-    nodes: list[_Node] = field(default_factory=lambda: [_Node(-1, 0, False)])
-    _path: list[int] = field(default_factory=lambda: [0])
-
-    def add(self, index: int, length: int, shared: int) -> int:
-        """Adds list `index`, which shares `shared` tokens with the one before; returns its end."""
-        last = -1
-        while self.nodes[self._path[-1]].depth > shared:
-            last = self._path.pop()
-        top = self._path[-1]
-        if self.nodes[top].depth < shared:
-            # The prefix ends inside the branch that was just left: the branch hangs below it now.
-            between = self._new(_Node(self.nodes[last].index, shared, False))
-            self.nodes[top].children[-1] = between
-            self.nodes[between].children.append(last)
-            self._path.append(between)
-            top = between
-        if length == shared:
-            self.nodes[top].is_end = True
-            return top
-        end = self._new(_Node(index, length, True))
-        self.nodes[top].children.append(end)
-        self._path.append(end)
-        return end
-
-    def _new(self, node: _Node) -> int:
-        self.nodes.append(node)
-        return len(self.nodes) - 1
-
-
-def _emitted(tree: _Tree, leaf_of: list[int], min_shared: int) -> ForestPlan:
-    """The tree's documents, depth-first, without prefixes that save too little."""
-    nodes = tree.nodes
-    first = [len(leaf_of)] * len(nodes)
-    for index in range(len(leaf_of) - 1, -1, -1):
-        if leaf_of[index] >= 0:
-            first[leaf_of[index]] = index
-            nodes[leaf_of[index]].weight += 1
-    for node in _postorder(nodes):
-        for child in nodes[node].children:
-            nodes[node].weight += nodes[child].weight
-            first[node] = min(first[node], first[child])
-    documents: list[tuple[int, int, int, int]] = []  # length, parent, list, start
-    document_of = [-1] * len(nodes)
-    # (node, the document above it, tokens up to that document's end)
-    todo = [(child, -1, 0) for child in sorted(nodes[0].children, key=first.__getitem__)][::-1]
-    while todo:
-        number, parent, start = todo.pop()
-        node = nodes[number]
-        length = node.depth - start
-        shares = length * (node.weight - 1) >= min_shared
-        below = (parent, start)
-        if node.is_end or (node.children and shares):
-            document_of[number] = len(documents)
-            documents.append((length, parent, node.index, start))
-            if shares:
-                below = (document_of[number], node.depth)
-        children = sorted(node.children, key=first.__getitem__)
-        todo += [(child, *below) for child in reversed(children)]
-    table = np.array(documents, dtype=np.int64).reshape(-1, 4)
-    ends = np.array([-1 if leaf < 0 else document_of[leaf] for leaf in leaf_of], dtype=np.int64)
-    lengths, parents, lists, starts = (np.ascontiguousarray(column) for column in table.T)
+def _plan(documents: NDArray[np.int64], ends: NDArray[np.int64]) -> ForestPlan:
+    lengths, parents, lists, starts = (np.ascontiguousarray(column) for column in documents.T)
     return ForestPlan(lengths, parents, lists, starts, ends)
 
 
-def _postorder(nodes: list[_Node]) -> list[int]:
-    order, todo = [], [0]
-    while todo:
-        number = todo.pop()
-        order.append(number)
-        todo += nodes[number].children
-    return order[::-1]
+def _flat(token_lists: Any) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    """All lists end to end, where each begins, and how long it is."""
+    if hasattr(token_lists, "type") and hasattr(token_lists, "null_count"):
+        return _flat_arrow(token_lists)
+    arrays = [_checked(f"list {index}", ids) for index, ids in enumerate(token_lists)]
+    lengths = np.array([array.size for array in arrays], np.int64)
+    return np.concatenate([NOTHING, *arrays]), np.cumsum(lengths) - lengths, lengths
 
 
-def _sortable(index: int, ids: Any) -> bytes:
-    """Big-endian bytes, which compare as the ids do."""
+def _flat_arrow(lists: Any) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:
+    import pyarrow as pa
+
+    from packed_attn.packing.columns import table_columns
+
+    column = table_columns(pa.table({"lists": lists})).get("lists")
+    if column is None:
+        raise ValueError(f"token_lists must be lists of integers, got {lists.type}")
+    if column.row_with_null() is not None or (column.lengths < 0).any():
+        raise ValueError("token_lists must not hold nulls, but a list is null or holds one")
+    tokens, starts = column.flat()
+    return _checked("the Arrow array", tokens), starts, column.lengths
+
+
+def _checked(name: str, ids: Any) -> NDArray[np.int32]:
     array = np.asarray(ids)
     if array.size == 0:
-        return b""
+        return NOTHING
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise ValueError(
-            f"token lists must be one-dimensional integers, but list {index} is "
+            f"token lists must be one-dimensional integers, but {name} is "
             f"{array.dtype} of shape {array.shape}"
         )
     if array.min() < 0 or array.max() >= 2**32:
         raise ValueError(
-            f"token ids must be from 0 to 2^32 - 1, but list {index} has {array.min()} to "
-            f"{array.max()}"
+            f"token ids must be from 0 to 2^32 - 1, but {name} has {array.min()} to {array.max()}"
         )
-    return array.astype(">u4").tobytes()
-
-
-def _shared(a: bytes, b: bytes) -> int:
-    """Tokens at the start of both."""
-    n = min(len(a), len(b)) // 4
-    different = np.frombuffer(a, np.uint32, n) != np.frombuffer(b, np.uint32, n)
-    return int(different.argmax()) if different.any() else n
+    return bits(array)

@@ -11,8 +11,13 @@ from torch.utils.data import Dataset as TorchDataset
 
 from packed_attn.packing.arguments import checked_whole
 from packed_attn.packing.columns import as_dataset
-from packed_attn.packing.dataset import PlanOptions, plan_source, without_documents
-from packed_attn.packing.plan import Packs
+from packed_attn.packing.dataset import (
+    PlanOptions,
+    plan_source,
+    shared_prefixes,
+    without_documents,
+)
+from packed_attn.packing.plan import Packs, Share
 from packed_attn.packing.report import PackingReport, log_report
 from packed_attn.packing.rows import document_columns, token_columns
 from packed_attn.packing.sources import DOCUMENTS, Source, TokenFile, read_source
@@ -33,7 +38,8 @@ class PackedDataset(TorchDataset):
     """Packed rows of a tokenised data set, for a DataLoader, without writing them anywhere.
 
     A row is a dict of what `pack_dataset` writes (`input_ids`, `labels`, `position_ids`,
-    `seq_lengths`, other per-token columns, kept columns), as numpy arrays (kept columns as lists).
+    `seq_lengths`, other per-token columns, kept columns; with shared prefixes what `pack_dataset`
+    says of those), as numpy arrays (kept columns as lists).
     It is put together from the source in time that grows with the row alone.
 
         rows = PackedDataset(dataset, 8192, seed=0)
@@ -41,7 +47,8 @@ class PackedDataset(TorchDataset):
 
     With a seed, `set_epoch` plans anew: other packs in another order, the same for the same seed
     and epoch. DataLoader workers follow it, persistent ones too. Hugging Face's Trainer and
-    accelerate call it by themselves. Trainer's `remove_unused_columns` may be on or off.
+    accelerate call it by themselves. Trainer's `remove_unused_columns` may be on or off, but must
+    be off with shared prefixes: boundaries that were dropped are an error in the collator.
 
     Copies in other processes hold the source and the settings, and plan for themselves: what is
     pickled is small where the source is on disk (a data set that was loaded from disk, or a
@@ -77,6 +84,7 @@ class PackedDataset(TorchDataset):
         # In shared memory: workers that live on see the main process' set_epoch.
         self._epoch = torch.tensor([epoch]).share_memory_()
         self._source: Source | None = None
+        self._share: Share | None = None
         self._planned: tuple[int, Packs] | None = None
         on_report(self.packs.report)
 
@@ -86,7 +94,9 @@ class PackedDataset(TorchDataset):
         epoch = self.epoch
         if self._planned is None or (self._planned[0] != epoch and "seed" in self._options):
             options: PlanOptions = {**self._options, "epoch": epoch}
-            self._planned = epoch, plan_source(self._data, self.source, self._capacity, options)
+            source = self.source
+            plan = plan_source(self._data, source, self._capacity, options, self._share)
+            self._planned = epoch, plan
         return self._planned[1]
 
     @property
@@ -94,6 +104,7 @@ class PackedDataset(TorchDataset):
         """The documents and their columns."""
         if self._source is None:
             self._source = read_source(self._data, without_documents(self._keep))
+            self._share = shared_prefixes(self._data, self._source, self._options)
         return self._source
 
     @property
@@ -117,11 +128,16 @@ class PackedDataset(TorchDataset):
         pieces = self._pieces(packs, index)
         columns = token_columns(self.source, packs, pieces)
         row = {name: _out_of_arrow(values) for name, values in columns.items()}
-        row["seq_lengths"] = packs.lengths[pieces]
-        return row | document_columns(self.source, packs, pieces, self._keep)
+        row["seq_lengths"], documents = packs.lengths[pieces], packs.order[pieces]
+        if packs.trees is not None:
+            pack = int(index) % packs.num_packs  # type: ignore[arg-type]
+            first, stop = packs.trees.offsets[pack : pack + 2]
+            row["parents"], row["ends"] = packs.trees.parents[pieces], packs.trees.ends[first:stop]
+            documents = packs.trees.documents[first:stop]
+        return row | document_columns(self.source, documents, self._keep)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_source": None, "_planned": None}
+        return {**self.__dict__, "_source": None, "_share": None, "_planned": None}
 
     def _pieces(self, packs: Packs, index: int | PackPart) -> slice:
         pack, *part = index if isinstance(index, PackPart) else (int(index),)
@@ -131,6 +147,10 @@ class PackedDataset(TorchDataset):
         begin, end = int(packs.offsets[pack]), int(packs.offsets[pack + 1])
         if not part:
             return slice(begin, end)
+        if packs.trees is not None:
+            raise NotImplementedError(
+                f"pack {pack} shares prefixes, which a part of it would lose: take whole packs"
+            )
         first, stop = part
         if not 0 <= first < stop <= end - begin:
             raise IndexError(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WASTE = "#d9d9d9"
 LOST = "#c0392b"
+SHARED = "#59a14f"
 SHOWN = 24  # rows of tokens that a panel shows
 LARGEST = ((1e9, "G"), (1e6, "M"), (1e3, "k"))
 
@@ -26,8 +27,9 @@ def draw_packs(
     """Writes a PNG (or what the path's ending says) that shows a plan.
 
     Above, rows of tokens for the same documents, to one scale: each padded to the longest, each cut
-    at `max_length`, and packed. Colours are documents, grey is padding, red what truncation loses.
-    Below, how long documents are, and the tokens that each way computes.
+    at `max_length`, and packed. Colours are documents (in packs with shared prefixes: pieces), grey
+    is padding, red what truncation loses. Below, how long documents are, and the tokens that each
+    way computes; green are tokens that stand in a pack once for several documents.
 
     Args:
         packs: a plan with at least one pack.
@@ -53,7 +55,7 @@ def draw_packs(
     rows = [figure.add_subplot(grid[0, column]) for column in range(3)]
     _draw_rows(rows, packs, cut)
     _draw_lengths(figure.add_subplot(grid[1, :2]), packs, cut)
-    _draw_tokens(figure.add_subplot(grid[1, 2]), comparison)
+    _draw_tokens(figure.add_subplot(grid[1, 2]), comparison, packs.report.shared_tokens)
     report = packs.report
     figure.suptitle(
         f"{report.pieces:,} documents in {report.packs:,} packs of {report.capacity:,} tokens "
@@ -68,8 +70,9 @@ def _draw_rows(axes: list[Axes], packs: Packs, cut: int) -> None:
     report = packs.report
     shown = np.unique(np.linspace(0, packs.num_packs - 1, SHOWN).astype(int))
     in_packs = [packs.lengths[packs.offsets[p] : packs.offsets[p + 1]] for p in shown]
-    spread = np.unique(np.linspace(0, packs.num_pieces - 1, SHOWN).astype(int))
-    lengths = np.random.default_rng(0).permutation(np.sort(packs.lengths)[spread])
+    documents = packs.document_lengths
+    spread = np.unique(np.linspace(0, documents.size - 1, SHOWN).astype(int))
+    lengths = np.random.default_rng(0).permutation(np.sort(documents)[spread])
     alone = [lengths[i : i + 1] for i in range(lengths.size)]
     longest = int(lengths.max())
     width = max(report.capacity, longest, cut)
@@ -113,7 +116,7 @@ def _bars(axis: Axes, y: Any, width: Any, left: Any, colour: Any) -> None:
 
 
 def _draw_lengths(axis: Axes, packs: Packs, cut: int) -> None:
-    axis.hist(packs.lengths, bins=80, color="#4c78a8")
+    axis.hist(packs.document_lengths, bins=80, color="#4c78a8")
     axis.axvline(cut, color=LOST, linestyle="--", linewidth=1.2, label=f"truncated at {cut:,}")
     axis.set_yscale("log")
     axis.set_title("lengths of documents")
@@ -122,7 +125,7 @@ def _draw_lengths(axis: Axes, packs: Packs, cut: int) -> None:
     axis.legend(frameon=False)
 
 
-def _draw_tokens(axis: Axes, comparison: Comparison) -> None:
+def _draw_tokens(axis: Axes, comparison: Comparison, shared: int) -> None:
     """What each way computes: memory for activations grows with these tokens."""
     real = np.array([way.tokens for way in comparison.ways])
     computed = np.array([way.computed_tokens for way in comparison.ways])
@@ -130,11 +133,15 @@ def _draw_tokens(axis: Axes, comparison: Comparison) -> None:
     axis.bar(range(3), real, color="#4c78a8", label="documents")
     axis.bar(range(3), computed - real, bottom=real, color=WASTE, label="padding")
     axis.bar(range(3), lost, bottom=computed, color=LOST, label="lost", hatch="//", alpha=0.75)
-    for x, height in enumerate(computed + lost):
+    above = computed + lost
+    if shared:
+        axis.bar(2, shared, bottom=above[2], color=SHARED, label="shared", hatch="..", alpha=0.75)
+        above[2] += shared
+    for x, height in enumerate(above):
         axis.annotate(_short(computed[x]), (x, height), ha="center", va="bottom", fontsize=10)
     axis.set_xticks(range(3), [way.name for way in comparison.ways])
     axis.set_title("tokens computed: memory grows with them")
-    axis.set_ylim(0, 1.12 * (computed + lost).max())
+    axis.set_ylim(0, 1.12 * above.max())
     axis.yaxis.set_major_formatter(lambda value, _: _short(value))
     axis.legend(frameon=False)
 

@@ -92,7 +92,7 @@ def place(
         labels = None if constraints.apart is None else _label_sets(constraints.apart)
         items = Items(sizes, histogram, None, labels)
         return _place_items(items, capacity, strategy, constraints.max_documents)
-    groups = _Groups.of(constraints.together)
+    groups = Groups.of(constraints.together)
     items = groups.items(sizes, capacity, constraints)
     placement = _place_items(items, capacity, strategy, constraints.max_documents)
     return groups.unfold(placement)
@@ -141,7 +141,7 @@ def _label_sets(apart: NDArray[np.int64]) -> list[frozenset[int]]:
 
 
 @dataclass(frozen=True, eq=False)
-class _Groups:
+class Groups:
     """Pieces by group, groups in the order of their first piece; free pieces are groups of one.
 
     Attributes:
@@ -155,14 +155,14 @@ class _Groups:
     numbers: NDArray[np.int64]
 
     @staticmethod
-    def of(together: NDArray[np.int64]) -> _Groups:
+    def of(together: NDArray[np.int64]) -> Groups:
         own = -1 - np.arange(together.size)  # a free piece's group is its own
         numbers, first, group = np.unique(
             np.where(together >= 0, together, own), return_index=True, return_inverse=True
         )
         members = np.lexsort((np.arange(together.size), first[group]))
         counts = np.bincount(group)[np.argsort(first)]
-        return _Groups(members, np.append(0, np.cumsum(counts)), numbers[np.argsort(first)])
+        return Groups(members, np.append(0, np.cumsum(counts)), numbers[np.argsort(first)])
 
     def items(self, sizes: NDArray[np.int64], capacity: int, constraints: Constraints) -> Items:
         totals = np.add.reduceat(sizes[self.members], self.firsts[:-1])

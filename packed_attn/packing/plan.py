@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from packed_attn.packing.account import Fates, document_figures, fill_histogram, length_figures
+from packed_attn.packing.account import (
+    Fates,
+    document_figures,
+    fill_histogram,
+    length_figures,
+    shared_figures,
+)
 from packed_attn.packing.arguments import (
     check_choice,
     check_share,
@@ -18,11 +25,15 @@ from packed_attn.packing.arguments import (
     checked_whole,
 )
 from packed_attn.packing.best_fit import Histogram
+from packed_attn.packing.forest import ForestPlan
 from packed_attn.packing.in_order import cut, wrap
 from packed_attn.packing.placement import Constraints, Strategy, place
 from packed_attn.packing.report import PackingReport
+from packed_attn.packing.shared import Trees, attention_pairs, place_forest, with_rests
 
 Overflow = Literal["split", "truncate", "drop", "error"]
+# From tokens that each document begins with, int64 `[num_documents]`, 0 for those left out.
+Share = Callable[[NDArray[np.int64]], ForestPlan]
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,13 +42,16 @@ class Packs:
 
     Piece i is tokens `starts[i] : starts[i] + lengths[i]` of document `order[i]`, and the pieces
     `offsets[p] : offsets[p + 1]` form pack p. A piece of a cut document is a document of its own.
+    Where prefixes are shared, a piece is tokens that several documents may have, and `trees` says
+    which pieces each document is made of.
 
     Attributes:
-        order: int64 `[num_pieces]`, the document of each piece.
+        order: int64 `[num_pieces]`, the document of each piece, or one of those that have it.
         starts: int64 `[num_pieces]`, where the piece begins inside its document.
         lengths: int64 `[num_pieces]`, at least 1.
         offsets: int64 `[num_packs + 1]`, from 0 to num_pieces.
         report: where every document and token went.
+        trees: how pieces go on from each other; None without shared prefixes.
     """
 
     order: NDArray[np.int64]
@@ -45,6 +59,7 @@ class Packs:
     lengths: NDArray[np.int64]
     offsets: NDArray[np.int64]
     report: PackingReport
+    trees: Trees | None = None
 
     def __len__(self) -> int:
         return self.num_packs
@@ -72,10 +87,23 @@ class Packs:
         """Tokens in each pack, int64 `[num_packs]`."""
         return sum_by_pack(self.lengths, self.offsets)
 
+    @property
+    def document_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each document in the packs, shared ones counted for each that has them."""
+        return self.lengths if self.trees is None else self.trees.lengths
+
+    @property
+    def attention_pairs(self) -> NDArray[np.int64]:
+        """Query-key pairs of each piece, int64 `[num_pieces]`, as length^2 counts a document's."""
+        if self.trees is None:
+            return self.lengths**2
+        return attention_pairs(self.lengths, self.starts, self.trees.parents)
+
     def digest(self) -> str:
         """sha256 of the plan, in hex: two plans with one digest put every token in one place."""
         digest = hashlib.sha256(str(self.capacity).encode())
-        for array in (self.offsets, self.order, self.starts, self.lengths):
+        trees = [] if self.trees is None else [getattr(self.trees, f.name) for f in fields(Trees)]
+        for array in (self.offsets, self.order, self.starts, self.lengths, *trees):
             digest.update(array.astype("<i8", copy=False).tobytes())
         return digest.hexdigest()
 
@@ -94,6 +122,7 @@ def pack_lengths(
     together: ArrayLike | None = None,
     apart: ArrayLike | None = None,
     max_loss: float | None = None,
+    share: Share | None = None,
 ) -> Packs:
     """Plans packs of at most `capacity` tokens from the lengths of documents.
 
@@ -138,6 +167,11 @@ def pack_lengths(
         apart: the same, but no two documents with one number share a pack. Planned in Python, one
             document at a time.
         max_loss: share of the tokens that may be lost (cut off, dropped, or lost as labels).
+        share: plans what documents begin with in common, which then stands in a pack once. It is
+            given how many tokens each document begins with (int64 `[num_documents]`, at most the
+            capacity, 0 for those left out) and returns their `ForestPlan`:
+            `lambda lengths: plan_prompts(lengths, prompt_ids, prompt_lengths)`. Trees over capacity
+            are split with their prefix repeated. Masked tokens are counted by data sets alone.
 
     Raises:
         PackingLossError: more is lost than `max_loss`.
@@ -164,7 +198,12 @@ def pack_lengths(
     )
     _check_kept(strategy, constraints)
     fates = _fates(given, learned, request)
-    packs = _reported(_plan(fates, constraints, request), fates, request)
+    if share is None:
+        plan = _plan(fates, constraints, request)
+    else:
+        _check_shares(constraints, request)
+        plan = _plan_shared(fates.kept, share, request)
+    packs = _reported(plan, fates, request)
     packs.report.require(max_loss)
     return packs
 
@@ -206,6 +245,19 @@ class _Plan:
     offsets: NDArray[np.int64]
     sizes: Histogram
     bound: int
+    trees: Trees | None = None
+
+
+def _check_shares(constraints: Constraints, request: _Request) -> None:
+    """Refuses what whole trees do not keep."""
+    settings = {"strategy='wrapped'": request.strategy == "wrapped", "align": request.align > 1}
+    for name in ("max_documents", "together", "apart"):
+        settings[name] = getattr(constraints, name) is not None
+    for name, given in settings.items():
+        if given:
+            raise NotImplementedError(
+                f"documents that share prefixes are placed as whole trees, without {name}"
+            )
 
 
 def _check_kept(strategy: Strategy, constraints: Constraints) -> None:
@@ -268,6 +320,22 @@ def _plan(fates: Fates, constraints: Constraints, request: _Request) -> _Plan:
     return _shuffled(replace(plan, order=documents[plan.order]), request)
 
 
+def _plan_shared(kept: NDArray[np.int64], share: Share, request: _Request) -> _Plan:
+    forest = share(np.minimum(kept, request.capacity))
+    if forest.ends.size != kept.size:
+        raise ValueError(
+            f"share must plan all {kept.size} documents, but it planned {forest.ends.size}"
+        )
+    order, starts, lengths = cut(kept, request.capacity, np.zeros_like(kept))
+    rest = starts > 0
+    forest = with_rests(forest, order[rest], starts[rest], lengths[rest])
+    documents = np.append(np.arange(kept.size), order[rest])
+    random = None if request.seed is None else request.random(0)
+    placed = place_forest(forest, documents, request.capacity, request.strategy, random)
+    plan = _Plan(**vars(placed))
+    return plan if request.seed is None else _shuffled(plan, request)
+
+
 def _plan_in_order(
     kept: NDArray[np.int64], histogram: Histogram, constraints: Constraints, request: _Request
 ) -> _Plan:
@@ -306,36 +374,62 @@ def _wrapped(kept: NDArray[np.int64], request: _Request) -> _Plan:
 def _shuffled(plan: _Plan, request: _Request) -> _Plan:
     """The same packs in random order."""
     packs = request.random(1).permutation(plan.offsets.size - 1)
-    sizes = np.diff(plan.offsets)[packs]
-    offsets = np.append(0, np.cumsum(sizes))
-    moved = np.repeat(plan.offsets[:-1][packs] - offsets[:-1], sizes) + np.arange(offsets[-1])
+    moved, offsets = _moved(plan.offsets, packs)
+    trees = plan.trees
+    if trees is not None:
+        documents, bounds = _moved(trees.offsets, packs)
+        trees = Trees(
+            trees.parents[moved],
+            trees.documents[documents],
+            trees.ends[documents],
+            bounds,
+            trees.lengths[documents],
+        )
     return replace(
         plan,
         order=plan.order[moved],
         starts=plan.starts[moved],
         lengths=plan.lengths[moved],
         offsets=offsets,
+        trees=trees,
     )
 
 
+def _moved(
+    offsets: NDArray[np.int64], packs: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where the members of packs in another order come from, and the offsets of those packs."""
+    sizes = np.diff(offsets)[packs]
+    ends = np.append(0, np.cumsum(sizes))
+    return np.repeat(offsets[:-1][packs] - ends[:-1], sizes) + np.arange(ends[-1]), ends
+
+
 def _reported(plan: _Plan, fates: Fates, request: _Request) -> Packs:
+    documents = plan.order if plan.trees is None else plan.trees.documents
     pieces = plan.sizes if request.align == 1 else Histogram.of(plan.lengths)
-    whole = fates.all_whole(plan.order.size)
-    documents = pieces if whole else fates.histogram
+    if plan.trees is not None:
+        pieces = Histogram.of(plan.trees.lengths)
+    whole = fates.all_whole(documents.size)
     packed = plan.sizes.total * request.align
+    figures = {
+        **document_figures(fates, documents, whole),
+        **length_figures(pieces if whole else fates.histogram, pieces, request.capacity),
+    }
+    if plan.trees is not None:
+        pairs = attention_pairs(plan.lengths, plan.starts, plan.trees.parents)
+        figures |= shared_figures(figures, int(plan.lengths.sum()), int(pairs.sum()))
     report = PackingReport(
         strategy=request.strategy,
         overflow=request.overflow,
         capacity=request.capacity,
         packs=plan.offsets.size - 1,
-        pieces=plan.order.size,
+        pieces=documents.size,
         lower_bound=plan.bound,
         fill_histogram=fill_histogram(sum_by_pack(plan.lengths, plan.offsets), request.capacity),
-        **document_figures(fates, plan.order, whole),
-        **length_figures(documents, pieces, request.capacity),
+        **figures,
     )
     report = replace(report, alignment_tokens=packed - report.packed_tokens)
-    return Packs(plan.order, plan.starts, plan.lengths, plan.offsets, report)
+    return Packs(plan.order, plan.starts, plan.lengths, plan.offsets, report, plan.trees)
 
 
 def sum_by_pack(values: NDArray[np.int64], offsets: NDArray[np.int64]) -> NDArray[np.int64]:

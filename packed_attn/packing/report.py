@@ -35,7 +35,7 @@ class PackingReport:
     Two sums always balance; the constructor refuses figures that do not:
 
         documents = whole + split + truncated + dropped + empty + unlearnable + unreadable
-        tokens    = packed + truncated + dropped + unlearnable + padding
+        tokens    = packed + shared + truncated + dropped + unlearnable + padding
 
     and packed tokens are learned or masked.
 
@@ -54,6 +54,7 @@ class PackingReport:
             lines, where a reader was told to skip them); their tokens are unknown.
         tokens: tokens given.
         packed_tokens: tokens in the packs.
+        shared_tokens: tokens of packed documents that stand in a pack already, as another's.
         truncated_tokens: tokens cut off truncated documents.
         dropped_tokens: tokens of dropped documents.
         unlearnable_tokens: tokens of unlearnable documents.
@@ -63,11 +64,13 @@ class PackingReport:
         lost_labels: first tokens of the second and later pieces: nothing before them is left that
             could predict them, so their labels no longer count. Tokens whose label was masked
             already are among them.
-        lower_bound: packs that no plan of the same pieces does without: Martello and Toth's L2,
-            or what `max_documents` or `apart` force where that is more. `wrapped` cuts anywhere, so
-            there it is ceil(tokens / capacity).
+        lower_bound: packs that no plan of the same pieces (of the same trees, where prefixes are
+            shared) does without: Martello and Toth's L2, or what `max_documents` or `apart` force
+            where that is more. `wrapped` cuts anywhere, so there it is ceil(tokens / capacity).
         longest: tokens of the longest piece.
-        attention_cost: query-key pairs of attention inside documents: the sum of length^2.
+        attention_cost: query-key pairs of attention inside documents: the sum of length^2, a
+            shared prefix counted once.
+        shared_attention_cost: what the sum would be more with a copy of it for each document.
         length_histogram: documents with tokens by length: LENGTH_BINS bins of equal width up to
             the capacity, upper edges `capacity * k // LENGTH_BINS` included, then those over it.
         fill_histogram: packs by fill, FILL_BINS bins of equal width, upper edges included.
@@ -100,6 +103,8 @@ class PackingReport:
     padding_tokens: int = 0
     masked_tokens: int = 0
     alignment_tokens: int = 0
+    shared_tokens: int = 0
+    shared_attention_cost: int = 0
 
     def __post_init__(self) -> None:
         documents = sum(self._document_parts().values())
@@ -216,6 +221,8 @@ class PackingReport:
         if self.masked_tokens:
             parts = {"learned": self.learned_tokens, "masked": self.masked_tokens}
             rows.append(("labels", _sum_line(self.packed_tokens, parts)))
+        if self.shared_tokens:
+            rows.append(("shared", self._shared_line()))
         if self.alignment_tokens:
             rows.append(("alignment", f"{self.alignment_tokens:,} tokens of room kept free"))
         if self.pieces:
@@ -246,6 +253,15 @@ class PackingReport:
             table.add_row(name, text, style="yellow" if lost or short else None)
         return table
 
+    def _shared_line(self) -> str:
+        tokens = self.packed_tokens + self.shared_tokens
+        pairs = self.attention_cost + self.shared_attention_cost
+        return (
+            f"{self.shared_tokens:,} tokens computed once for several documents: "
+            f"{self.shared_tokens / tokens:.1%} of the tokens and "
+            f"{self.shared_attention_cost / pairs:.1%} of attention saved"
+        )
+
     def _document_parts(self) -> dict[str, int]:
         return {
             "whole": self.whole_documents,
@@ -260,6 +276,7 @@ class PackingReport:
     def _token_parts(self) -> dict[str, int]:
         return {
             "packed": self.packed_tokens,
+            "shared": self.shared_tokens,
             "truncated": self.truncated_tokens,
             "dropped": self.dropped_tokens,
             "unlearnable": self.unlearnable_tokens,

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packed_attn.packing.plan import Packs
+from packed_attn.packing.prefixes import learned_labels
 from packed_attn.packing.sources import DOCUMENTS, IGNORED_LABEL, MASK_COLUMNS, Source
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ def token_columns(
 
     Returns:
         `input_ids` in the dtype of the source; `labels`, -100 at the start of every piece and
-        where a mask says so; `position_ids`; then the source's other columns.
+        where a mask says so; `position_ids`; then the source's other columns. With shared prefixes,
+        `input_ids` and `labels` alone: -100 at the start of roots, and positions follow from the
+        pieces' parents, without which they would be misread.
     """
     from packed_attn.packing import compiled
 
@@ -35,39 +38,24 @@ def token_columns(
     if not isinstance(input_ids, np.ndarray) and input_ids.type == "null":
         input_ids = np.empty(0, np.int64)
     piece_starts = np.cumsum(lengths) - lengths
+    known = {n: _as_numpy(values[n]) for n in ("labels", *MASK_COLUMNS) if n in values}
+    labels = learned_labels({"input_ids": _as_numpy(input_ids), **known}, integer)
+    if packs.trees is not None:
+        labels[piece_starts[packs.trees.parents[pieces] < 0]] = IGNORED_LABEL
+        return {"input_ids": input_ids, "labels": labels}
+    labels[piece_starts] = IGNORED_LABEL
     positions = np.empty(int(lengths.sum()), integer)
     compiled.count_up(lengths, positions)
-    columns = {
-        "input_ids": input_ids,
-        "labels": _labels(input_ids, values, piece_starts, integer),
-        "position_ids": positions,
-    }
+    columns = {"input_ids": input_ids, "labels": labels, "position_ids": positions}
     return columns | {name: v for name, v in values.items() if name != "labels"}
 
 
 def document_columns(
-    source: Source, packs: Packs, pieces: slice, keep: tuple[str, ...]
+    source: Source, documents: NDArray[np.int64], keep: tuple[str, ...]
 ) -> dict[str, Any]:
-    """Columns with one value a piece: `documents` where `keep` has it, and kept scalars."""
-    documents = packs.order[pieces]
+    """Columns with one value a document: `documents` where `keep` has it, and kept scalars."""
     columns: dict[str, Any] = {n: c.take(documents) for n, c in source.kept.items()}
     return {DOCUMENTS: documents, **columns} if DOCUMENTS in keep else columns
-
-
-def _labels(
-    input_ids: Any,
-    values: dict[str, Any],
-    piece_starts: NDArray[np.int64],
-    integer: type[np.signedinteger],
-) -> NDArray[np.signedinteger]:
-    labels = _as_numpy(values.get("labels", input_ids))
-    labels = labels.astype(np.promote_types(labels.dtype, integer))
-    if "labels" not in values:
-        for name in MASK_COLUMNS:
-            if name in values:
-                labels[_as_numpy(values[name]) == 0] = IGNORED_LABEL
-    labels[piece_starts] = IGNORED_LABEL
-    return labels
 
 
 def _as_numpy(values: NDArray[Any] | pa.Array) -> NDArray[Any]:

@@ -205,6 +205,11 @@ class PackedBatchSampler(Sampler[list[int | PackPart]]):
         together = world_size * batch_size
         rows = rows[np.lexsort(rows.T[::-1])]  # the same order whatever came before
         dropped = repeated = rows[:0]
+        if remainder == "split" and self._packs.trees is not None and len(rows) % together:
+            raise NotImplementedError(
+                f"remainder='split' would cut packs with shared prefixes, and {len(rows)} packs "
+                f"are no multiple of {together}: use 'drop' or 'repeat'"
+            )
         if remainder == "split":
             rows = _split_to_multiple(rows, together)
         rows = random.permutation(rows)
@@ -250,8 +255,8 @@ class PackedBatchSampler(Sampler[list[int | PackPart]]):
     def costs(self, rows: Rows) -> NDArray[np.float64]:
         """The modelled cost of rows (pack, first piece, stop), float64 `[num_rows]`."""
         linear, quadratic = self._cost
-        lengths = self._packs.lengths.astype(np.float64)
-        before = np.append(0.0, np.cumsum(linear * lengths + quadratic * lengths**2))
+        lengths, pairs = self._packs.lengths, self._packs.attention_pairs
+        before = np.append(0.0, np.cumsum(linear * lengths + quadratic * pairs))
         begin = self._packs.offsets[rows[:, 0]]
         return before[begin + rows[:, 2]] - before[begin + rows[:, 1]]
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 IGNORED_LABEL = -100
 MASK_COLUMNS = ("completion_mask", "assistant_masks")  # TRL's names
 WRITTEN_COLUMNS = ("position_ids", "seq_lengths")
+# What a row with shared prefixes holds of a document, besides its tokens.
+LABEL_COLUMNS = ("labels", *MASK_COLUMNS)
 DOCUMENTS = "documents"  # the name under which rows say which documents they hold
 
 
@@ -165,21 +167,55 @@ def learned_tokens(source: Source, longest: int | None = None) -> NDArray[np.int
         longest: count in the first `longest` tokens of each document; None counts all.
     """
     lengths = source.lengths if longest is None else np.minimum(source.lengths, longest)
-    names = [n for n in ("labels", *MASK_COLUMNS) if n in source.columns]
-    if not names:
+    if not any(name in source.columns for name in LABEL_COLUMNS):
         return np.maximum(lengths - 1, 0)
     learned = np.zeros_like(lengths)
     for documents in _batches(lengths):
         sizes = lengths[documents]
-        pieces = (documents, source.starts[documents], sizes)
-        counts = np.ones(int(sizes.sum()), bool)
+        counts = learned_flags(source, documents, source.starts[documents], sizes)
         counts[(np.cumsum(sizes) - sizes)[sizes > 0]] = False
-        for name in names[:1] if names[0] == "labels" else names:
-            values = source.columns[name].gather(*pieces).to_numpy(zero_copy_only=False)
-            counts &= values != (IGNORED_LABEL if name == "labels" else 0)
         ends = np.append(0, np.cumsum(counts))[np.append(0, np.cumsum(sizes))]
         learned[documents] = np.diff(ends)
     return learned
+
+
+def learned_in(
+    source: Source,
+    documents: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+    is_first: NDArray[np.bool_],
+) -> int:
+    """How many tokens of some pieces a label counts for.
+
+    Args:
+        documents, starts, lengths: int64 `[num_pieces]`.
+        is_first: bool `[num_pieces]`, whether nothing stands before a piece that could predict its
+            first token.
+    """
+    learned = 0
+    for pieces in _batches(lengths):
+        place = (documents[pieces], source.starts[documents[pieces]] + starts[pieces])
+        counts = learned_flags(source, *place, lengths[pieces])
+        begins = np.cumsum(lengths[pieces]) - lengths[pieces]
+        counts[begins[is_first[pieces]]] = False
+        learned += int(counts.sum())
+    return learned
+
+
+def learned_flags(
+    source: Source,
+    documents: NDArray[np.int64],
+    starts: NDArray[np.int64],
+    lengths: NDArray[np.int64],
+) -> NDArray[np.bool_]:
+    """Whether each token of some pieces has a label, bool `[sum(lengths)]`; `starts` in rows."""
+    flags = np.ones(int(lengths.sum()), bool)
+    names = [n for n in LABEL_COLUMNS if n in source.columns]
+    for name in names[:1] if names[:1] == ["labels"] else names:
+        values = source.columns[name].gather(documents, starts, lengths)
+        flags &= values.to_numpy(zero_copy_only=False) != (IGNORED_LABEL if name == "labels" else 0)
+    return flags
 
 
 def _batches(lengths: NDArray[np.int64], tokens: int = 2**20) -> Iterator[NDArray[np.int64]]:

@@ -25,9 +25,10 @@ from torch.utils.data import IterableDataset, get_worker_info
 from packed_attn.packing.arguments import check_choice, checked_whole
 from packed_attn.packing.documents import DocumentReader, count_learned
 from packed_attn.packing.plan import Overflow
+from packed_attn.packing.prefixes import MIN_SHARED, require_shareable
 from packed_attn.packing.report import PackingReport, log_report
 from packed_attn.packing.tally import Tally
-from packed_attn.packing.window import Piece, Window, assemble
+from packed_attn.packing.window import Pack, Piece, Window, assemble
 
 Row = dict[str, NDArray[Any]]
 State = dict[str, Any]
@@ -64,6 +65,9 @@ class PackedIterableDataset(IterableDataset[Row]):
         overflow: what happens to documents over capacity, as in `pack_lengths`.
         learnable_only: leave out documents of which no token has a label (`labels`,
             `completion_mask`, `assistant_masks`; a first token never has one).
+        share_prefixes: documents in the window that begin alike share those tokens in a pack, as in
+            `pack_dataset`. Documents of one prompt should stand close together in the stream.
+        min_shared: tokens that sharing must save.
         rank, world_size: which of how many processes this is, where the data set itself divides the
             documents among processes (behind a plain DataLoader). `rank=0, world_size=1` gives
             every process all rows, for accelerate and Trainer, which divide rows themselves. A run
@@ -87,6 +91,8 @@ class PackedIterableDataset(IterableDataset[Row]):
         lookahead: int = 1000,
         overflow: Overflow = "split",
         learnable_only: bool = False,
+        share_prefixes: bool = False,
+        min_shared: int = MIN_SHARED,
         rank: int | None = None,
         world_size: int | None = None,
         on_report: Callable[[PackingReport], object] = log_report,
@@ -96,7 +102,10 @@ class PackedIterableDataset(IterableDataset[Row]):
         check_choice("overflow", overflow, Overflow)
         if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 1:
             raise ValueError(f"lookahead must be an integer of at least 1, got {lookahead!r}")
+        if isinstance(min_shared, bool) or not isinstance(min_shared, int) or min_shared < 1:
+            raise ValueError(f"min_shared must be an integer of at least 1, got {min_shared!r}")
         self.capacity = checked_whole("capacity", capacity)
+        self.min_shared = min_shared if share_prefixes else None
         self.lookahead = lookahead
         self.overflow: Overflow = overflow
         self.learnable_only = learnable_only
@@ -183,6 +192,7 @@ class PackedIterableDataset(IterableDataset[Row]):
             "lookahead": self.lookahead,
             "overflow": self.overflow,
             "learnable_only": self.learnable_only,
+            "min_shared": self.min_shared,
             "rank": self._rank or 0,
             "world_size": self._world_size,
         }
@@ -239,15 +249,15 @@ class _Shard:
         self._learnable_only = data.learnable_only
         self._longest = data.capacity if data.overflow == "truncate" else None
         self._index, self._count, self._worker = index, count, worker
-        self._window = Window(data.capacity, data.lookahead)
+        self._window = Window(data.capacity, data.lookahead, min_shared=data.min_shared)
         self._reader = DocumentReader()
-        self._tally = Tally(data.capacity, data.overflow)
+        self._tally = Tally(data.capacity, data.overflow, shares=data.min_shared is not None)
         self._position = 0  # documents of the source that have been read, other shards' included
         self._released = 0  # packs since the mark
         self._mark = self._take_mark()
         self._packs = self._release_packs()
 
-    def packs(self) -> Iterator[list[Piece]]:
+    def packs(self) -> Iterator[Pack]:
         """The packs from where the shard stands."""
         return self._packs
 
@@ -284,14 +294,16 @@ class _Shard:
             "tally": asdict(self._tally),
         }
 
-    def _release_packs(self) -> Iterator[list[Piece]]:
+    def _release_packs(self) -> Iterator[Pack]:
         documents = self._documents()
         ended = False
         while not ended:
             ended = self._fill_window(documents)
             packs = self._window.release(everything=ended)
             for pack in packs:
-                self._tally.count_pack(sum(piece.length for piece in pack))
+                self._tally.count_pack(pack.tokens, *pack.saved)
+                if pack.shared is not None and self._learnable_only:
+                    self._tally.count_masked(assemble(pack)["labels"])
             for pack in packs[self._released :]:
                 self._released += 1
                 yield pack
@@ -310,6 +322,8 @@ class _Shard:
             learned = None
             if self._learnable_only:
                 learned = count_learned(columns, self._longest)
+            if self._window.min_shared is not None:
+                require_shareable(columns)
             cuts = self._tally.count_document(f"document {number}", length, padding, learned)
             for first, stop in cuts:
                 cut = {name: values[first:stop] for name, values in columns.items()}

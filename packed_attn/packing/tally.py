@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from packed_attn.packing.plan import Overflow
 from packed_attn.packing.report import FILL_BINS, LENGTH_BINS, PackingReport
+from packed_attn.packing.sources import IGNORED_LABEL
 
 
 @dataclass
@@ -17,6 +21,7 @@ class Tally:
 
     capacity: int
     overflow: Overflow
+    shares: bool = False  # masked tokens are then counted pack by pack
     documents: int = 0
     whole_documents: int = 0
     split_documents: int = 0
@@ -36,6 +41,8 @@ class Tally:
     packs: int = 0
     longest: int = 0
     attention_cost: int = 0
+    shared_tokens: int = 0
+    shared_attention_cost: int = 0
     length_histogram: list[int] = field(default_factory=lambda: [0] * (LENGTH_BINS + 1))
     fill_histogram: list[int] = field(default_factory=lambda: [0] * FILL_BINS)
 
@@ -65,21 +72,31 @@ class Tally:
         kept = self._keep(length, learned)
         cuts = [(i, min(i + self.capacity, kept)) for i in range(0, kept, self.capacity)]
         self.packed_tokens += kept
-        self.masked_tokens += 0 if learned is None or not kept else kept - learned
+        if learned is not None and kept and not self.shares:
+            self.masked_tokens += kept - learned
         self.pieces += len(cuts)
         self.lost_labels += max(0, len(cuts) - 1)
         self.longest = max(self.longest, min(kept, self.capacity))
         self.attention_cost += sum((stop - first) ** 2 for first, stop in cuts)
         return cuts
 
-    def count_pack(self, tokens: int) -> None:
-        """Counts a pack that was made."""
+    def count_pack(self, tokens: int, shared: int = 0, shared_cost: int = 0) -> None:
+        """Counts a pack that was made, and what copies of its shared prefixes would add to it."""
         self.packs += 1
+        self.packed_tokens -= shared
+        self.shared_tokens += shared
+        self.attention_cost -= shared_cost
+        self.shared_attention_cost += shared_cost
         self.fill_histogram[-(-tokens * FILL_BINS // self.capacity) - 1] += 1
+
+    def count_masked(self, labels: NDArray[np.int64]) -> None:
+        """Counts the tokens of a pack with shared prefixes that have no label."""
+        self.masked_tokens += int((labels == IGNORED_LABEL).sum())
 
     def report(self) -> PackingReport:
         """The report of a stream packed by best-fit-decreasing in windows."""
         figures = asdict(self)
+        del figures["shares"]
         for name in ("length_histogram", "fill_histogram"):
             figures[name] = tuple(figures[name])
         bound = -(-self.packed_tokens // self.capacity)

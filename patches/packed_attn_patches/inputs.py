@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packed_attn.collator import IGNORE_INDEX, without_first_labels
 from packed_attn.layout import DocumentLayout
+from packed_attn.logps import IGNORE_INDEX, without_first_labels
 from packed_attn_patches.interface import empty_mask, is_empty_mask
 from packed_attn_patches.prompts import refuse_calls_with_learned_tokens
 
@@ -29,6 +29,7 @@ BOUNDARY_NAMES = (
     "max_length_k",
     "cu_seqlens",
     "seq_idx",
+    "document_paths",
 )
 
 
@@ -90,6 +91,12 @@ class LayoutHook:
                 "this model runs on documents batched by length, where a document cannot go on "
                 "from another: it takes plain packs, but no forest (parents)"
             )
+        if layout.is_forest and kwargs.get("labels") is not None:
+            raise ValueError(
+                "the batch shares prefixes, whose last token predicts the first of each document "
+                "that continues it, but the model was given labels to compute a loss with one "
+                "target a token: pass compute_loss_func=PackedLoss(model) to the Trainer"
+            )
         layout = layout.to(batch.device)
         packed = {k: v for k, v in kwargs.items() if k not in BOUNDARY_NAMES}
         packed["layout"] = layout
@@ -106,6 +113,8 @@ class LayoutHook:
         # Unpacked, a document's first label has no document before it that could predict it.
         if packed.get("labels") is not None and self.shifts and not self.unpacked:
             packed["labels"] = without_first_labels(packed["labels"], layout)
+        if layout.is_forest:
+            packed.pop("shift_labels", None)  # the collator's counts for PackedLoss
         if packed.get("shift_labels") is not None:
             packed.update(_shift_labels(packed["shift_labels"], packed.get("labels"), layout))
         return packed
@@ -315,6 +324,13 @@ def _check_rows(name: str, layout: DocumentLayout, batch: BatchShape) -> None:
     for row in range(1, batch.rows):
         if row * batch.tokens not in begins:
             raise ValueError(f"{name} has a document that crosses from row {row - 1} to row {row}")
+    for d, start in enumerate(layout.starts if layout.is_forest else ()):
+        parent = layout.parent(d)
+        if parent >= 0 and layout.starts[parent] // batch.tokens != start // batch.tokens:
+            raise ValueError(
+                f"{name} has document {d} in row {start // batch.tokens}, but what it continues, "
+                f"document {parent}, in row {layout.starts[parent] // batch.tokens}"
+            )
 
 
 def _check_agreement(
