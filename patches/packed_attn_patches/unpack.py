@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packed_attn.buckets import Bucket, plan_buckets
+from packed_attn.buckets import Bucket, Plan, plan_buckets
 from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches.families import Head, Route
@@ -122,7 +122,7 @@ class _Unpacked:
     def calls(self) -> Iterator[tuple[Bucket, dict[str, Any]]]:
         """The keyword arguments of each forward."""
         layout = self.layout.to("cpu")
-        plan = plan_buckets(
+        plan = _planned(
             layout.cu_seqlens,
             layout.padding,
             pad_lengths=self.forward.route is not Route.UNPACK,
@@ -255,3 +255,9 @@ class _Unpacked:
             return (inputs["shift_labels"] != IGNORE_INDEX).sum()
         labels = inputs["labels"][:, 1:] if self.forward.head.shifts else inputs["labels"]
         return (labels != IGNORE_INDEX).sum()
+
+
+@torch.compiler.disable
+def _planned(*args: Any, **options: Any) -> Plan:
+    """`plan_buckets` on host values, which torch.compile cannot trace: a graph breaks here."""
+    return plan_buckets(*args, **options)
