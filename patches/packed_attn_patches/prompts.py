@@ -29,7 +29,9 @@ def refuse_calls_with_learned_tokens() -> None:
     So the callers are asked: a wrapper that came after the patch is one of them.
     """
     peft: Any = sys.modules.get("peft")
-    frame = None if peft is None else sys._getframe(1)
+    if peft is None:
+        return
+    frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "forward":
             caller = frame.f_locals.get("self")

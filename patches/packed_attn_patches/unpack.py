@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packed_attn.buckets import Bucket, Plan, plan_buckets
+from packed_attn.buckets import Bucket, plan_buckets
 from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches.families import Head, Route
@@ -37,6 +37,10 @@ PASTS = (*CACHE_NAMES, "cache_params", "mems", "state", "rnn_state")
 
 # Each document counts its own positions, sees all of itself and starts without a past.
 _REPLACED = ("attention_mask", *CACHE_NAMES, "use_cache", "num_items_in_batch", "return_dict")
+
+
+# It reads host values, which torch.compile cannot trace: a graph breaks here.
+_planned: Any = torch.compiler.disable(plan_buckets)
 
 
 class UnpackedForward:
@@ -255,9 +259,3 @@ class _Unpacked:
             return (inputs["shift_labels"] != IGNORE_INDEX).sum()
         labels = inputs["labels"][:, 1:] if self.forward.head.shifts else inputs["labels"]
         return (labels != IGNORE_INDEX).sum()
-
-
-@torch.compiler.disable
-def _planned(*args: Any, **options: Any) -> Plan:
-    """`plan_buckets` on host values, which torch.compile cannot trace: a graph breaks here."""
-    return plan_buckets(*args, **options)
