@@ -12,6 +12,7 @@ from torch import nn
 from packed_attn import PackedCollator, audit, patch_model
 from packed_attn.audit import leaks_between_documents
 from packed_attn.audit.conventions import TELLING
+from tests.exactness import alone, documents, packed
 from tests.models import FAMILIES, tiny_model
 
 
@@ -177,3 +178,24 @@ def test_a_model_that_is_half_patched_is_refused() -> None:
     del model.__dict__["_packed_attn_record"]
     with pytest.raises(ValueError, match="LlamaForCausalLM is half patched"):
         audit(model)
+
+
+def test_experts_round_but_pass_no_gradient() -> None:
+    """With routing held, another document moves a logit by rounding alone and has no gradient."""
+    model = patch_model(tiny_model("mixtral", hidden_size=512, num_local_experts=8))
+    docs = documents()
+    batch = packed(docs)
+    ids = batch.pop("input_ids")
+    first = len(docs[0])
+    leaf = model.get_input_embeddings()(ids).detach().requires_grad_()
+    logits = model(inputs_embeds=leaf, **batch).logits[0]
+    with torch.no_grad():
+        rounding = (logits - alone(model, docs)).abs().max()
+        ids[0, :first] = 150 - ids[0, :first]
+        moved = model(input_ids=ids, **batch).logits[0] - logits
+    floor = torch.finfo(logits.dtype).eps * logits.abs().max()
+    assert moved[first:].abs().max() <= 4 * torch.maximum(rounding, floor)
+    assert moved[:first].abs().max() > 1e-3 * logits.abs().max()
+    (gradient,) = torch.autograd.grad(logits[first:].square().sum(), leaf)
+    assert gradient[0, first:].any()
+    assert not gradient[0, :first].any()

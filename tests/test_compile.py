@@ -165,9 +165,8 @@ def test_other_boundaries_compile_nothing_new() -> None:
 COMPILED = ("llama", "qwen3", "gemma2", "gpt_oss", "qwen3_moe", "mamba")
 
 
-@pytest.mark.parametrize(
-    "family", [COMPILED[0], *(pytest.param(f, marks=pytest.mark.slow) for f in COMPILED[1:])]
-)
+@slow  # `test_compiled_after_patching` is the fast member
+@pytest.mark.parametrize("family", COMPILED)
 def test_compiled_families_are_exact(family: str) -> None:
     """Logits, loss and gradients of a compiled pack are those of the documents alone."""
     torch._dynamo.reset()

@@ -79,6 +79,9 @@ UNSHIFTED_TYPES = frozenset(
 # Token heads that count their loss where the attention_mask is 1, and so read the empty mask.
 _LOSS_READS_MASK = frozenset({"biogpt"})
 
+# Sequence heads that pool the last place of a row, padding or not.
+_POOLS_LAST_PLACE = frozenset({"xlnet"})
+
 # fmt: off
 # Proven exact through the attention interface.
 INTERFACE = frozenset({
@@ -201,7 +204,7 @@ def route(model: nn.Module, on_unknown: str) -> Route:
         return Route.UNPACK
     known = model_type in INTERFACE | UNPACK_CAUSAL | UNPACK_MASKED
     if known and head_of(model).per_document:
-        return Route.UNPACK_MASKED
+        return Route.UNPACK if model_type in _POOLS_LAST_PLACE else Route.UNPACK_MASKED
     if model_type in UNPACK_MASKED:
         return Route.UNPACK_MASKED
     if model_type in UNPACK_CAUSAL:

@@ -62,7 +62,8 @@ class LayoutHook:
         if is_empty_mask(kwargs.get("attention_mask")) and kwargs.get("layout") is not None:
             return None  # an outer model's hook has done it
         kwargs = named(module, args, kwargs)
-        if kwargs.get("input_ids") is None or _filled_cache(kwargs) is not None:
+        cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
+        if cached or kwargs.get("input_ids") is None:
             refuse_calls_with_learned_tokens()
         batch = BatchShape.of(kwargs)
         if batch is None:
