@@ -184,7 +184,9 @@ def dkdv_kernel(
         dq_sums_ptr += head * padded_queries * BLOCK_D
         broken_key = nonfinite_rows(k)
         k = tl.where(broken_key[:, None], 0.0, k)
-        v = tl.where(broken_key[:, None], float("nan"), v)
+        # A constant in bf16 is more than triton 3.6 can interpret.
+        nan = tl.where(broken_key, float("nan"), 0.0).to(v.dtype)
+        v = tl.where(broken_key[:, None], nan[:, None], v)
         # Rows of no key here must not meet a query without a mask: all of them add to dq.
         full_stop = tl.where(tl.min(live.to(tl.int32), 0) == 1, full_stop, 0)
 
