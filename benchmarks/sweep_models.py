@@ -101,7 +101,9 @@ def _kept(path: Path) -> list[dict[str, Any]]:
 def _write(path: Path, kept: Sequence[dict[str, Any]], outcomes: Sequence[Outcome]) -> None:
     """All outcomes by head and type; those of this run in place of earlier ones."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    known = {(head, model_type) for head in HEADS for model_type in model_types(head)}
     every = {(o["head"], o["model_type"]): o for o in kept}
+    every = {key: outcome for key, outcome in every.items() if key in known}
     every |= {(o.head, o.model_type): o.to_dict() for o in outcomes}
     heads = list(HEADS)
     report: dict[str, Any] = {
