@@ -76,7 +76,6 @@ def plan_buckets(
     cu_seqlens: Tensor,
     padding: Tensor | None,
     *,
-    chunk_size: int | None = None,
     pad_lengths: bool,
     view_tokens: int,
     call_tokens: int,
@@ -86,7 +85,6 @@ def plan_buckets(
     Args:
         cu_seqlens: int32 `[num_documents + 1]`, CPU.
         padding: bool `[num_documents]` or None.
-        chunk_size: cut every document into pieces of this many tokens.
         pad_lengths: let documents of unlike length share a batch; needs a causal mask, which
             hides the padding behind every document from its tokens.
         view_tokens: from how many tokens on equal neighbours are read where they lie; below, a
@@ -96,7 +94,6 @@ def plan_buckets(
     return _cached_plan(
         cu_seqlens.to(torch.int32).numpy().tobytes(),
         None if padding is None else padding.numpy().tobytes(),
-        chunk_size,
         pad_lengths,
         view_tokens,
         call_tokens,
@@ -107,7 +104,6 @@ def plan_buckets(
 def _cached_plan(
     cu_seqlens: bytes,
     padding: bytes | None,
-    chunk_size: int | None,
     pad_lengths: bool,
     view_tokens: int,
     call_tokens: int,
@@ -120,8 +116,6 @@ def _cached_plan(
     unseen = tuple((int(a), int(a + n)) for a, n in zip(starts[skipped], lengths[skipped]))
     kept = ~skipped & (lengths > 0)
     starts, lengths = starts[kept], lengths[kept]
-    if chunk_size is not None:
-        starts, lengths = _chunked(starts, lengths, chunk_size)
     buckets, rest = _views(starts, lengths, view_tokens, call_tokens)
     gathered = _gathered(
         starts[rest],
@@ -131,19 +125,6 @@ def _cached_plan(
         total_tokens=int(cu[-1]),
     )
     return Plan((*buckets, *gathered), unseen)
-
-
-def _chunked(
-    starts: np.ndarray, lengths: np.ndarray, chunk_size: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Every chunk as a document of its own: chunks see nothing of each other."""
-    chunks = -(-lengths // chunk_size)
-    place = np.arange(chunks.sum()) - np.repeat(np.cumsum(chunks) - chunks, chunks)
-    begin = place * chunk_size
-    return (
-        np.repeat(starts, chunks) + begin,
-        np.minimum(np.repeat(lengths, chunks) - begin, chunk_size),
-    )
 
 
 def _views(

@@ -14,7 +14,6 @@ from packed_attn.buckets import PADDED_LENGTH, Plan, Spans, pair_buckets, plan_b
 @given(
     lengths=st.lists(st.integers(0, 90), max_size=60),
     padding_seed=st.integers(0, 7),
-    chunk_size=st.sampled_from([None, 1, 16]),
     pad_lengths=st.booleans(),
     view_tokens=st.sampled_from([1, 8, 64]),
     call_tokens=st.sampled_from([1, 64, 4096]),
@@ -22,7 +21,6 @@ from packed_attn.buckets import PADDED_LENGTH, Plan, Spans, pair_buckets, plan_b
 def test_buckets_cover_each_token_once(
     lengths: list[int],
     padding_seed: int,
-    chunk_size: int | None,
     pad_lengths: bool,
     view_tokens: int,
     call_tokens: int,
@@ -32,7 +30,6 @@ def test_buckets_cover_each_token_once(
     plan = plan_buckets(
         layout.cu_seqlens,
         layout.padding,
-        chunk_size=chunk_size,
         pad_lengths=pad_lengths,
         view_tokens=view_tokens,
         call_tokens=call_tokens,
@@ -46,7 +43,6 @@ def test_buckets_cover_each_token_once(
         fits = bucket.batch * bucket.length <= call_tokens
         assert fits or bucket.batch == 1
         assert pad_lengths or bucket.pads is None
-        assert chunk_size is None or bucket.length <= chunk_size
 
 
 def _written(plan: Plan, total_tokens: int) -> np.ndarray:
