@@ -193,3 +193,54 @@ def test_code_that_came_with_a_checkpoint_is_refused() -> None:
         patch_model(model)
     patch_model(model, on_unknown="unpack")
     assert audit(model).isolated
+
+
+@pytest.mark.filterwarnings("ignore:FSDP is switching to use `NO_SHARD`")
+@pytest.mark.parametrize("patched_first", [True, False])
+def test_fully_sharded_of_the_first_kind(one_process: None, patched_first: bool) -> None:
+    """torch's older FSDP, on one process: FSDP2 is tested on two."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    model = tiny_model("llama").eval()
+    docs = documents()
+    want = alone(model, docs)
+    if patched_first:
+        patch_model(model)
+    wrapped = FullyShardedDataParallel(model, device_id=torch.device("cpu"))
+    patch_model(wrapped)
+    output = wrapped(**packed(docs))
+    assert close(output.logits[0], want)
+    output.loss.backward()
+
+
+def test_layers_on_disk(tmp_path: Path) -> None:
+    """What a device_map gives where a model does not fit: hooks that fetch each layer's weights."""
+    stock = tiny_model("llama").eval()
+    stock.save_pretrained(tmp_path / "model")
+    places = dict.fromkeys(
+        ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"], "cpu"
+    )
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    model = LlamaForCausalLM.from_pretrained(
+        tmp_path / "model", device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert hasattr(model.model.layers[1], "_hf_hook")
+    docs = documents()
+    patch_model(model)
+    assert close(model(**packed(docs)).logits[0], alone(stock, docs))
+
+
+@pytest.mark.parametrize("settings", [{"load_in_4bit": True}, {"load_in_8bit": True}])
+def test_quantised(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """The same documents through the same quantised weights, packed and alone."""
+    pytest.importorskip("bitsandbytes", reason="needs bitsandbytes")
+    from transformers import BitsAndBytesConfig
+
+    tiny_model("llama").save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(**settings, bnb_4bit_compute_dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(tmp_path, quantization_config=config).eval()
+    docs = documents()
+    want = alone(model, docs)
+    patch_model(model)
+    assert close(model(**packed(docs)).logits[0], want)
+    assert audit(model).isolated
