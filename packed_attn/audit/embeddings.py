@@ -63,7 +63,7 @@ class Embeddings:
             leaf[torch.isin(ids, poisoned)] = value
         leaf.requires_grad_(torch.is_grad_enabled())
         self._calls.append((ids, leaf))
-        return leaf
+        return leaf.clone()  # CTRL scales what it gets in place
 
 
 def token_embeddings(model: nn.Module) -> list[nn.Module]:
@@ -80,10 +80,8 @@ def _tables(part: nn.Module) -> list[nn.Module]:
     """The token embeddings of an encoder or decoder; none of a part that takes no tokens."""
     if getattr(part, "main_input_name", "input_ids") != "input_ids":
         return []
-    try:
-        return [input_embeddings(part)]
-    except ValueError:
-        return []
+    found = _named_embeddings(part)
+    return [] if found is None else [found]
 
 
 def input_embeddings(model: nn.Module) -> nn.Module:
