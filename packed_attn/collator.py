@@ -104,7 +104,7 @@ class PackedCollator:
         layout = DocumentLayout.from_lengths(lengths, parents=links, padding=padding)
         if total >= COMPILED_TOKENS and links is None:
             _number_tokens(layout)
-        _ = layout.padding_tokens  # per token, which a compiled model reads
+        _ = layout.padding_flags  # which a compiled model reads
         _check_positions(rows, layout)
         input_ids, labels = self._tokens(rows, layout)
         batch = {

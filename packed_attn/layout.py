@@ -302,6 +302,15 @@ class DocumentLayout:
         padding = self.padding
         return self._once("padding_tokens", lambda: self.per_token(padding))
 
+    @property
+    def padding_flags(self) -> Tensor:
+        """`padding_tokens`, bool `[total_tokens]`, of a layout without padding too: a compiler that
+        found it in one batch and not in the next would compile anew."""
+        flags = self.padding_tokens
+        if flags is None:
+            flags = torch.zeros(self.total_tokens, dtype=torch.bool, device=self.device)
+        return self._once("padding_flags", lambda: flags)
+
     def path(self, document: int) -> tuple[int, ...]:
         """The documents on the way from the root to `document`, which is the last."""
         return self._forest().path(document) if self.is_forest else (document,)
@@ -386,7 +395,7 @@ class DocumentLayout:
         Returns:
             the layout itself.
         """
-        _ = self.document_ids, self.position_ids, self.padding_tokens
+        _ = self.document_ids, self.position_ids, self.padding_flags
         for kind in kinds:
             self.visibility(**kind)
             self.prefix(kind.get("prefix_lengths"))
@@ -396,15 +405,15 @@ class DocumentLayout:
         """The same documents as a compiler should see them: always with `padding`, and nothing that
         is known on the host, so that other boundaries compile nothing new. A forest is itself.
 
-        Reads `padding_tokens` where they are made (`PackedCollator`, `prepare`), and then no tensor
+        Reads `padding_flags` where they are made (`PackedCollator`, `prepare`), and then no tensor
         but those of one entry a token and `cu_seqlens`.
         """
         if self.is_forest:
             return self
-        if self.total_tokens and "padding_tokens" in self._derived:
+        if self.total_tokens and "padding_flags" in self._derived:
             # An empty document takes a neighbour's flag, and has no token that could tell.
             begin = self.cu_seqlens[:-1].long().clamp(max=self.total_tokens - 1)
-            padding = self._derived["padding_tokens"][begin]
+            padding = self._derived["padding_flags"][begin]
         elif self.padding is not None:
             padding = self.padding
         else:
