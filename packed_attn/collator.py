@@ -195,7 +195,7 @@ class PackedCollator:
 
     def _with_room(self, row: _Row) -> _Row:
         """The row with padding behind each document up to a multiple of `align`."""
-        if not any(n % self.align for n in row.lengths):
+        if self.align == 1 or not any(n % self.align for n in row.lengths):
             return row
         if row.parents is not None:
             raise NotImplementedError(

@@ -307,7 +307,10 @@ class DocumentLayout:
         """`padding_tokens`, bool `[total_tokens]`, of a layout without padding too: a compiler that
         found it in one batch and not in the next would compile anew."""
         flags = self.padding_tokens
-        if flags is None:
+        if flags is None and self.device.type == "cpu":
+            # numpy asks the system for zeros, where torch writes them.
+            flags = torch.from_numpy(np.zeros(self.total_tokens, dtype=bool))
+        elif flags is None:
             flags = torch.zeros(self.total_tokens, dtype=torch.bool, device=self.device)
         return self._once("padding_flags", lambda: flags)
 
