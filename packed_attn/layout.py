@@ -10,16 +10,16 @@ turns it into the one mask rule that every kernel follows:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
+from packed_attn.derived import count_up, holds_tensor, map_tensors, prefix_key
 from packed_attn.host_values import (
     check_padding_stands_alone,
     host_padding,
@@ -36,14 +36,10 @@ from packed_attn.visibility import (
 )
 
 INT32_MAX = 2**31 - 1
-T = TypeVar("T")
 
 # Masks and prefixes that a layout keeps: more kinds than a model has, and a bound where every
 # call brings a new one.
 KEPT_MASKS = 16
-
-# Documents shorter than this on average are cheaper to number all at once than one by one.
-SHORT = 128
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -370,7 +366,7 @@ class DocumentLayout:
             return build_visibility(self, key_layout, left, right, chunk_size, prefix_lengths)
 
         # The key keeps key_layout itself alive, so an id is never reused while it is cached.
-        prefix = _prefix_key(prefix_lengths)
+        prefix = prefix_key(prefix_lengths)
         key = ("visibility", left, right, chunk_size, key_layout, prefix)
         return self._one_of_few(key, make)
 
@@ -382,7 +378,7 @@ class DocumentLayout:
         """
         if prefix_lengths is None:
             return None
-        key = ("prefix", _prefix_key(prefix_lengths))
+        key = ("prefix", prefix_key(prefix_lengths))
         return self._one_of_few(key, lambda: prefix_tensor(prefix_lengths, self))
 
     def prepare(self, kinds: Iterable[Mapping[str, Any]] = ({},)) -> DocumentLayout:
@@ -498,7 +494,7 @@ class DocumentLayout:
 
     def _position_ids(self) -> Tensor:
         if self._is_known_on_host() and not self.is_forest:
-            return torch.from_numpy(_count_up(self.lengths, self.total_tokens))
+            return torch.from_numpy(count_up(self.lengths, self.total_tokens))
         token = torch.arange(self.total_tokens, device=self.device)
         place = token - self.per_token(self.cu_seqlens.long())
         if self.is_forest:
@@ -541,7 +537,7 @@ class DocumentLayout:
             None if self.padding is None else function(self.padding),
         )
         for key, value in self._own_facts():
-            copy._derived[key] = _map_tensors(value, function)
+            copy._derived[key] = map_tensors(value, function)
         return copy
 
     def _own_facts(self) -> Iterator[tuple[Any, Any]]:
@@ -550,7 +546,7 @@ class DocumentLayout:
         for key, value in self._derived.items():
             parts = (key,) if isinstance(key, str) else key
             if parts[0] != "to" and not any(
-                isinstance(part, DocumentLayout) or _holds_tensor(part) for part in parts
+                isinstance(part, DocumentLayout) or holds_tensor(part) for part in parts
             ):
                 yield key, value
 
@@ -558,43 +554,6 @@ class DocumentLayout:
         copy = self._mapped(lambda t: t.to(device, non_blocking=non_blocking))
         copy._derived[("to", self.device)] = self
         return copy
-
-
-def _count_up(lengths: tuple[int, ...], total: int) -> NDArray[np.int64]:
-    """0, 1, 2, ... for each document, end to end: int64 `[total]`."""
-    if total > SHORT * len(lengths):
-        longest = np.arange(max(lengths))
-        return np.concatenate([longest[:n] for n in lengths])
-    token = np.arange(total)
-    starts = np.cumsum(np.asarray(lengths, np.int64)) - lengths
-    return token - np.repeat(starts, lengths)
-
-
-def _holds_tensor(part: Any) -> bool:
-    return isinstance(part, tuple) and any(isinstance(x, Tensor) for x in part)
-
-
-def _map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """A derived fact with its tensors mapped; facts of the host as they are."""
-    if isinstance(value, Tensor):
-        return function(value)
-    if isinstance(value, Visibility | ForestTensors):
-        columns = {f.name: getattr(value, f.name) for f in fields(value)}
-        return replace(
-            value, **{k: function(x) for k, x in columns.items() if isinstance(x, Tensor)}
-        )
-    return value
-
-
-def _prefix_key(prefix_lengths: Sequence[int] | Tensor | None) -> Any:
-    """What stands for these prefixes in a cache: their values, or a tensor as it is now."""
-    if prefix_lengths is None:
-        return None
-    if isinstance(prefix_lengths, Tensor):
-        # The key keeps the tensor alive, and its version tells when it was written to.
-        version = 0 if prefix_lengths.is_inference() else prefix_lengths._version
-        return prefix_lengths, version
-    return tuple(prefix_lengths)
 
 
 def _from_starts(starts: Tensor, padding: Tensor | None) -> DocumentLayout:

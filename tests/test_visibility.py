@@ -271,3 +271,10 @@ def test_layouts_that_do_not_match() -> None:
     ):
         with pytest.raises(NotImplementedError, match="a forest has neither prefix_lengths nor"):
             call()
+
+
+def test_what_a_backend_derived_stays_with_its_device() -> None:
+    layout = DocumentLayout.from_lengths([3, 4])
+    layout.visibility().once("tiles", lambda: "of the CPU")
+    assert layout.to("meta").visibility().once("tiles", lambda: "of meta") == "of meta"
+    assert layout.visibility().once("tiles", lambda: "made again") == "of the CPU"

@@ -1,0 +1,61 @@
+"""What a layout keeps of what follows from it: numbering, keys, and how facts move to a device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from packed_attn.trees import ForestTensors
+from packed_attn.visibility import Visibility
+
+# Documents shorter than this on average are cheaper to number all at once than one by one.
+SHORT = 128
+
+
+def count_up(lengths: tuple[int, ...], total: int) -> NDArray[np.int64]:
+    """0, 1, 2, ... for each document, end to end: int64 `[total]`."""
+    if total > SHORT * len(lengths):
+        longest = np.arange(max(lengths))
+        return np.concatenate([longest[:n] for n in lengths])
+    token = np.arange(total)
+    starts = np.cumsum(np.asarray(lengths, np.int64)) - lengths
+    return token - np.repeat(starts, lengths)
+
+
+def holds_tensor(part: Any) -> bool:
+    """Whether a part of a key is a caller's tensor, as `prefix_key` makes one."""
+    return isinstance(part, tuple) and any(isinstance(x, Tensor) for x in part)
+
+
+def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A derived fact with its tensors mapped; facts of the host as they are.
+
+    What backends derived from a mask stays behind: it is of the tensors that the mask had.
+    """
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Visibility | ForestTensors):
+        columns = {f.name: getattr(value, f.name) for f in fields(value)}
+        mapped: dict[str, Any] = {
+            k: function(x) for k, x in columns.items() if isinstance(x, Tensor)
+        }
+        if isinstance(value, Visibility):
+            mapped["_derived"] = {}
+        return replace(value, **mapped)
+    return value
+
+
+def prefix_key(prefix_lengths: Sequence[int] | Tensor | None) -> Any:
+    """What stands for these prefixes in a cache: their values, or a tensor as it is now."""
+    if prefix_lengths is None:
+        return None
+    if isinstance(prefix_lengths, Tensor):
+        # The key keeps the tensor alive, and its version tells when it was written to.
+        version = 0 if prefix_lengths.is_inference() else prefix_lengths._version
+        return prefix_lengths, version
+    return tuple(prefix_lengths)
