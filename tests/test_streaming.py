@@ -328,9 +328,15 @@ def test_plain_loader_continues(workers: int, batch_size: int) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2, 4])
 def test_every_step_of_a_run_of_200(workers: int) -> None:
+    """The figures of a run are in benchmarks/results/streaming.json, by bench_streaming.py."""
+    assert min(continue_at_every_step(workers)) >= 200
+
+
+def continue_at_every_step(workers: int) -> tuple[int, int]:
+    """Steps of a StatefulDataLoader and of a plain one, each stopped and continued at every one."""
     documents = numbered(lognormal(950, mean=60).tolist())
-    assert check_stateful_loader(workers, documents, range_to, "function") >= 200
-    assert check_plain_loader(workers, documents, range_to, 1) >= 200
+    stateful = check_stateful_loader(workers, documents, range_to, "function")
+    return stateful, check_plain_loader(workers, documents, range_to, 1)
 
 
 def range_to(steps: int) -> range:
