@@ -10,26 +10,19 @@ both losses, which are equal but for ProphetNet's: its stock model mixes the row
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from bench_cpu import log_normal_lengths
+from by_type import compared, run, training_step
 from packed_attn_patches.tiny import tiny_model
-from timing import median_ratio, paired_seconds
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM
 
 from packed_attn import PackedCollator, patch_model
-from packed_attn.facts import machine_facts
 
-ROUNDS = 5
 # Padded and masked; in batches of equal lengths; one pair at a time.
 TYPES = ("t5", "bart", "umt5", "prophetnet")
 PAIRS = 24
@@ -40,25 +33,14 @@ RESULTS = Path(__file__).parent / "results" / "pairs.json"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the figures go")
-    options = parser.parse_args(arguments)
-    rows = []
-    print("| model type | padded rows, s | packs, s | ratio |")
-    print("|---|---|---|---|")
-    for number, model_type in enumerate(TYPES, 1):
-        print(f"[{number}/{len(TYPES)}] {model_type}", file=sys.stderr, flush=True)
-        rows.append(measured(model_type))
-        cells = "{model_type} | {padded_s:.2f} | {packed_s:.2f} | {ratio:.2f}".format(**rows[-1])
-        print(f"| {cells} |", flush=True)
-    report = {
-        "machine": machine_facts("torch", "transformers"),
-        "sources": SOURCES,
-        "targets": TARGETS,
-        "rounds": ROUNDS,
-        "rows": rows,
-    }
-    options.json.write_text(json.dumps(report, indent=1) + "\n")
+    run(
+        arguments,
+        __doc__.splitlines()[0],
+        RESULTS,
+        TYPES,
+        measured,
+        {"sources": SOURCES, "targets": TARGETS},
+    )
 
 
 def measured(model_type: str) -> dict[str, Any]:
@@ -78,26 +60,9 @@ def measured(model_type: str) -> dict[str, Any]:
     build = {"auto_class": AutoModelForSeq2SeqLM, **WIDTHS}
     stock = tiny_model(model_type, **build).train()
     patched = patch_model(tiny_model(model_type, **build)).train()
-    steps = {"padded": _step(stock, padded), "packed": _step(patched, packs)}
-    losses = {name: float(step().detach()) for name, step in steps.items()}
-    seconds = paired_seconds(steps, runs=ROUNDS)
-    return {
-        "model_type": model_type,
-        "losses": losses,
-        "padded_s": statistics.median(seconds["padded"]),
-        "packed_s": statistics.median(seconds["packed"]),
-        "ratio": median_ratio(seconds["packed"], seconds["padded"]),
-    }
-
-
-def _step(model: Any, batch: dict[str, Any]) -> Callable[[], Tensor]:
-    def step() -> Tensor:
-        model.zero_grad()
-        loss = model(**batch).loss
-        loss.backward()
-        return loss
-
-    return step
+    steps = {"padded": training_step(stock, padded), "packed": training_step(patched, packs)}
+    losses = {f"{name}_loss": float(step().detach()) for name, step in steps.items()}
+    return {**losses, **compared(*steps.items())}
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -61,8 +61,13 @@ def stock_results(model: nn.Module) -> list[Tensor]:
 
 def stock_outcomes(model: nn.Module) -> dict[str, Tensor | str]:
     """`stock_results` by name, for models that may not take all of it: what they raise counts."""
+    return attempted(_uses(model))
+
+
+def attempted(uses: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor | str]:
+    """What each use gives, or what it raises."""
     found: dict[str, Tensor | str] = {}
-    for name, use in _uses(model).items():
+    for name, use in uses.items():
         try:
             with torch.no_grad():
                 found[name] = use()

@@ -202,9 +202,9 @@ def _checks(model: nn.Module, stock: _Stock) -> dict[str, Callable[[], str]]:
         "tail padding": same(_padded({**packed, **ones}), beyond=7),
         "isolation": lambda: _isolated(model, stock, packed),
         "training": lambda: _trains(model, stock, packed),
-        "checkpointing": lambda: _checkpoints(model, stock, packed),
-        "everything else": lambda: _untouched(model, stock),
-        "undone": lambda: _untouched(unpatch_model(model), stock),
+        "checkpointing": lambda: checkpointed(model, lambda: _trains(model, stock, packed)),
+        "everything else": lambda: untouched(stock_outcomes(model), stock.otherwise),
+        "undone": lambda: untouched(stock_outcomes(unpatch_model(model)), stock.otherwise),
     }
 
 
@@ -287,29 +287,38 @@ def _gradient_outside(
 
 def _trains(model: nn.Module, stock: _Stock, packed: Mapping[str, Tensor]) -> str:
     labels = torch.cat(stock.labels())
-    model.train().zero_grad()
     given = labels if stock.head.per_document else labels[None]
-    loss = model(**packed, labels=given).loss
+    return trained(model, {**packed, "labels": given}, stock.loss, stock.gradients)
+
+
+def trained(
+    model: nn.Module, kwargs: Mapping[str, Any], want: float, gradients: Mapping[str, Tensor]
+) -> str:
+    """Loss and gradients of one step in train mode against those of the documents alone."""
+    model.train().zero_grad()
+    loss = model(**kwargs).loss
     loss.backward()
     model.eval()
-    if abs(float(loss) - stock.loss) > LOGITS * abs(stock.loss):
-        return f"loss {float(loss):.7g} and not {stock.loss:.7g}"
-    return _within(_furthest(_gradients(model), stock.gradients), GRADIENTS)
+    if abs(float(loss) - want) > LOGITS * abs(want):
+        return f"loss {float(loss):.7g} and not {want:.7g}"
+    return _within(_furthest(_gradients(model), gradients), GRADIENTS)
 
 
-def _checkpoints(model: nn.Module, stock: _Stock, packed: Mapping[str, Tensor]) -> str:
+def checkpointed(model: Any, check: Callable[[], str]) -> str:
+    """A check with gradient checkpointing, where the model has it."""
     if not getattr(model, "supports_gradient_checkpointing", False):
-        return _trains(model, stock, packed)
+        return check()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:
-        return _trains(model, stock, packed)
+        return check()
     finally:
         model.gradient_checkpointing_disable()
 
 
-def _untouched(model: nn.Module, stock: _Stock) -> str:
-    for name, got in stock_outcomes(model).items():
-        want = stock.otherwise[name]
+def untouched(outcomes: Mapping[str, Tensor | str], otherwise: Mapping[str, Tensor | str]) -> str:
+    """What a model gives beside packing against what it gave before, to the bit."""
+    for name, got in outcomes.items():
+        want = otherwise[name]
         same = torch.equal(got, want) if isinstance(got, Tensor) else got == want
         if not same:
             return f"{name} changed" if isinstance(got, Tensor) else f"{name}: {got}"

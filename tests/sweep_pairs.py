@@ -13,7 +13,17 @@ import torch
 from torch import Tensor, nn
 
 from packed_attn import PackedCollator, unpatch_model
-from tests.sweep import GRADIENTS, LOGITS, _furthest, _gradients, _largest, _spans, _within
+from tests.exactness import attempted
+from tests.sweep import (
+    LOGITS,
+    _gradients,
+    _largest,
+    _spans,
+    _within,
+    checkpointed,
+    trained,
+    untouched,
+)
 
 # Two pairs of like lengths, which unpacking pads to one batch each, and single tokens.
 SOURCES = (5, 1, 37, 4, 31)
@@ -100,9 +110,9 @@ def pair_checks(model: nn.Module, stock: StockPairs) -> dict[str, Callable[[], s
         "isolation": lambda: _isolated(model, stock, packed),
         "not finite": lambda: _confined(model, stock, packed),
         "training": lambda: _trains(model, stock, packed),
-        "checkpointing": lambda: _checkpoints(model, stock, packed),
-        "everything else": lambda: _untouched(model, stock),
-        "undone": lambda: _untouched(unpatch_model(model), stock),
+        "checkpointing": lambda: checkpointed(model, lambda: _trains(model, stock, packed)),
+        "everything else": lambda: untouched(outcomes(model), stock.otherwise),
+        "undone": lambda: untouched(outcomes(unpatch_model(model)), stock.otherwise),
     }
 
 
@@ -243,24 +253,8 @@ def _confined(model: nn.Module, stock: StockPairs, packed: Mapping[str, Tensor])
 
 def _trains(model: nn.Module, stock: StockPairs, packed: Mapping[str, Tensor]) -> str:
     kwargs = {k: v for k, v in packed.items() if k != "decoder_input_ids"}
-    model.train().zero_grad()
-    loss = model(**kwargs, **stock.given(torch.cat(stock.labels())[None])).loss
-    loss.backward()
-    model.eval()
-    if abs(float(loss) - stock.loss) > LOGITS * abs(stock.loss):
-        return f"loss {float(loss):.7g} and not {stock.loss:.7g}"
-    return _within(_furthest(_gradients(model), stock.gradients), GRADIENTS)
-
-
-def _checkpoints(model: nn.Module, stock: StockPairs, packed: Mapping[str, Tensor]) -> str:
-    whole: Any = model
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        return _trains(model, stock, packed)
-    whole.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    try:
-        return _trains(model, stock, packed)
-    finally:
-        whole.gradient_checkpointing_disable()
+    labels = stock.given(torch.cat(stock.labels())[None])
+    return trained(model, {**kwargs, **labels}, stock.loss, stock.gradients)
 
 
 def outcomes(model: nn.Module) -> dict[str, Tensor | str]:
@@ -282,23 +276,7 @@ def outcomes(model: nn.Module) -> dict[str, Tensor | str]:
         "the encoder": lambda: whole.get_encoder()(input_ids=ids, attention_mask=right)[0],
         "generation": lambda: whole.generate(ids, attention_mask=left, **options),
     }
-    found: dict[str, Tensor | str] = {}
-    for name, use in uses.items():
-        try:
-            with torch.no_grad():
-                found[name] = use()
-        except Exception as error:  # what it raises is what it gives
-            found[name] = f"{type(error).__name__}: {error}"
-    return found
-
-
-def _untouched(model: nn.Module, stock: StockPairs) -> str:
-    for name, got in outcomes(model).items():
-        want = stock.otherwise[name]
-        same = torch.equal(got, want) if isinstance(got, Tensor) else got == want
-        if not same:
-            return f"{name} changed" if isinstance(got, Tensor) else f"{name}: {got}"
-    return "exact"
+    return attempted(uses)
 
 
 def _shifts_labels(model: nn.Module, source: Tensor, target: Tensor) -> bool:

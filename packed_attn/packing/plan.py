@@ -29,7 +29,7 @@ from packed_attn.packing.forest import ForestPlan
 from packed_attn.packing.in_order import cut, wrap
 from packed_attn.packing.placement import Constraints, Strategy, place
 from packed_attn.packing.report import PackingReport
-from packed_attn.packing.shared import Trees, attention_pairs, place_forest, with_rests
+from packed_attn.packing.shared import Plan, Trees, attention_pairs, place_forest, with_rests
 
 Overflow = Literal["split", "truncate", "drop", "error"]
 # From tokens that each document begins with, int64 `[num_documents]`, 0 for those left out.
@@ -235,19 +235,6 @@ class _Request:
         return np.random.default_rng([self.seed or 0, self.epoch, use])
 
 
-@dataclass(frozen=True, eq=False)
-class _Plan:
-    """`Packs` without a report; `sizes` counts pieces by length, in steps of `align`."""
-
-    order: NDArray[np.int64]
-    starts: NDArray[np.int64]
-    lengths: NDArray[np.int64]
-    offsets: NDArray[np.int64]
-    sizes: Histogram
-    bound: int
-    trees: Trees | None = None
-
-
 def _check_shares(constraints: Constraints, request: _Request) -> None:
     """Refuses what whole trees do not keep."""
     settings = {"strategy='wrapped'": request.strategy == "wrapped", "align": request.align > 1}
@@ -307,7 +294,7 @@ def _kept_lengths(
     return np.where(lengths > capacity, 0, lengths)
 
 
-def _plan(fates: Fates, constraints: Constraints, request: _Request) -> _Plan:
+def _plan(fates: Fates, constraints: Constraints, request: _Request) -> Plan:
     kept = fates.kept
     histogram = fates.histogram if kept is fates.given else Histogram.of(kept)
     if request.seed is None:
@@ -320,7 +307,7 @@ def _plan(fates: Fates, constraints: Constraints, request: _Request) -> _Plan:
     return _shuffled(replace(plan, order=documents[plan.order]), request)
 
 
-def _plan_shared(kept: NDArray[np.int64], share: Share, request: _Request) -> _Plan:
+def _plan_shared(kept: NDArray[np.int64], share: Share, request: _Request) -> Plan:
     forest = share(np.minimum(kept, request.capacity))
     if forest.ends.size != kept.size:
         raise ValueError(
@@ -331,14 +318,13 @@ def _plan_shared(kept: NDArray[np.int64], share: Share, request: _Request) -> _P
     forest = with_rests(forest, order[rest], starts[rest], lengths[rest])
     documents = np.append(np.arange(kept.size), order[rest])
     random = None if request.seed is None else request.random(0)
-    placed = place_forest(forest, documents, request.capacity, request.strategy, random)
-    plan = _Plan(**vars(placed))
+    plan = place_forest(forest, documents, request.capacity, request.strategy, random)
     return plan if request.seed is None else _shuffled(plan, request)
 
 
 def _plan_in_order(
     kept: NDArray[np.int64], histogram: Histogram, constraints: Constraints, request: _Request
-) -> _Plan:
+) -> Plan:
     if request.strategy == "wrapped":
         return _wrapped(kept, request)
     order = starts = None  # every document is one piece, unless it has to be cut
@@ -353,7 +339,7 @@ def _plan_in_order(
     placed = place(sizes, histogram, request.units, request.strategy, constraints)
     at = placed.order
     in_order = placed.sizes if request.align == 1 else None
-    return _Plan(
+    return Plan(
         at if order is None else order[at],
         np.zeros_like(at) if starts is None else starts[at],
         pieces[at] if in_order is None else in_order,
@@ -363,15 +349,15 @@ def _plan_in_order(
     )
 
 
-def _wrapped(kept: NDArray[np.int64], request: _Request) -> _Plan:
+def _wrapped(kept: NDArray[np.int64], request: _Request) -> Plan:
     order, starts, sizes, offsets = wrap(-(-kept // request.align), request.units)
     starts = starts * request.align
     lengths = np.minimum(sizes * request.align, kept[order] - starts)
     bound = -(-int(sizes.sum()) // request.units)
-    return _Plan(order, starts, lengths, offsets, Histogram.of(sizes), bound)
+    return Plan(order, starts, lengths, offsets, Histogram.of(sizes), bound)
 
 
-def _shuffled(plan: _Plan, request: _Request) -> _Plan:
+def _shuffled(plan: Plan, request: _Request) -> Plan:
     """The same packs in random order."""
     packs = request.random(1).permutation(plan.offsets.size - 1)
     moved, offsets = _moved(plan.offsets, packs)
@@ -404,7 +390,7 @@ def _moved(
     return np.repeat(offsets[:-1][packs] - ends[:-1], sizes) + np.arange(ends[-1]), ends
 
 
-def _reported(plan: _Plan, fates: Fates, request: _Request) -> Packs:
+def _reported(plan: Plan, fates: Fates, request: _Request) -> Packs:
     documents = plan.order if plan.trees is None else plan.trees.documents
     pieces = plan.sizes if request.align == 1 else Histogram.of(plan.lengths)
     if plan.trees is not None:

@@ -37,16 +37,16 @@ class Trees:
 
 
 @dataclass(frozen=True, eq=False)
-class PlacedForest:
-    """`Packs` of a forest without a report; `sizes` counts what was placed, by tokens."""
+class Plan:
+    """`Packs` without a report; `sizes` counts what was placed by length, in steps of `align`."""
 
     order: NDArray[np.int64]
     starts: NDArray[np.int64]
     lengths: NDArray[np.int64]
     offsets: NDArray[np.int64]
-    trees: Trees
     sizes: Histogram
     bound: int
+    trees: Trees | None = None
 
 
 def with_rests(
@@ -77,7 +77,7 @@ def place_forest(
     capacity: int,
     strategy: Strategy,
     random: np.random.Generator | None = None,
-) -> PlacedForest:
+) -> Plan:
     """Places whole trees; those over capacity are split first.
 
     Args:
@@ -107,14 +107,14 @@ def place_forest(
     in_pack = np.where(above < 0, -1, place_of[above] - offsets[pack])
     trees = _trees(plan, documents, copied, place_of, offsets, in_pack)
     pieces = copied[order]
-    return PlacedForest(
+    return Plan(
         plan.lists[pieces],
         plan.starts[pieces],
         plan.lengths[pieces],
         offsets,
-        trees,
         histogram,
         placed.bound,
+        trees,
     )
 
 

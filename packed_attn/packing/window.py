@@ -137,6 +137,7 @@ class Window:
         forest = plan_flat(tokens, begins, lengths, self.min_shared, second)
         placed = place_forest(forest, np.arange(lengths.size), self.capacity, "bfd")
         trees, members, shared = placed.trees, [], []
+        assert trees is not None
         for pack, (first, stop) in enumerate(pairwise(placed.offsets.tolist())):
             inside = slice(trees.offsets[pack], trees.offsets[pack + 1])
             documents = trees.documents[inside]

@@ -165,10 +165,7 @@ class PairedForward(UnpackedForward):
         forward: Callable[..., Any] = type(self.model).forward
         if layout is None or decoder_layout is None:
             return forward(self.model, *args, **kwargs)
-        batch = _Pairs.of(self, layout, decoder_layout, kwargs)
-        parts = [(pair, forward(self.model, **inputs)) for pair, inputs in batch.calls()]
-        output = batch.joined(parts)
-        return output.to_tuple() if kwargs.get("return_dict") is False else output
+        return self.run(_Pairs.of(self, layout, decoder_layout, kwargs), kwargs)
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,12 @@ class UnpackedForward:
         forward: Callable[..., Any] = type(self.model).forward
         if layout is None:
             return forward(self.model, *args, **kwargs)
-        batch = _Unpacked.of(self, layout, kwargs)
-        parts = [(bucket, forward(self.model, **inputs)) for bucket, inputs in batch.calls()]
-        output = batch.joined(parts)
+        return self.run(_Unpacked.of(self, layout, kwargs), kwargs)
+
+    def run(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
+        """The calls of a packed batch, and what they give put together."""
+        forward: Callable[..., Any] = type(self.model).forward
+        output = batch.joined([(b, forward(self.model, **inputs)) for b, inputs in batch.calls()])
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
 
