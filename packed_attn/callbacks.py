@@ -29,7 +29,7 @@ class IsolationError(RuntimeError):
 class IsolationCallback(TrainerCallback):
     """Proves on the live model and batch, every so many steps, that documents stay apart.
 
-    The gradient probe of `audit.leaks_between_documents` costs three training steps. The batch
+    The gradient probe of `audit.leaks_between_documents` costs about two training steps. The batch
     is taken as the data loader made it, before any hook of the model reads it, so boundaries that
     are lost, or contradict each other, on their way into the model are found too. Logs
     `isolation/largest_gradient`, 0.0 where documents are apart.

@@ -302,13 +302,7 @@ class DocumentLayout:
     def padding_flags(self) -> Tensor:
         """`padding_tokens`, bool `[total_tokens]`, of a layout without padding too: a compiler that
         found it in one batch and not in the next would compile anew."""
-        flags = self.padding_tokens
-        if flags is None and self.device.type == "cpu":
-            # numpy asks the system for zeros, where torch writes them.
-            flags = torch.from_numpy(np.zeros(self.total_tokens, dtype=bool))
-        elif flags is None:
-            flags = torch.zeros(self.total_tokens, dtype=torch.bool, device=self.device)
-        return self._once("padding_flags", lambda: flags)
+        return self._once("padding_flags", self._padding_flags)
 
     def path(self, document: int) -> tuple[int, ...]:
         """The documents on the way from the root to `document`, which is the last."""
@@ -483,6 +477,15 @@ class DocumentLayout:
         if torch.compiler.is_compiling():
             return False
         return self.device.type == "cpu" and "lengths" in self._derived
+
+    def _padding_flags(self) -> Tensor:
+        flags = self.padding_tokens
+        if flags is not None:
+            return flags
+        if self.device.type == "cpu":
+            # numpy asks the system for zeros, where torch writes them.
+            return torch.from_numpy(np.zeros(self.total_tokens, dtype=bool))
+        return torch.zeros(self.total_tokens, dtype=torch.bool, device=self.device)
 
     def _document_ids(self) -> Tensor:
         if self._is_known_on_host():

@@ -34,11 +34,11 @@ def unpack_logps(logits: Tensor, layout: DocumentLayout, labels: Tensor) -> tupl
     Raises:
         ValueError: logits or labels of another number of tokens.
     """
-    return token_logps(logits, layout, labels).split(layout.lengths)
+    return token_logps(logits, layout, labels)[0].split(layout.lengths)
 
 
-def token_logps(logits: Tensor, layout: DocumentLayout, labels: Tensor) -> Tensor:
-    """`unpack_logps` in one tensor, `[total_tokens]`."""
+def token_logps(logits: Tensor, layout: DocumentLayout, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """`unpack_logps` in one tensor, and which tokens it looked up, `[total_tokens]` each."""
     tokens = layout.total_tokens
     for name, x, places in (
         ("logits", logits, logits.shape[:-1]),
@@ -48,10 +48,11 @@ def token_logps(logits: Tensor, layout: DocumentLayout, labels: Tensor) -> Tenso
             raise ValueError(f"{name} must be of {tokens} tokens, got shape {list(x.shape)}")
     rows = logits.reshape(tokens, -1)
     rows = rows.log_softmax(-1, dtype=torch.promote_types(rows.dtype, torch.float32))
-    targets = without_first_labels(labels, layout).flatten().to(rows.device)
     before = predecessors(layout.to(rows.device))
+    targets = labels.flatten().to(rows.device)
+    learned = (targets != IGNORE_INDEX) & (before >= 0)
     found = rows[before.clamp(min=0), targets.clamp(min=0)]
-    return torch.where(targets != IGNORE_INDEX, found, 0.0)
+    return torch.where(learned, found, 0.0), learned
 
 
 def without_first_labels(labels: Tensor, layout: DocumentLayout) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from packed_attn.collator import LossWeighting
 from packed_attn.layout import DocumentLayout
-from packed_attn.logps import IGNORE_INDEX, token_logps, without_first_labels
+from packed_attn.logps import token_logps
 
 
 class PackedLoss:
@@ -131,8 +131,8 @@ def document_losses(
     """
     layout = layout.to(logits.device)
     piece = layout.document_ids.long()
-    learned = (without_first_labels(labels.to(logits.device), layout) != IGNORE_INDEX).flatten()
-    sums = -_summed(token_logps(logits, layout, labels), piece, layout.num_documents)
+    logps, learned = token_logps(logits, layout, labels)
+    sums = -_summed(logps, piece, layout.num_documents)
     counts = _summed(learned.long(), piece, layout.num_documents)
     if paths is None:
         return sums, counts

@@ -478,3 +478,15 @@ def test_a_leak_between_answers_is_found() -> None:
     leak = leaks_between_documents(model, batch)
     assert leak is not None
     assert leak.module == "model.layers.0.mlp"
+
+
+@pytest.mark.parametrize("name", ["input_ids", "labels"])
+def test_values_that_32_bits_would_confuse_are_refused(name: str) -> None:
+    """2^32 + 5 and 5 are not the same token."""
+    shared = list(range(20, 60))
+    rows = {"input_ids": [[*shared, 5], [*shared, 6]], "labels": [[*shared, 5], [*shared, 6]]}
+    rows[name] = [[*shared, 5], [*shared, 2**32 + 5]]
+    with pytest.raises(ValueError, match="tokens and labels of 32 bits, got"):
+        PackedDataset(
+            [dict(zip(rows, row)) for row in zip(*rows.values())], 128, share_prefixes=True
+        )

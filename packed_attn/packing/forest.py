@@ -74,7 +74,7 @@ def plan_forest(token_lists: Sequence[Any], *, min_shared: int = 1) -> ForestPla
         ValueError: min_shared below 1, a list that is not one-dimensional integers, or an id out of
             range.
     """
-    _check_least(min_shared)
+    check_min_shared(min_shared)
     return plan_flat(*_flat(token_lists), min_shared)
 
 
@@ -97,7 +97,7 @@ def plan_prompts(
     """
     from packed_attn.packing import tries
 
-    _check_least(min_shared)
+    check_min_shared(min_shared)
     given = checked_lengths(lengths)
     ids = checked_column("prompt_ids", prompt_ids, given.size)
     prompts = checked_column("prompt_lengths", prompt_lengths, given.size)
@@ -137,11 +137,22 @@ def bits(values: NDArray[Any]) -> NDArray[np.int32]:
     """Integers as int32, those from 2^31 to 2^32 - 1 as negative ones: equal where they are equal.
 
     One type for the compiled passes, which are compiled anew for each; int32 is not copied.
+
+    Raises:
+        ValueError: integers that would be equal there to others.
     """
+    if values.dtype.itemsize > 4 and values.size:
+        least, most = int(values.min()), int(values.max())
+        if least < -(2**31) or most >= (2**31 if least < 0 else 2**32):
+            raise ValueError(
+                "documents that share prefixes must have tokens and labels of 32 bits, got "
+                f"{least} to {most}"
+            )
     return values.astype(np.int32, copy=False)
 
 
-def _check_least(min_shared: Any) -> None:
+def check_min_shared(min_shared: Any) -> None:
+    """Refuses what is no number of tokens that sharing could save."""
     if isinstance(min_shared, bool) or not isinstance(min_shared, int) or min_shared < 1:
         raise ValueError(f"min_shared must be an integer of at least 1, got {min_shared!r}")
 

@@ -24,6 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from packed_attn.packing.arguments import check_choice, checked_whole
 from packed_attn.packing.documents import DocumentReader, count_learned
+from packed_attn.packing.forest import check_min_shared
 from packed_attn.packing.plan import Overflow
 from packed_attn.packing.prefixes import MIN_SHARED, require_shareable
 from packed_attn.packing.report import PackingReport, log_report
@@ -102,8 +103,7 @@ class PackedIterableDataset(IterableDataset[Row]):
         check_choice("overflow", overflow, Overflow)
         if isinstance(lookahead, bool) or not isinstance(lookahead, int) or lookahead < 1:
             raise ValueError(f"lookahead must be an integer of at least 1, got {lookahead!r}")
-        if isinstance(min_shared, bool) or not isinstance(min_shared, int) or min_shared < 1:
-            raise ValueError(f"min_shared must be an integer of at least 1, got {min_shared!r}")
+        check_min_shared(min_shared)
         self.capacity = checked_whole("capacity", capacity)
         self.min_shared = min_shared if share_prefixes else None
         self.lookahead = lookahead
