@@ -1,10 +1,11 @@
 """Conformance on a GPU and compute-sanitizer on a short list, with what they ran on: one JSON.
 
-    python -m benchmarks.gpu_test [--json PATH]
+    python -m benchmarks.gpu_test [--step NAME ...] [--json PATH]
 
-Runs the tests of every backend on every case, forward and gradients, then memcheck and racecheck
-on `SANITIZED`, where NVIDIA's compute-sanitizer is on the PATH or in CUDA_HOME; where it is not,
-the report says so. Exits with 1 where anything failed. Needs pytest, and no network.
+Runs the tests of every backend on every case, forward and gradients, beside them memcheck and
+racecheck on `SANITIZED`, where NVIDIA's compute-sanitizer is on the PATH or in CUDA_HOME; where it
+is not, the report says so. Steps run side by side, and with pytest-xdist each in several processes:
+what takes time is compiling. Exits with 1 where anything failed. Needs pytest, and no network.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -32,6 +35,14 @@ FILES = (
     "tests/test_triton_backend.py",
     "tests/test_varlen.py",
 )
+# The steps: arguments of pytest, and the processes that they get. FlexAttention compiles for each
+# case; the largest need tens of GB.
+ON_GPU = "not on_cpu and not past_32_bits and not beyond_32_bits"
+SUITES: dict[str, tuple[tuple[str, ...], int]] = {
+    "conformance": ((*FILES, "-k", f"{ON_GPU} and not flex"), 6),
+    "flex": ((*FILES[:2], "-k", f"{ON_GPU} and flex"), 6),
+    "beyond 32 bits": ((*FILES[:2], "-k", "past_32_bits or beyond_32_bits"), 1),
+}
 # Tiles on every side of an edge, half precision, forests, sinks, and kernels of dk and dv alone.
 SANITIZED = ("mixed", "bf16_long", "forest_nested", "sinks_window", "cross", "head_dim_256")
 TOOLS = ("memcheck", "racecheck")
@@ -51,11 +62,15 @@ class Step:
 def main(arguments: Sequence[str] | None = None) -> int:
     """0 where all that ran has passed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--step", nargs="+", choices=[*SUITES, *TOOLS], default=[*SUITES, *TOOLS])
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the report goes")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("gpu_test needs a CUDA device")
-    steps = [run_step("conformance", pytest_command(*FILES)), *sanitizer_steps()]
+    with ThreadPoolExecutor() as pool:
+        running = [pool.submit(run_suite, name) for name in SUITES if name in options.step]
+        running += [pool.submit(run_sanitizer, tool) for tool in TOOLS if tool in options.step]
+        steps = [step.result() for step in running]
     report = {
         "machine": machine_facts(*PACKAGES) | gpu_facts(),
         "sanitized_cases": SANITIZED,
@@ -68,22 +83,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(step.status for step in steps))
 
 
+def run_suite(name: str) -> Step:
+    """One of `SUITES`."""
+    arguments, processes = SUITES[name]
+    if processes > 1 and find_spec("xdist") is not None:
+        arguments += ("-n", str(processes))
+    return run_step(name, pytest_command(*arguments))
+
+
 def pytest_command(*arguments: str) -> list[str]:
     """pytest in this interpreter, summary lines alone."""
-    return [sys.executable, "-m", "pytest", "--durations=0", "--tb=short", *arguments]
+    return [sys.executable, "-m", "pytest", "--durations=10", "--tb=short", *arguments]
 
 
-def sanitizer_steps() -> list[Step]:
-    """One step a tool; not run where compute-sanitizer is not installed."""
-    tool = sanitizer()
-    if tool is None:
+def run_sanitizer(tool: str) -> Step:
+    """`SANITIZED` under one of `TOOLS`; not run where compute-sanitizer is not installed."""
+    program = sanitizer()
+    if program is None:
         reason = "compute-sanitizer is neither on the PATH nor in CUDA_HOME/bin"
-        return [Step(name, None, 0.0, [reason]) for name in TOOLS]
+        return Step(tool, None, 0.0, [reason])
     chosen = " or ".join(SANITIZED)
     tests = pytest_command(FILES[0], "-k", f"test_exact_or_refused and triton and ({chosen})")
-    return [
-        run_step(name, [tool, f"--tool={name}", "--error-exitcode=9", *tests]) for name in TOOLS
-    ]
+    return run_step(tool, [program, f"--tool={tool}", "--error-exitcode=9", *tests])
 
 
 def sanitizer() -> str | None:
@@ -103,10 +124,10 @@ def run_step(name: str, command: Sequence[str], kept_lines: int = 40) -> Step:
     assert process.stdout is not None
     lines = []
     for line in process.stdout:
-        print(line, end="", flush=True)
+        print(f"{name}: {line}", end="", flush=True)
         lines.append(line.rstrip())
     status = process.wait()
-    told = [line for line in lines if line and not re.fullmatch(r"[.sxF]+ *\[ *\d+%\]", line)]
+    told = [line for line in lines if line and not re.fullmatch(r"[.sxFE]+ *\[ *\d+%\]", line)]
     tail = told[-kept_lines:] or ["printed nothing"]
     return Step(name, status, round(time.monotonic() - begin, 1), tail)
 

@@ -38,8 +38,8 @@ class Results:
 def assert_exact(backend: str, case: Case, device: str) -> None:
     """Forward and gradients agree with float64."""
     got = _clean(backend, case, device)
-    plain = _to_device(_clean("reference", case, "cpu"), device)
-    exact = _to_device(_oracle(case), device)
+    plain = _clean("reference", case, device)
+    exact = _oracle(case, device)
     inputs = case.inputs(device=device)
     assert got.out.dtype == inputs.q.dtype
     assert got.lse.dtype == torch.promote_types(inputs.q.dtype, torch.float32)
@@ -55,7 +55,7 @@ def assert_exact(backend: str, case: Case, device: str) -> None:
         factor=2,
     )
     assert got.grads.keys() == exact.grads.keys()
-    roundings = _roundings(case)
+    roundings = _roundings(case, device)
     for name, gradient in got.grads.items():
         _assert_close(
             f"gradient of {name}",
@@ -63,7 +63,7 @@ def assert_exact(backend: str, case: Case, device: str) -> None:
             plain.grads[name],
             exact.grads[name],
             factor=3,
-            rounding=roundings[name].to(device),
+            rounding=roundings[name],
         )
 
 
@@ -178,11 +178,11 @@ def _clean(backend: str, case: Case, device: str, confine_nonfinite: bool = Fals
 
 
 @lru_cache(maxsize=8)
-def _oracle(case: Case) -> Results:
-    """The specification in float64, on the CPU."""
-    inputs = case.inputs(dtype=torch.float64)
+def _oracle(case: Case, device: str) -> Results:
+    """The specification in float64."""
+    inputs = case.inputs(dtype=torch.float64, device=device)
     sinks = None if inputs.sinks is None else inputs.sinks.double()
-    return run("reference", case, replace(inputs, sinks=sinks), "cpu")
+    return run("reference", case, replace(inputs, sinks=sinks), device)
 
 
 def _request(case: Case, device: str, *, confine_nonfinite: bool = False) -> AttentionRequest:
@@ -239,7 +239,7 @@ def _rms(x: Tensor) -> float:
 
 
 @lru_cache(maxsize=8)
-def _roundings(case: Case) -> dict[str, Tensor]:
+def _roundings(case: Case, device: str) -> dict[str, Tensor]:
     """Size of one rounding in the case's dtype for each gradient, by element, float64.
 
     Every kernel that does not keep the weights P computes dS = P * (dP - delta) with
@@ -248,7 +248,7 @@ def _roundings(case: Case) -> dict[str, Tensor]:
     dq it is scale * delta * (P @ k), in dk scale * P^T @ (delta * q), and it is all there is in
     the gradient of a sink, which is -P * delta summed.
     """
-    exact, inputs = _oracle(case), case.inputs(dtype=torch.float64)
+    exact, inputs = _oracle(case, device), case.inputs(dtype=torch.float64, device=device)
     eps = torch.finfo(case.dtype).eps
     if case.heavy_tailed:
         # Recomputed scores are off by eps * |score|, and the weights by as much relatively.
@@ -260,7 +260,7 @@ def _roundings(case: Case) -> dict[str, Tensor]:
         "reference",
         replace(case, dropout_p=0.0),  # delta is multiplied by the weights before dropout
         replace(inputs, v=inputs.k, grad_out=delta * inputs.q, grad_lse=None),
-        "cpu",
+        device,
     )
     sizes = {
         "q": exact.grads["q"].abs() + (delta * weighted.out).abs(),
@@ -384,11 +384,6 @@ def _with_poisoned_padding(inputs: Inputs, documents: _Documents) -> Inputs:
         v=filled(inputs.v, keys),
         grad_out=filled(inputs.grad_out, queries),
     )
-
-
-def _to_device(results: Results, device: str) -> Results:
-    grads = {name: x.to(device) for name, x in results.grads.items()}
-    return Results(results.out.to(device), results.lse.to(device), grads)
 
 
 @contextmanager

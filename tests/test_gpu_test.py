@@ -17,6 +17,9 @@ def test_what_it_runs_exists() -> None:
     assert all((root / file).exists() for file in gpu_test.FILES)
     assert set(gpu_test.SANITIZED) <= BY_NAME.keys()
 
+    text = "".join((root / file).read_text() for file in gpu_test.FILES)
+    assert all(f"{word}" in text for word in gpu_test.ON_GPU.replace("not ", "").split(" and "))
+
 
 @pytest.mark.parametrize("status", [0, 3])
 def test_a_step_keeps_status_and_last_lines(status: int) -> None:
@@ -28,7 +31,7 @@ def test_a_step_keeps_status_and_last_lines(status: int) -> None:
 def test_a_missing_sanitizer_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("CUDA_HOME", str(tmp_path))
-    steps = gpu_test.sanitizer_steps()
+    steps = [gpu_test.run_sanitizer(tool) for tool in gpu_test.TOOLS]
     assert [(step.name, step.status) for step in steps] == [("memcheck", None), ("racecheck", None)]
     assert "compute-sanitizer is neither" in steps[0].tail[0]
 
@@ -38,7 +41,7 @@ def test_the_sanitizer_runs_the_short_list(monkeypatch: pytest.MonkeyPatch, tmp_
     tool.write_text('#!/bin/sh\necho "$@"\nexit 9\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
-    memcheck, racecheck = gpu_test.sanitizer_steps()
+    memcheck, racecheck = (gpu_test.run_sanitizer(tool) for tool in gpu_test.TOOLS)
     assert (memcheck.status, racecheck.status) == (9, 9)
     assert memcheck.tail[0].startswith("--tool=memcheck --error-exitcode=9")
     assert racecheck.tail[0].startswith("--tool=racecheck")

@@ -197,6 +197,9 @@ def dkdv_kernel(
     if KEY_HALF:
         full_start, full_stop = hull_stop, hull_start
     left, full, edges = block_runs(hull_start, hull_stop, full_start, full_stop, BLOCK_M)
+    # A loop that is not entered still computes its first addresses, ahead of its loads. A division
+    # by 0 there lets the compiler conclude that the loop is entered, and the loads lose their guard.
+    some_edges, some_full = tl.maximum(edges, 1), tl.maximum(full, 1)
     if KEY_HALF:
         first_key = tl.min(tl.where(live, j, total_keys), 0)
         last_key = tl.max(tl.where(live, j, -1), 0)
@@ -207,11 +210,12 @@ def dkdv_kernel(
             # Blocks stay on the span's grid, so no query is met in two spans.
             run_start = span + (run_start - span) // BLOCK_M * BLOCK_M
             blocks = tl.cdiv(tl.maximum(run_stop - run_start, 0), BLOCK_M)
+            some_blocks = tl.maximum(blocks, 1)
             for x in tl.range(0, blocks * GROUP, num_stages=LOOP_STAGES):
-                at = tl.multiple_of(run_start + x % blocks * BLOCK_M, BLOCK_M)
+                at = tl.multiple_of(run_start + x % some_blocks * BLOCK_M, BLOCK_M)
                 dk, dv = _dkdv_step(
                     dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptr, at, x //
-                    blocks, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
+                    some_blocks, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
                     query_position_ptr, key_position, softmax_scale, softcap, alibi_ptr, seed,
                     dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
                     q_stride_h, dout_stride_t, dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D,
@@ -220,11 +224,11 @@ def dkdv_kernel(
                 )  # fmt: skip
     else:
         for x in tl.range(0, edges * GROUP, num_stages=LOOP_STAGES):
-            y = x % edges
+            y = x % some_edges
             at = tl.multiple_of(hull_start + tl.where(y < left, y, y + full) * BLOCK_M, BLOCK_M)
             dk, dv = _dkdv_step(
                 dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptr, at, x //
-                edges, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
+                some_edges, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
                 query_position_ptr, key_position, softmax_scale, softcap, alibi_ptr, seed,
                 dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
                 q_stride_h, dout_stride_t, dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
@@ -242,11 +246,11 @@ def dkdv_kernel(
         dk = tl.zeros_like(dk)
         dv = tl.zeros_like(dv)
         for x in tl.range(0, edges * GROUP, num_stages=1):
-            y = x % edges
+            y = x % some_edges
             at = tl.multiple_of(hull_start + tl.where(y < left, y, y + full) * BLOCK_M, BLOCK_M)
             dk, dv = _dkdv_step(
                 dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptr, at, x //
-                edges, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
+                some_edges, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
                 query_position_ptr, key_position, softmax_scale, softcap, alibi_ptr, seed,
                 dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
                 q_stride_h, dout_stride_t, dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
@@ -255,10 +259,10 @@ def dkdv_kernel(
             )  # fmt: skip
     if not KEY_HALF:
         for x in tl.range(0, full * GROUP, num_stages=LOOP_STAGES):
-            at = tl.multiple_of(hull_start + (left + x % full) * BLOCK_M, BLOCK_M)
+            at = tl.multiple_of(hull_start + (left + x % some_full) * BLOCK_M, BLOCK_M)
             dk, dv = _dkdv_step(
                 dk, dv, k, v, q_ptrs, dout_ptrs, row_lse_ptrs, delta_ptrs, dq_sums_ptr, at, x //
-                full, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
+                some_full, j, head, query_start, query_stop, key_start_ptr, key_stop_ptr,
                 query_position_ptr, key_position, softmax_scale, softcap, alibi_ptr, seed,
                 dropout_threshold, dropout_scale, total_queries, padded_queries, q_stride_t,
                 q_stride_h, dout_stride_t, dout_stride_h, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV,
