@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, cast
 
 import torch
@@ -42,7 +43,7 @@ class Inputs:
     halves: str
     fused: bool
 
-    @property
+    @cached_property
     def problem(self) -> Problem:
         """What the kernels are specialised for."""
         return Problem(
@@ -58,7 +59,7 @@ class Inputs:
             fused=self.fused,
         )
 
-    @property
+    @cached_property
     def arguments(self) -> dict[str, Any]:
         """The kernel arguments that the forward, dk and dv, and dq share."""
         key_start, key_stop, query_start, query_stop = self.intervals
