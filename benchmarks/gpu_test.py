@@ -2,10 +2,11 @@
 
     python -m benchmarks.gpu_test [--step NAME ...] [--json PATH]
 
-Runs the tests of every backend on every case, forward and gradients, beside them memcheck and
-racecheck on `SANITIZED`, where NVIDIA's compute-sanitizer is on the PATH or in CUDA_HOME; where it
-is not, the report says so. Steps run side by side, and with pytest-xdist each in several processes:
-what takes time is compiling. Exits with 1 where anything failed. Needs pytest, and no network.
+Runs the tests of every backend on every case, forward and gradients, those of patched models and
+of training, beside them memcheck and racecheck on `SANITIZED`, where NVIDIA's compute-sanitizer is
+on the PATH or in CUDA_HOME; where it is not, the report says so. Steps run side by side, and with
+pytest-xdist each in several processes: what takes time is compiling. Exits with 1 where anything
+failed. Needs pytest, and no network.
 """
 
 from __future__ import annotations
@@ -35,12 +36,14 @@ FILES = (
     "tests/test_triton_backend.py",
     "tests/test_varlen.py",
 )
+MODELS = ("tests/test_gpu_models.py", "tests/test_gpu_training.py")
 # The steps: arguments of pytest, and the processes that they get. FlexAttention compiles for each
 # case; the largest need tens of GB.
 ON_GPU = "not on_cpu and not past_32_bits and not beyond_32_bits"
 SUITES: dict[str, tuple[tuple[str, ...], int]] = {
     "conformance": ((*FILES, "-k", f"{ON_GPU} and not flex"), 6),
     "flex": ((*FILES[:2], "-k", f"{ON_GPU} and flex"), 6),
+    "models": (MODELS, 8),
     "beyond 32 bits": ((*FILES[:2], "-k", "past_32_bits or beyond_32_bits"), 1),
 }
 # Tiles on every side of an edge, half precision, forests, sinks, and kernels of dk and dv alone.

@@ -18,8 +18,15 @@ def documents(seed: int = 1, lengths: tuple[int, ...] = LENGTHS) -> list[Tensor]
     return [torch.randint(3, 150, (n,), generator=generator) for n in lengths]
 
 
-def packed(docs: list[Tensor]) -> dict[str, Any]:
-    return PackedCollator("documents")([{"input_ids": d} for d in docs])
+def packed(docs: list[Tensor], **options: Any) -> dict[str, Any]:
+    """The collator's batch of these documents, on their device."""
+    batch = PackedCollator("documents", **options)([{"input_ids": d} for d in docs])
+    return on_device(batch, docs[0].device)
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """A batch with its tensors and layouts moved, as a trainer moves them."""
+    return {k: v.to(device) if hasattr(v, "to") else v for k, v in batch.items()}
 
 
 def alone(model: nn.Module, docs: list[Tensor]) -> Tensor:
@@ -44,7 +51,7 @@ def relative(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
 def token_mean(model: nn.Module, docs: list[Tensor]) -> Tensor:
     """The loss of the documents one by one: the mean over all targets of all documents."""
     targets = sum(len(doc) - 1 for doc in docs)
-    loss = torch.tensor(0.0)
+    loss = torch.tensor(0.0, device=docs[0].device)
     for doc in docs:
         if len(doc) > 1:
             labels = doc[None].clone()
@@ -77,8 +84,9 @@ def attempted(uses: Mapping[str, Callable[[], Tensor]]) -> dict[str, Tensor | st
 
 
 def _uses(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
+    device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(3, 150, (2, 12), generator=generator)
+    ids = torch.randint(3, 150, (2, 12), generator=generator).to(device)
     left, right = torch.ones_like(ids), torch.ones_like(ids)
     left[0, :5] = 0
     right[1, 8:] = 0
@@ -89,7 +97,7 @@ def _uses(model: nn.Module) -> dict[str, Callable[[], Tensor]]:
         "right padding": lambda: model(input_ids=ids, attention_mask=right).logits,
         "left padding": lambda: model(input_ids=ids, attention_mask=left).logits,
         "one document": lambda: (
-            model(input_ids=ids[:1], position_ids=torch.arange(12)[None]).logits
+            model(input_ids=ids[:1], position_ids=torch.arange(12, device=device)[None]).logits
         ),
     }
     if generate is not None:

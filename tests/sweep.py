@@ -18,9 +18,10 @@ from packed_attn_patches import route_of
 from packed_attn_patches.tiny import tiny_model
 from torch import Tensor, nn
 
-from packed_attn import PackedCollator, patch_model, unpatch_model
+from packed_attn import patch_model, unpatch_model
 from packed_attn.audit.embeddings import input_embeddings
 from tests.exactness import documents, stock_outcomes
+from tests.exactness import packed as packed_batch
 
 # Two pairs of like length, which unpacking pads to one batch each, and a single token.
 LENGTHS = (5, 1, 37, 4, 31)
@@ -108,13 +109,23 @@ def _takes_pairs(name: str) -> bool:
     return "input_ids" in names and "decoder_input_ids" in names
 
 
-def sweep_type(head: str, model_type: str) -> Outcome:
+def sweep_type(
+    head: str,
+    model_type: str,
+    *,
+    device: str = "cpu",
+    attn_implementation: str | None = None,
+) -> Outcome:
     """All checks of one type; what it or transformers raises is part of the outcome."""
     from tests.sweep_pairs import StockPairs, pair_checks
 
     outcome = Outcome(head, model_type)
     try:
-        model = tiny_model(model_type, auto_class=getattr(transformers, HEADS[head].auto_class))
+        model = tiny_model(
+            model_type,
+            auto_class=getattr(transformers, HEADS[head].auto_class),
+            attn_implementation=attn_implementation,
+        ).to(device)
         outcome.model = type(model).__name__
         stock = StockPairs(model) if HEADS[head].pairs else _Stock(model, HEADS[head])
     except Exception as error:
@@ -142,7 +153,8 @@ class _Stock:
 
     def __init__(self, model: nn.Module, head: Head) -> None:
         self.head = head
-        self.docs = documents(lengths=LENGTHS)
+        device = next(model.parameters()).device
+        self.docs = [d.to(device) for d in documents(lengths=LENGTHS)]
         with torch.no_grad():
             self.alone = torch.cat([_rows(model(input_ids=d[None])) for d in self.docs])
         self.scale = float(self.alone.abs().max())
@@ -184,7 +196,7 @@ class _Stock:
 
 
 def _checks(model: nn.Module, stock: _Stock) -> dict[str, Callable[[], str]]:
-    batch = PackedCollator("documents")([{"input_ids": d} for d in stock.docs])
+    batch = packed_batch(stock.docs)
     packed = {name: batch[name] for name in ("input_ids", "position_ids")}
     ones = {"attention_mask": torch.ones_like(packed["input_ids"])}
     flash = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
@@ -276,7 +288,7 @@ def _gradient_outside(
         outputs = _rows(model(**{**packed, "input_ids": ids}))[rows]
     finally:
         handle.remove()
-    weights = torch.linspace(-1, 1, outputs.numel()).view_as(outputs)
+    weights = torch.linspace(-1, 1, outputs.numel(), device=outputs.device).view_as(outputs)
     leaves = [leaf for _, leaf in embedded]
     gradients = torch.autograd.grad((outputs * weights).sum(), leaves, allow_unused=True)
     others = [g[given == 4] for (given, _), g in zip(embedded, gradients) if g is not None]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from packed_attn import PackedCollator, unpatch_model
-from tests.exactness import attempted
+from tests.exactness import attempted, on_device
 from tests.sweep import (
     LOGITS,
     _gradients,
@@ -39,8 +39,9 @@ class StockPairs:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self.sources = [drawn(i, n, seed=1) for i, n in enumerate(SOURCES)]
-        self.targets = [drawn(i, n, seed=2) for i, n in enumerate(TARGETS)]
+        device = next(model.parameters()).device
+        self.sources = [drawn(i, n, seed=1).to(device) for i, n in enumerate(SOURCES)]
+        self.targets = [drawn(i, n, seed=2).to(device) for i, n in enumerate(TARGETS)]
         with torch.no_grad():
             self.alone = torch.cat(
                 [
@@ -120,6 +121,7 @@ def packed_pairs(sources: list[Tensor], targets: list[Tensor]) -> dict[str, Any]
     """A batch of these pairs with decoder inputs in place of labels."""
     features = [{"input_ids": s, "labels": t} for s, t in zip(sources, targets)]
     batch = PackedCollator("documents", encoder_decoder=True)(features)
+    batch = on_device(batch, sources[0].device)
     batch["decoder_input_ids"] = batch.pop("labels")
     return batch
 
@@ -210,7 +212,7 @@ def _gradients_in_embeddings(
     finally:
         for handle in handles:
             handle.remove()
-    weights = torch.linspace(-1, 1, outputs.numel()).view_as(outputs)
+    weights = torch.linspace(-1, 1, outputs.numel(), device=outputs.device).view_as(outputs)
     leaves = [leaf for _, leaf in embedded]
     found = torch.autograd.grad((outputs * weights).sum(), leaves, allow_unused=True)
     # Decoder inputs that a batch begins with, and padding, are of no pair.
@@ -261,8 +263,9 @@ def outcomes(model: nn.Module) -> dict[str, Tensor | str]:
     """What users do with a model beside packing: rows, padding, generation; or what it raises."""
     whole: Any = model
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(4, 150, (2, 12), generator=generator)
-    target = torch.randint(4, 150, (2, 9), generator=generator)
+    device = next(model.parameters()).device
+    ids = torch.randint(4, 150, (2, 12), generator=generator).to(device)
+    target = torch.randint(4, 150, (2, 9), generator=generator).to(device)
     left, right = torch.ones_like(ids), torch.ones_like(ids)
     left[0, :5] = 0
     right[1, 8:] = 0

@@ -14,7 +14,7 @@ from tests.cases import BY_NAME
 
 def test_what_it_runs_exists() -> None:
     root = Path(__file__).parent.parent
-    assert all((root / file).exists() for file in gpu_test.FILES)
+    assert all((root / file).exists() for file in (*gpu_test.FILES, *gpu_test.MODELS))
     assert set(gpu_test.SANITIZED) <= BY_NAME.keys()
 
     text = "".join((root / file).read_text() for file in gpu_test.FILES)

@@ -338,6 +338,34 @@ def test_rotary_ids_that_restart_need_boundaries() -> None:
     assert given is batch["layout"]
 
 
+def test_a_layout_on_a_device_is_not_read() -> None:
+    """A meta tensor has no values: reading its lengths would raise, as a CUDA graph would."""
+    from packed_attn_patches.inputs import BatchShape, packed_layout
+
+    shape = BatchShape(rows=1, tokens=65, device=torch.device("meta"))
+    layout = DocumentLayout(packed(documents())["layout"].cu_seqlens.to("meta"), 65)
+    assert packed_layout(shape, {"layout": layout}) is layout
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        _ = layout.lengths
+
+
+def test_what_is_captured_keeps_nothing_from_before(
+    llama: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A CUDA graph reads the boundaries of its own time, not what the layout held at the capture;
+    on the CPU a forward is told that it is captured."""
+    import packed_attn_patches.inputs as inputs
+
+    monkeypatch.setattr(inputs, "_is_recorded", lambda device: True)
+    docs = documents()
+    ids = packed(docs)["input_ids"]
+    layout = DocumentLayout.from_lengths([20, 20, 20, 5])
+    llama(input_ids=ids, layout=layout)
+    layout.visibility()
+    layout.cu_seqlens.copy_(DocumentLayout.from_lengths([len(d) for d in docs]).cu_seqlens)
+    assert close(llama(input_ids=ids, layout=layout).logits[0], alone(llama, docs))
+
+
 def test_a_filled_cache_is_refused(llama: nn.Module) -> None:
     cache = llama(input_ids=torch.ones(1, 3, dtype=torch.long), use_cache=True).past_key_values
     batch = packed(documents())

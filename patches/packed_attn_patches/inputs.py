@@ -69,7 +69,7 @@ class LayoutHook:
         if batch is None:
             return (), kwargs
         # Unpacking reads lengths, so a compiler breaks the graph there in any case.
-        traced = torch.compiler.is_compiling() and not self.unpacked
+        traced = _is_recorded(batch.device) and not self.unpacked
         read = _traced_layout if traced and kwargs.get("layout") is not None else packed_layout
         layout = read(batch, self._counted_from_0(kwargs))
         if layout is None:
@@ -119,6 +119,15 @@ class LayoutHook:
         if packed.get("shift_labels") is not None:
             packed.update(_shift_labels(packed["shift_labels"], packed.get("labels"), layout))
         return packed
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Whether this forward is made into a graph that runs again on other boundaries: by a compiler,
+    or by the capture of a CUDA graph. Nothing may be read to the host then, nor kept from before.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _balances_experts(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
@@ -180,7 +189,7 @@ def packed_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayou
 
 
 def _traced_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout:
-    """The layout of a forward that is being compiled: lengths are not read, which would compile
+    """The layout of a forward that is being recorded: lengths are not read, which would compile
     anew for every batch, and what is to be checked is asserted where the tensors are."""
     layout: DocumentLayout = kwargs["layout"].traced()
     _check_total("layout", layout, batch)
@@ -338,6 +347,8 @@ def _check_agreement(
     name: str, layout: DocumentLayout, found: Mapping[str, DocumentLayout]
 ) -> None:
     """Every convention that is present tells the same documents."""
+    if len(found) == 1:
+        return  # lengths that are still on a device would be read for nothing
     lengths = tuple(n for n in layout.lengths if n)
     for other_name, other in found.items():
         if tuple(n for n in other.lengths if n) != lengths:
