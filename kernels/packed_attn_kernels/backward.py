@@ -198,7 +198,7 @@ def dkdv_kernel(
         full_start, full_stop = hull_stop, hull_start
     left, full, edges = block_runs(hull_start, hull_stop, full_start, full_stop, BLOCK_M)
     # A loop that is not entered still computes its first addresses, ahead of its loads. A division
-    # by 0 there lets the compiler conclude that the loop is entered, and the loads lose their guard.
+    # by 0 there lets the compiler conclude that the loop is entered: its loads lose their guard.
     some_edges, some_full = tl.maximum(edges, 1), tl.maximum(full, 1)
     if KEY_HALF:
         first_key = tl.min(tl.where(live, j, total_keys), 0)
