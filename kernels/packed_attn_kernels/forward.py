@@ -92,6 +92,127 @@ def forward_kernel(
     if first == stop:
         return
     h = tl.program_id(1).to(tl.int64)
+    _forward_tile(
+        first, stop, h, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, alibi_ptr, seed_ptr,
+        key_start_ptr, key_stop_ptr, query_start_ptr, query_stop_ptr, query_position_ptr,
+        key_position_ptr, softmax_scale, softcap, dropout_threshold, dropout_scale, total_queries,
+        total_keys, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+        out_stride_t, out_stride_h, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
+        SPAN, LOOP_STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, HAS_SINKS,
+        ACCURATE,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tiles", "slots"])
+def repair_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    sinks_ptr,
+    tiles_ptr,
+    flags_ptr,
+    key_start_ptr,
+    key_stop_ptr,
+    softmax_scale,
+    softcap,
+    tiles,
+    slots,
+    total_queries,
+    total_keys,
+    q_stride_t,
+    q_stride_h,
+    k_stride_t,
+    k_stride_h,
+    v_stride_t,
+    v_stride_h,
+    out_stride_t,
+    out_stride_h,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SLOTS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """Does the flagged tiles of a kernel again that does not confine NaNs; see `hopper_forward.py`.
+
+    Slot s is tile s % tiles of head s // tiles and has two flags. A program looks at SLOTS of them
+    and is over at once where none is set, as a program for each tile would not be: thousands.
+    """
+    begin = tl.program_id(0) * SLOTS
+    x = 2 * begin + tl.arange(0, 2 * SLOTS)
+    flags = tl.load(flags_ptr + x, mask=x < 2 * slots, other=0)
+    if tl.max(flags, 0) == 0:
+        return
+    for slot in tl.range(begin, tl.minimum(begin + SLOTS, slots), num_stages=1):
+        if (tl.load(flags_ptr + 2 * slot) | tl.load(flags_ptr + 2 * slot + 1)) != 0:
+            h = tl.cast(slot // tiles, tl.int64)
+            first = tl.load(tiles_ptr + 2 * (slot % tiles))
+            stop = tl.load(tiles_ptr + 2 * (slot % tiles) + 1)
+            _forward_tile(
+                first, stop, h, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, None, None,
+                key_start_ptr, key_stop_ptr, None, None, None, None, softmax_scale, softcap, None,
+                None, total_queries, total_keys, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
+                v_stride_t, v_stride_h, out_stride_t, out_stride_h, GROUP, HEAD_DIM, HEAD_DIM,
+                HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_N, 0, 1, True, False, HAS_SOFTCAP, False, False,
+                HAS_SINKS, False,
+            )  # fmt: skip
+
+
+@triton.jit
+def _forward_tile(
+    first,
+    stop,
+    h,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    out_ptr,
+    lse_ptr,
+    sinks_ptr,
+    alibi_ptr,
+    seed_ptr,
+    key_start_ptr,
+    key_stop_ptr,
+    query_start_ptr,
+    query_stop_ptr,
+    query_position_ptr,
+    key_position_ptr,
+    softmax_scale,
+    softcap,
+    dropout_threshold,
+    dropout_scale,
+    total_queries,
+    total_keys,
+    q_stride_t,
+    q_stride_h,
+    k_stride_t,
+    k_stride_h,
+    v_stride_t,
+    v_stride_h,
+    out_stride_t,
+    out_stride_h,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPAN: tl.constexpr,
+    LOOP_STAGES: tl.constexpr,
+    KEY_HALF: tl.constexpr,
+    QUERY_HALF: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+    ACCURATE: tl.constexpr,
+):
+    """The rows [first, stop) of head h."""
     i = first + tl.arange(0, BLOCK_M)
     row_ok = i < stop
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
