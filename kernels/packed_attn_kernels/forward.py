@@ -139,16 +139,16 @@ def repair_kernel(
 ):
     """Does the flagged tiles of a kernel again that does not confine NaNs; see `hopper_forward.py`.
 
-    Slot s is tile s % tiles of head s // tiles and has two flags. A program looks at SLOTS of them
-    and is over at once where none is set, as a program for each tile would not be: thousands.
+    Slot s is tile s % tiles of head s // tiles. A program looks at SLOTS flags and is over where
+    none is set: a program for each tile would make thousands that do nothing.
     """
     begin = tl.program_id(0) * SLOTS
-    x = 2 * begin + tl.arange(0, 2 * SLOTS)
-    flags = tl.load(flags_ptr + x, mask=x < 2 * slots, other=0)
+    x = begin + tl.arange(0, SLOTS)
+    flags = tl.load(flags_ptr + x, mask=x < slots, other=0)
     if tl.max(flags, 0) == 0:
         return
     for slot in tl.range(begin, tl.minimum(begin + SLOTS, slots), num_stages=1):
-        if (tl.load(flags_ptr + 2 * slot) | tl.load(flags_ptr + 2 * slot + 1)) != 0:
+        if tl.load(flags_ptr + slot) != 0:
             h = tl.cast(slot // tiles, tl.int64)
             first = tl.load(tiles_ptr + 2 * (slot % tiles))
             stop = tl.load(tiles_ptr + 2 * (slot % tiles) + 1)

@@ -10,9 +10,8 @@ blocks in the same order: all of the tile's hull, ascending. Block y stands in s
 a barrier's phase there is y // STAGES: consumers wait for `*_full` of that phase, the producer for
 `*_empty` of the phase before, which a fresh barrier counts as complete.
 
-A NaN that leaked between documents of a tile (see `forward.py`) is not repaired here: each
-warpgroup says in `flags` whether an accumulator of it is not finite, and `repair_kernel` does
-those tiles again.
+A NaN that leaked between documents of a tile (see `forward.py`) is not repaired here: a flag says
+whether an accumulator of the tile is not finite, and `repair_kernel` does flagged tiles again.
 """
 
 # Gluon's language is not Python's: its stubs know neither constexpr arguments nor tensors.
@@ -42,6 +41,7 @@ ROWS: gl.constexpr = gl.constexpr(64)
 
 @gluon.jit(
     do_not_specialize=[
+        "group",
         "total_queries",
         "q_row_step",
         "q_column_step",
@@ -64,6 +64,7 @@ def hopper_forward_kernel(
     key_stop_ptr,
     softmax_scale,
     softcap,
+    group,
     total_queries,
     q_row_step,
     q_column_step,
@@ -73,7 +74,6 @@ def hopper_forward_kernel(
     v_column_step,
     out_stride_t,
     out_stride_h,
-    GROUP: gl.constexpr,
     HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
@@ -83,7 +83,7 @@ def hopper_forward_kernel(
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
 ):
-    """One tile of 128 queries of one head: out, lse (natural, float32) and the tile's two flags.
+    """One tile of 128 queries of one head: out, lse (natural, float32) and the tile's flag.
 
     A descriptor shows a tensor as a matrix; head h begins at row h * row_step, column
     h * column_step.
@@ -92,12 +92,14 @@ def hopper_forward_kernel(
     entry = tiles_ptr + 2 * gl.program_id(0)
     first = gl.load(entry)
     stop = gl.load(entry + 1)
-    flags_ptr += 2 * (h * gl.num_programs(0) + gl.program_id(0))
+    flag_ptr = flags_ptr + h * gl.num_programs(0) + gl.program_id(0)
+    gl.store(flag_ptr, 0)
     if first == stop:
-        gl.store(flags_ptr, 0)
-        gl.store(flags_ptr + 1, 0)
         return
-    hull_start, hull_stop = _hull(key_start_ptr, key_stop_ptr, first, stop)
+    i = first + gl.arange(0, 2 * ROWS, gl.BlockedLayout([1], [32], [4], [0]))
+    start, end, live = _intervals(key_start_ptr, key_stop_ptr, i, stop)
+    hull_stop = gl.max(gl.where(live, end, 0), 0)
+    hull_start = gl.minimum(gl.min(gl.where(live, start, FAR), 0), hull_stop)
     blocks = (hull_stop - hull_start + BLOCK_N - 1) // BLOCK_N
 
     q = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, HEAD_DIM], q_desc.layout)
@@ -111,15 +113,18 @@ def hopper_forward_kernel(
     turns = _barriers(2, 1)
     fence_async_shared()
 
-    h_k = h // GROUP
+    h_k = h // group
     head_out_ptr = out_ptr + h.to(gl.int64) * out_stride_h
     head_lse_ptr = lse_ptr + h.to(gl.int64) * total_queries
     sink = 0.0
     if HAS_SINKS:
         sink = gl.load(sinks_ptr + h).to(gl.float32)
     rings = (q, k, v, q_full, k_full, v_full, k_empty, v_empty)
-    results = (head_out_ptr, head_lse_ptr, flags_ptr, out_stride_t)
-    rows = (key_start_ptr, key_stop_ptr, first, stop, hull_start, hull_stop, blocks)
+    results = (head_out_ptr, head_lse_ptr, flag_ptr, out_stride_t)
+    rows = (key_start_ptr, key_stop_ptr, first, stop, hull_start, blocks)
+    is_upper = i < first + ROWS
+    upper = _full_blocks(start, end, live & is_upper, hull_start, hull_stop, BLOCK_N)
+    lower = _full_blocks(start, end, live & ~is_upper, hull_start, hull_stop, BLOCK_N)
     numbers = (softmax_scale, softcap, sink)
     descriptors = (q_desc, k_desc, v_desc)
     corners = (
@@ -131,12 +136,12 @@ def hopper_forward_kernel(
         [
             (
                 _consume_upper,
-                (rings, turns, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
+                (rings, turns, results, rows, upper, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
                  HAS_SOFTCAP, HAS_SINKS),
             ),
             (
                 _consume_lower,
-                (rings, turns, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
+                (rings, turns, results, rows, lower, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
                  HAS_SOFTCAP, HAS_SINKS),
             ),
             (_produce, (rings, descriptors, corners, blocks, BLOCK_N, STAGES)),
@@ -156,21 +161,20 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
 
 
 @gluon.jit
-def _hull(key_start_ptr, key_stop_ptr, first, stop):
-    """The keys that some row of the tile sees; as in `rules.tile_interval`."""
-    i = first + gl.arange(0, 2 * ROWS, gl.BlockedLayout([1], [32], [4], [0]))
-    start, end, live = _intervals(key_start_ptr, key_stop_ptr, i, stop)
-    hull_stop = gl.max(gl.where(live, end, 0), 0)
-    hull_start = gl.minimum(gl.min(gl.where(live, start, FAR), 0), hull_stop)
-    return hull_start, hull_stop
-
-
-@gluon.jit
 def _intervals(key_start_ptr, key_stop_ptr, i, stop):
     """The intervals of the rows i, and which rows are of this tile and see a key."""
     start = gl.load(key_start_ptr + i, mask=i < stop, other=0)
     end = gl.load(key_stop_ptr + i, mask=i < stop, other=0)
     return start, end, end > start
+
+
+@gluon.jit
+def _full_blocks(start, end, live, hull_start, hull_stop, BLOCK_N: gl.constexpr):
+    """The first block that all live rows see, and the first after it that not all do."""
+    full_start = gl.max(gl.where(live, start, 0), 0)
+    full_stop = gl.minimum(gl.min(gl.where(live, end, FAR), 0), hull_stop)
+    left = (gl.maximum(full_start - hull_start, 0) + BLOCK_N - 1) // BLOCK_N
+    return left, gl.maximum(full_stop - hull_start, 0) // BLOCK_N
 
 
 @gluon.jit
@@ -198,26 +202,26 @@ def _produce(
 
 @gluon.jit
 def _consume_upper(
-    rings, turns, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+    rings, turns, results, rows, full, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, TAKE_TURNS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The first 64 rows."""
     _consume(
-        0, rings, turns, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
+        0, rings, turns, results, rows, full, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
         HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
 
 
 @gluon.jit
 def _consume_lower(
-    rings, turns, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+    rings, turns, results, rows, full, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, TAKE_TURNS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The last 64 rows."""
     _consume(
-        1, rings, turns, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
+        1, rings, turns, results, rows, full, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
         HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
 
@@ -229,6 +233,7 @@ def _consume(
     turns,
     results,
     rows,
+    full,
     numbers,
     HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr,
@@ -239,8 +244,9 @@ def _consume(
 ):
     """Softmax over all blocks for 64 rows, and their results."""
     q, k, v, q_full, k_full, v_full, k_empty, v_empty = rings
-    out_ptr, lse_ptr, flags_ptr, out_stride_t = results
-    key_start_ptr, key_stop_ptr, first, stop, hull_start, hull_stop, blocks = rows
+    out_ptr, lse_ptr, flag_ptr, out_stride_t = results
+    key_start_ptr, key_stop_ptr, first, stop, hull_start, blocks = rows
+    full_from, full_to = full
     softmax_scale, softcap, sink = numbers
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
@@ -248,12 +254,6 @@ def _consume(
     q = q.index(HALF)
     i = first + HALF * ROWS + gl.arange(0, ROWS, ROW)
     start, end, live = _intervals(key_start_ptr, key_stop_ptr, i, stop)
-    # Blocks that all of these rows see: [full_from, full_to).
-    full_start = gl.max(gl.where(live, start, 0), 0)
-    full_stop = gl.minimum(gl.min(gl.where(live, end, FAR), 0), hull_stop)
-    full_from = (gl.maximum(full_start - hull_start, 0) + BLOCK_N - 1) // BLOCK_N
-    full_to = gl.maximum(full_stop - hull_start, 0) // BLOCK_N
-
     m = gl.full([ROWS], LOWEST, gl.float32, ROW)
     l = gl.full([ROWS], 0.0, gl.float32, ROW)
     if HAS_SINKS:
@@ -273,19 +273,19 @@ def _consume(
         p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, SUMS, 2))
         mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES, pred=blocks > 1)
         # Three loops: a branch between a product and its wait would make the wait come first.
-        left = gl.maximum(gl.minimum(full_from, blocks), 1)
-        full = gl.maximum(gl.minimum(full_to, blocks), left)
-        for y in range(1, left):
+        edge = gl.maximum(gl.minimum(full_from, blocks), 1)
+        through = gl.maximum(gl.minimum(full_to, blocks), edge)
+        for y in range(1, edge):
             p, acc, m, l = _step(
                 y, True, HALF, p, acc, m, l, q, rings, turns, hull_start, start, end, blocks,
                 softmax_scale, softcap, BLOCK_N, STAGES, TAKE_TURNS, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
-        for y in range(left, full):
+        for y in range(edge, through):
             p, acc, m, l = _step(
                 y, False, HALF, p, acc, m, l, q, rings, turns, hull_start, start, end, blocks,
                 softmax_scale, softcap, BLOCK_N, STAGES, TAKE_TURNS, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
-        for y in range(full, blocks):
+        for y in range(through, blocks):
             p, acc, m, l = _step(
                 y, True, HALF, p, acc, m, l, q, rings, turns, hull_start, start, end, blocks,
                 softmax_scale, softcap, BLOCK_N, STAGES, TAKE_TURNS, HAS_SOFTCAP, SCORES, SUMS,
@@ -295,7 +295,7 @@ def _consume(
         sums = warpgroup_mma(p, v.index(last), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[sums])
     _finish(
-        acc, m, l, live, i, q, out_ptr, lse_ptr, flags_ptr + HALF, first + HALF * ROWS, stop,
+        acc, m, l, live, i, q, out_ptr, lse_ptr, flag_ptr, first + HALF * ROWS, stop,
         out_stride_t, HEAD_DIM, SUMS,
     )  # fmt: skip
 
@@ -399,11 +399,10 @@ def _finish(
     blind = (l == 0.0) | ~live
     lse = (m + gl.log2(gl.where(blind, 1.0, l))) * LN2
     gl.store(lse_ptr + i, gl.where(blind, -float("inf"), lse), mask=i < stop)
-    row = gl.convert_layout(gl.sum(acc * 0.0, 1), i.type.layout)
-    broken = gl.max((live & (row != row)).to(gl.int32), 0)
-    gl.store(flag_ptr, broken)
-
     SUM_ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
+    row = gl.sum(acc * 0.0, 1)
+    broken = gl.convert_layout(live, SUM_ROW) & (row != row)
+    gl.store(flag_ptr + gl.full([ROWS], 0, gl.int32, SUM_ROW), 1, mask=broken)
     factor = gl.where(blind, 0.0, 1.0 / gl.where(blind, 1.0, l))
     out = gl.where(
         gl.convert_layout(blind, SUM_ROW)[:, None],

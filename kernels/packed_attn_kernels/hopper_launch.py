@@ -69,7 +69,7 @@ def launch_hopper_forward(inputs: Inputs, arguments: dict[str, Any]) -> None:
         return
     from packed_attn_kernels.hopper_forward import hopper_forward_kernel
 
-    flags = inputs.q.new_empty(heads, tiles, 2, dtype=torch.int32)
+    flags = inputs.q.new_empty(heads, tiles, dtype=torch.int32)
     views = {}
     for name, rows in (("q", ROWS), ("k", chosen.BLOCK_N), ("v", chosen.BLOCK_N)):
         views |= _described(name, arguments[f"{name}_ptr"], rows)
@@ -81,6 +81,7 @@ def launch_hopper_forward(inputs: Inputs, arguments: dict[str, Any]) -> None:
         **views,
         **{name: arguments[name] for name in shared},
         flags_ptr=flags,
+        group=problem.group,
         **hopper_constants(problem, chosen),
         num_warps=4,
     )
@@ -89,7 +90,7 @@ def launch_hopper_forward(inputs: Inputs, arguments: dict[str, Any]) -> None:
 
 def _launch_repair(problem: Problem, arguments: dict[str, Any], flags: Tensor) -> None:
     chosen = configurations.configuration("forward", problem)
-    slots = flags.shape[0] * flags.shape[1]
+    slots = flags.numel()
     wanted = set(repair_kernel.arg_names)
     repair_kernel[(triton.cdiv(slots, SLOTS),)](
         **{name: value for name, value in arguments.items() if name in wanted},
@@ -104,7 +105,6 @@ def _launch_repair(problem: Problem, arguments: dict[str, Any], flags: Tensor) -
 def hopper_constants(problem: Problem, chosen: HopperConfiguration) -> dict[str, Any]:
     """The compile-time arguments of the Hopper forward, by name."""
     return {
-        "GROUP": problem.group,
         "HEAD_DIM": problem.head_dim,
         "BLOCK_N": chosen.BLOCK_N,
         "STAGES": chosen.stages,
