@@ -25,6 +25,8 @@ ROWS = 64
 SLOTS = 64
 # Bytes that addresses and row strides of a matrix must be multiples of to be copied (TMA).
 ALIGNMENT = 16
+# The kernel starts the other warps itself.
+HOPPER_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def reasons_against_hopper(inputs: Inputs) -> list[str]:
@@ -83,13 +85,12 @@ def launch_hopper_forward(inputs: Inputs, arguments: dict[str, Any]) -> None:
         flags_ptr=flags,
         group=problem.group,
         **hopper_constants(problem, chosen),
-        num_warps=4,
+        **HOPPER_OPTIONS,
     )
     _launch_repair(problem, arguments, flags)
 
 
 def _launch_repair(problem: Problem, arguments: dict[str, Any], flags: Tensor) -> None:
-    chosen = configurations.configuration("forward", problem)
     slots = flags.numel()
     wanted = set(repair_kernel.arg_names)
     repair_kernel[(triton.cdiv(slots, SLOTS),)](
@@ -98,7 +99,7 @@ def _launch_repair(problem: Problem, arguments: dict[str, Any], flags: Tensor) -
         tiles=flags.shape[1],
         slots=slots,
         **repair_constants(problem),
-        num_warps=chosen.num_warps,
+        **configurations.options("forward", problem),
     )
 
 
