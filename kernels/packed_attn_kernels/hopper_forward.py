@@ -258,7 +258,7 @@ def _consume(
     l = gl.full([ROWS], 0.0, gl.float32, ROW)
     if HAS_SINKS:
         # A sink is a key without a value that every row has seen before the loop.
-        m += sink * LOG2E - LOWEST
+        m = gl.full([ROWS], 0.0, gl.float32, ROW) + sink * LOG2E
         l += 1.0
     acc = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, SUMS)
     if blocks > 0:
@@ -268,8 +268,9 @@ def _consume(
         products = warpgroup_mma(q, k.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
         s = warpgroup_mma_wait(0, deps=[products])
         mbarrier.arrive(k_empty.index(0))
+        s, factor = _logits(s, softmax_scale, softcap, HAS_SOFTCAP)
         s = _visible(s, hull_start, start, end, BLOCK_N, SCORES)
-        weights, m, l, _ = _softmax_step(s, m, l, softmax_scale, softcap, HAS_SOFTCAP)
+        weights, m, l, _ = _softmax_step(s, factor, m, l)
         p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, SUMS, 2))
         mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES, pred=blocks > 1)
         # Three loops: a branch between a product and its wait would make the wait come first.
@@ -340,9 +341,10 @@ def _step(
         mbarrier.arrive(turns.index(1 - HALF))
     s = warpgroup_mma_wait(1, deps=[products])
     mbarrier.arrive(k_empty.index(slot))
+    s, factor = _logits(s, softmax_scale, softcap, HAS_SOFTCAP)
     if MASKED:
         s = _visible(s, hull_start + y * BLOCK_N, start, end, BLOCK_N, SCORES)
-    weights, m, l, alpha = _softmax_step(s, m, l, softmax_scale, softcap, HAS_SOFTCAP)
+    weights, m, l, alpha = _softmax_step(s, factor, m, l)
     # Waiting for the next k here keeps ptxas from moving the next wait before the exponentials.
     after = y + 1
     mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=after < blocks)
@@ -350,6 +352,20 @@ def _step(
     mbarrier.arrive(v_empty.index(last))
     p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, SUMS, 2))
     return p, acc * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None], m, l
+
+
+@gluon.jit
+def _logits(products, softmax_scale, softcap, HAS_SOFTCAP: gl.constexpr):
+    """Scores, and the factor that makes them logits in base 2, which the exponent applies.
+
+    It is positive, so the largest score has the largest logit. For the cap see `rules.logits`.
+    """
+    factor = softmax_scale * LOG2E
+    if HAS_SOFTCAP:
+        r = 1.0 / (gl.exp2(products * (softmax_scale / softcap * (2.0 * LOG2E))) + 1.0)
+        products = (1.0 - 2.0 * r) * softcap
+        factor = LOG2E
+    return products, factor
 
 
 @gluon.jit
@@ -361,17 +377,8 @@ def _visible(s, n, start, end, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
 
 
 @gluon.jit
-def _softmax_step(s, m, l, softmax_scale, softcap, HAS_SOFTCAP: gl.constexpr):
-    """Weights of one block, the new maximum and sum, and the factor of what came before.
-
-    softmax_scale is positive, so the largest product gives the largest logit.
-    """
-    factor = softmax_scale * LOG2E
-    if HAS_SOFTCAP:
-        r = 1.0 / (gl.exp2(s * (softmax_scale / softcap * (2.0 * LOG2E))) + 1.0)
-        # -inf stays -inf: its tanh would be -1.
-        s = gl.where(s == -float("inf"), s, (1.0 - 2.0 * r) * softcap)
-        factor = LOG2E
+def _softmax_step(s, factor, m, l):
+    """Weights of one block, the new maximum and sum, and the factor of what came before."""
     m_new = gl.maximum(m, gl.max(s, 1) * factor)
     p = gl.exp2(s * factor - m_new[:, None])
     alpha = gl.exp2(m - m_new)
