@@ -30,6 +30,7 @@ from packed_attn_kernels.forward import repair_kernel
 from packed_attn_kernels.hopper_launch import (
     HOPPER_OPTIONS,
     ROWS,
+    block_layout,
     hopper_constants,
     repair_constants,
 )
@@ -93,7 +94,6 @@ def compile_hopper_forward(
     problem: Problem, element: str, chosen: HopperConfiguration | None = None
 ) -> Resources:
     """The resources of the Hopper forward; its module is imported here, as by its launch."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from packed_attn_kernels.hopper_forward import hopper_forward_kernel
@@ -102,11 +102,9 @@ def compile_hopper_forward(
     values = hopper_constants(problem, chosen)
     values |= dict.fromkeys(_absent_arguments("forward", problem) & {"sinks_ptr", "softcap"})
     signature = {name: _argument_type(name, element) for name in hopper_forward_kernel.arg_names}
-    dtype = {"bf16": gl.bfloat16, "fp16": gl.float16}[element]
     for name, rows in (("q", ROWS), ("k", chosen.BLOCK_N), ("v", chosen.BLOCK_N)):
         block = [rows, problem.head_dim]
-        layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-        signature[f"{name}_desc"] = f"tensordesc<{element}{block},{layout!r}>"
+        signature[f"{name}_desc"] = f"tensordesc<{element}{block},{block_layout(block)!r}>"
     return compile_function(
         hopper_forward_kernel, signature, values, HOPPER_OPTIONS, source=GluonASTSource
     )

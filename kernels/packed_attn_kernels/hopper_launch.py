@@ -131,9 +131,16 @@ def repair_constants(problem: Problem) -> dict[str, Any]:
     }
 
 
+def block_layout(block: list[int]) -> Any:
+    """How a block `[rows, head_dim]` of half precision stands in shared memory."""
+    from triton.experimental.gluon import language as gl
+
+    # Both dtypes of half precision have the same layout.
+    return gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # pyright: ignore[reportCallIssue]
+
+
 def _described(name: str, x: Tensor, rows: int) -> dict[str, Any]:
     """The kernel's arguments for blocks of `rows` rows of a tensor `[tokens, heads, head_dim]`."""
-    from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     matrix = _matrix(x)
@@ -141,10 +148,9 @@ def _described(name: str, x: Tensor, rows: int) -> dict[str, Any]:
         raise ValueError(f"{name} must show a matrix, but its strides are {x.stride()}")
     shape, row_step, column_step = matrix
     block = [rows, x.shape[2]]
-    element = gl.bfloat16 if x.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for(block, element)
+    strides = [x.stride(0), 1]
     return {
-        f"{name}_desc": TensorDescriptor(x, shape, [x.stride(0), 1], block, layout),
+        f"{name}_desc": TensorDescriptor(x, shape, strides, block, block_layout(block)),
         f"{name}_row_step": row_step,
         f"{name}_column_step": column_step,
     }
