@@ -243,7 +243,7 @@ def _consume(
     HAS_SINKS: gl.constexpr,
 ):
     """Softmax over all blocks for 64 rows, and their results."""
-    q, k, v, q_full, k_full, v_full, k_empty, _ = rings
+    q, k, v, q_full, k_full, v_full, k_empty, _v_empty = rings
     out_ptr, lse_ptr, flag_ptr, out_stride_t = results
     key_start_ptr, key_stop_ptr, first, stop, hull_start, blocks = rows
     full_from, full_to = full
