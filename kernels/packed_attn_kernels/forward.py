@@ -103,7 +103,7 @@ def forward_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["tiles", "slots"])
+@triton.jit(do_not_specialize=["group", "tiles", "slots", "total_queries", "total_keys"])
 def repair_kernel(
     q_ptr,
     k_ptr,
@@ -117,6 +117,7 @@ def repair_kernel(
     key_stop_ptr,
     softmax_scale,
     softcap,
+    group,
     tiles,
     slots,
     total_queries,
@@ -129,7 +130,6 @@ def repair_kernel(
     v_stride_h,
     out_stride_t,
     out_stride_h,
-    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -156,7 +156,7 @@ def repair_kernel(
                 first, stop, h, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, None, None,
                 key_start_ptr, key_stop_ptr, None, None, None, None, softmax_scale, softcap, None,
                 None, total_queries, total_keys, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
-                v_stride_t, v_stride_h, out_stride_t, out_stride_h, GROUP, HEAD_DIM, HEAD_DIM,
+                v_stride_t, v_stride_h, out_stride_t, out_stride_h, group, HEAD_DIM, HEAD_DIM,
                 HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_N, 0, 1, True, False, HAS_SOFTCAP, False, False,
                 HAS_SINKS, False,
             )  # fmt: skip
@@ -195,7 +195,7 @@ def _forward_tile(
     v_stride_h,
     out_stride_t,
     out_stride_h,
-    GROUP: tl.constexpr,
+    group,
     HEAD_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -230,8 +230,8 @@ def _forward_tile(
     q_ptrs = q_ptr + h * q_stride_h + tile_offsets(i, d, q_stride_t)
     q = load_tile(q_ptrs, row_ok, d < HEAD_DIM, True, HEAD_DIM < BLOCK_D)
     n_offset = tl.arange(0, BLOCK_N)
-    k_ptrs = k_ptr + (h // GROUP) * k_stride_h + block_offsets(n_offset, d, k_stride_t)
-    v_ptrs = v_ptr + (h // GROUP) * v_stride_h + block_offsets(n_offset, dv, v_stride_t)
+    k_ptrs = k_ptr + (h // group) * k_stride_h + block_offsets(n_offset, d, k_stride_t)
+    v_ptrs = v_ptr + (h // group) * v_stride_h + block_offsets(n_offset, dv, v_stride_t)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m, l = _empty_softmax(sinks_ptr, h, BLOCK_M, HAS_SINKS, ACCURATE)

@@ -96,6 +96,7 @@ def _launch_repair(problem: Problem, arguments: dict[str, Any], flags: Tensor) -
     repair_kernel[(triton.cdiv(slots, SLOTS),)](
         **{name: value for name, value in arguments.items() if name in wanted},
         flags_ptr=flags,
+        group=problem.group,
         tiles=flags.shape[1],
         slots=slots,
         **repair_constants(problem),
@@ -121,7 +122,6 @@ def repair_constants(problem: Problem) -> dict[str, Any]:
     """The compile-time arguments of the repair, by name."""
     chosen = configurations.configuration("forward", problem)
     return {
-        "GROUP": problem.group,
         "HEAD_DIM": problem.head_dim,
         "BLOCK_M": chosen.BLOCK_M,
         "BLOCK_N": chosen.BLOCK_N,
