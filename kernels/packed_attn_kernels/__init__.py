@@ -7,6 +7,8 @@
     tiles.py             which rows each program takes, heavy tiles first
     bookkeeping.py       intervals, positions and lists of tiles of a mask in two launches
     forward.py           the forward kernel
+    hopper_forward.py    the forward kernel for Hopper, in Gluon
+    hopper_launch.py     what that kernel can run, and its launch
     backward.py          delta, dk and dv
     backward_queries.py  dq
     configurations.py    tile sizes, one table

@@ -18,11 +18,21 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from packed_attn_kernels.configurations import (
+    HOPPER,
     Configuration,
+    HopperConfiguration,
     KernelName,
     Problem,
     constants,
     options,
+)
+from packed_attn_kernels.forward import repair_kernel
+from packed_attn_kernels.hopper_launch import (
+    HOPPER_OPTIONS,
+    ROWS,
+    block_layout,
+    hopper_constants,
+    repair_constants,
 )
 from packed_attn_kernels.launch import KERNELS
 
@@ -49,6 +59,8 @@ class Resources:
     shared_memory: int
     spills: int  # local loads and stores
     wgmma: int  # HGMMA instructions
+    tensor_copies: int = 0  # UTMALDG instructions
+    register_changes: int = 0  # USETMAXREG instructions
 
     def faults(self, needs_wgmma: bool) -> list[str]:
         """Why the gate must stay shut, in sentences."""
@@ -78,8 +90,40 @@ def compile_kernel(
     return compile_function(function, signature, values, options(kernel, problem, chosen))
 
 
+def compile_hopper_forward(
+    problem: Problem, element: str, chosen: HopperConfiguration | None = None
+) -> Resources:
+    """The resources of the Hopper forward; its module is imported here, as by its launch."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from packed_attn_kernels.hopper_forward import hopper_forward_kernel
+
+    chosen = chosen or HOPPER[problem.head_dim]
+    values = hopper_constants(problem, chosen)
+    values |= dict.fromkeys(_absent_arguments("forward", problem) & {"sinks_ptr", "softcap"})
+    signature = {name: _argument_type(name, element) for name in hopper_forward_kernel.arg_names}
+    for name, rows in (("q", ROWS), ("k", chosen.BLOCK_N), ("v", chosen.BLOCK_N)):
+        block = [rows, problem.head_dim]
+        signature[f"{name}_desc"] = f"tensordesc<{element}{block},{block_layout(block)!r}>"
+    return compile_function(
+        hopper_forward_kernel, signature, values, HOPPER_OPTIONS, source=GluonASTSource
+    )
+
+
+def compile_repair(problem: Problem, element: str) -> Resources:
+    """The resources of the kernel that does flagged tiles of the Hopper forward again."""
+    values = repair_constants(problem)
+    values |= dict.fromkeys(_absent_arguments("forward", problem) & set(repair_kernel.arg_names))
+    signature = {name: _argument_type(name, element) for name in repair_kernel.arg_names}
+    return compile_function(repair_kernel, signature, values, options("forward", problem))
+
+
 def compile_function(
-    function: Any, signature: dict[str, str], values: dict[str, Any], launch: dict[str, Any]
+    function: Any,
+    signature: dict[str, str],
+    values: dict[str, Any],
+    launch: dict[str, Any],
+    source: Any = ASTSource,
 ) -> Resources:
     """The resources of a triton function with aligned pointers and strides.
 
@@ -87,6 +131,7 @@ def compile_function(
         signature: triton's type of each argument, by name.
         values: constants by name, None for what is absent; they go before the signature.
         launch: num_warps and other options of the compiler.
+        source: the class of triton's that reads the function; Gluon has its own.
     """
     types = signature | dict.fromkeys(values, "constexpr")
     aligned = [["tt.divisibility", 16]]
@@ -96,8 +141,8 @@ def compile_function(
         if name not in values and (name.endswith("_ptr") or "_stride_" in name)
     }
     constexprs = {(function.arg_names.index(name),): value for name, value in values.items()}
-    source = ASTSource(function, signature=types, constexprs=constexprs, attrs=attributes)
-    return _resources(triton.compile(source, target=TARGET, options=launch))
+    parsed = source(function, signature=types, constexprs=constexprs, attrs=attributes)
+    return _resources(triton.compile(parsed, target=TARGET, options=launch))
 
 
 def _absent_arguments(kernel: KernelName, problem: Problem) -> set[str]:
@@ -127,7 +172,7 @@ def _argument_type(name: str, element: str) -> str:
         return "*fp32"
     if name == "seed_ptr":
         return "*i64"
-    if name.removesuffix("_ptr").endswith(("_start", "_stop", "_position", "tiles")):
+    if name.removesuffix("_ptr").endswith(("_start", "_stop", "_position", "tiles", "flags")):
         return "*i32"
     return f"*{element}"
 
@@ -148,6 +193,8 @@ def _resources(compiled: Any) -> Resources:
         shared_memory=compiled.metadata.shared,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
         wgmma=len(re.findall(r"\bHGMMA\b", code)),
+        tensor_copies=len(re.findall(r"\bUTMALDG\b", code)),
+        register_changes=len(re.findall(r"\bUSETMAXREG\b", code)),
     )
 
 

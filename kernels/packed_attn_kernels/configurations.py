@@ -34,6 +34,21 @@ class Configuration:
 
 
 @dataclass(frozen=True)
+class HopperConfiguration:
+    """Keys of a block, slots of its ring, and how two warpgroups share the multiprocessor.
+
+    Registers are those of a thread; twice the consumers' and the producer's make at most 504.
+    take_turns: the two consumers start their products in turns.
+    """
+
+    BLOCK_N: int
+    stages: int
+    producer_registers: int = 24
+    consumer_registers: int = 240
+    take_turns: bool = False
+
+
+@dataclass(frozen=True)
 class Problem:
     """What a kernel is specialised for."""
 
@@ -170,6 +185,16 @@ FUSED: dict[tuple[int, int], Configuration] = {
 # (largest padded head_dim, bytes an element) for which `deterministic=False` takes the fused
 # backward. Empty, because no GPU has timed the two yet.
 FUSED_IS_FASTER: frozenset[tuple[int, int]] = frozenset()
+
+# Largest padded head_dim: configuration of the Hopper forward, which is for half precision.
+HOPPER: dict[int, HopperConfiguration] = {
+    64: HopperConfiguration(128, 3),
+    128: HopperConfiguration(128, 2),
+}
+
+# (largest padded head_dim, bytes an element) for which a Hopper GPU takes that forward. Empty,
+# because no GPU has timed it yet.
+HOPPER_FORWARD: frozenset[tuple[int, int]] = frozenset()
 
 
 def configuration(kernel: KernelName, problem: Problem) -> Configuration:

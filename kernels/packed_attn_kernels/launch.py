@@ -19,6 +19,7 @@ from packed_attn_kernels.backward import delta_kernel, dkdv_kernel
 from packed_attn_kernels.backward_queries import dq_cast_kernel, dq_kernel
 from packed_attn_kernels.configurations import DELTA_BLOCK, KernelName, Problem
 from packed_attn_kernels.forward import forward_kernel
+from packed_attn_kernels.hopper_launch import launch_hopper_forward, reasons_against_hopper
 
 # Words of the generator are compared as signed ones.
 SIGNED = 2**31
@@ -100,6 +101,10 @@ def launch_forward(inputs: Inputs) -> tuple[Tensor, Tensor]:
     tiles = inputs.tiles[0]
     results = {"out_ptr": out, "lse_ptr": lse, "tiles_ptr": tiles, **_strides(out=out)}
     arguments = inputs.arguments | results | {"sinks_ptr": inputs.sinks}
+    if not reasons_against_hopper(inputs):
+        with on_device(inputs.q.device):
+            launch_hopper_forward(inputs, arguments)
+        return out, lse
     _launch("forward", (tiles.shape[0], heads), inputs, arguments)
     return out, lse
 

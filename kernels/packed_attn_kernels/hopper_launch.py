@@ -1,0 +1,177 @@
+"""Launches the forward of `hopper_forward.py`, and says what it cannot run.
+
+The kernel's module is imported by the first launch: other GPUs and the interpreter need no Gluon.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+from torch import Tensor
+
+from packed_attn_kernels import configurations
+from packed_attn_kernels.configurations import HopperConfiguration, Problem
+from packed_attn_kernels.forward import repair_kernel
+from packed_attn_kernels.rules import INTERPRETED
+
+if TYPE_CHECKING:
+    from packed_attn_kernels.launch import Inputs
+
+# Query rows of a warpgroup, as in `hopper_forward.py`; a tile has two.
+ROWS = 64
+# Tiles that one program of the repair looks at.
+SLOTS = 64
+# Bytes that addresses and row strides of a matrix must be multiples of to be copied (TMA).
+ALIGNMENT = 16
+# The kernel starts the other warps itself.
+HOPPER_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
+
+
+def reasons_against_hopper(inputs: Inputs) -> list[str]:
+    """Why the portable kernel must run; empty where the Hopper kernel may."""
+    problem = inputs.problem
+    if (problem.width, problem.itemsize) not in configurations.HOPPER_FORWARD:
+        return ["HOPPER_FORWARD does not name this head_dim and element size"]
+    reasons = _reasons_against_problem(problem)
+    if INTERPRETED or not inputs.q.is_cuda or torch.version.hip is not None:
+        reasons.append("it needs an NVIDIA GPU")
+    elif torch.cuda.get_device_capability(inputs.q.device)[0] != 9:
+        reasons.append("it needs compute capability 9.x")
+    if inputs.softmax_scale <= 0.0:
+        reasons.append("it needs a positive softmax_scale")
+    for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v)):
+        if _matrix(x) is None:
+            reasons.append(f"the strides {x.stride()} of {name} show no matrix that can be copied")
+    return reasons
+
+
+def _reasons_against_problem(problem: Problem) -> list[str]:
+    reasons = []
+    if problem.itemsize != 2:
+        reasons.append("it needs half precision")
+    if problem.head_dim != problem.value_dim or problem.head_dim not in configurations.HOPPER:
+        reasons.append("it needs head_dim 64 or 128, of v too")
+    if problem.halves != "either":
+        reasons.append("it knows the query's half of the rule alone")
+    if problem.has_alibi or problem.has_dropout:
+        reasons.append("it has neither ALiBi nor dropout")
+    if configurations.tile_rows(problem)[0] != 2 * ROWS:
+        reasons.append(f"it needs tiles of {2 * ROWS} rows")
+    return reasons
+
+
+def launch_hopper_forward(inputs: Inputs, arguments: dict[str, Any]) -> None:
+    """Fills the out and lse of `arguments`, which are those of the portable kernel."""
+    problem = inputs.problem
+    chosen = configurations.HOPPER[problem.head_dim]
+    heads, tiles = inputs.q.shape[1], inputs.tiles[0].shape[0]
+    if heads * tiles == 0:
+        return
+    from packed_attn_kernels.hopper_forward import hopper_forward_kernel
+
+    flags = inputs.q.new_empty(heads, tiles, dtype=torch.int32)
+    views = {}
+    for name, rows in (("q", ROWS), ("k", chosen.BLOCK_N), ("v", chosen.BLOCK_N)):
+        views |= _described(name, arguments[f"{name}_ptr"], rows)
+    shared = (
+        "out_ptr", "lse_ptr", "sinks_ptr", "tiles_ptr", "key_start_ptr", "key_stop_ptr",
+        "softmax_scale", "softcap", "total_queries", "out_stride_t", "out_stride_h",
+    )  # fmt: skip
+    hopper_forward_kernel[tiles, heads](
+        **views,
+        **{name: arguments[name] for name in shared},
+        flags_ptr=flags,
+        group=problem.group,
+        **hopper_constants(problem, chosen),
+        **HOPPER_OPTIONS,
+    )
+    _launch_repair(problem, arguments, flags)
+
+
+def _launch_repair(problem: Problem, arguments: dict[str, Any], flags: Tensor) -> None:
+    slots = flags.numel()
+    wanted = set(repair_kernel.arg_names)
+    repair_kernel[(triton.cdiv(slots, SLOTS),)](
+        **{name: value for name, value in arguments.items() if name in wanted},
+        flags_ptr=flags,
+        group=problem.group,
+        tiles=flags.shape[1],
+        slots=slots,
+        **repair_constants(problem),
+        **configurations.options("forward", problem),
+    )
+
+
+def hopper_constants(problem: Problem, chosen: HopperConfiguration) -> dict[str, Any]:
+    """The compile-time arguments of the Hopper forward, by name."""
+    return {
+        "HEAD_DIM": problem.head_dim,
+        "BLOCK_N": chosen.BLOCK_N,
+        "STAGES": chosen.stages,
+        "PRODUCER_REGISTERS": chosen.producer_registers,
+        "CONSUMER_REGISTERS": chosen.consumer_registers,
+        "TAKE_TURNS": chosen.take_turns,
+        "HAS_SOFTCAP": problem.has_softcap,
+        "HAS_SINKS": problem.has_sinks,
+    }
+
+
+def repair_constants(problem: Problem) -> dict[str, Any]:
+    """The compile-time arguments of the repair, by name."""
+    chosen = configurations.configuration("forward", problem)
+    return {
+        "HEAD_DIM": problem.head_dim,
+        "BLOCK_M": chosen.BLOCK_M,
+        "BLOCK_N": chosen.BLOCK_N,
+        "SLOTS": SLOTS,
+        "HAS_SOFTCAP": problem.has_softcap,
+        "HAS_SINKS": problem.has_sinks,
+    }
+
+
+def block_layout(block: list[int]) -> Any:
+    """How a block `[rows, head_dim]` of half precision stands in shared memory."""
+    from triton.experimental.gluon import language as gl
+
+    # Both dtypes of half precision have the same layout.
+    return gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # pyright: ignore[reportCallIssue]
+
+
+def _described(name: str, x: Tensor, rows: int) -> dict[str, Any]:
+    """The kernel's arguments for blocks of `rows` rows of a tensor `[tokens, heads, head_dim]`."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    matrix = _matrix(x)
+    if matrix is None:
+        raise ValueError(f"{name} must show a matrix, but its strides are {x.stride()}")
+    shape, row_step, column_step = matrix
+    block = [rows, x.shape[2]]
+    strides = [x.stride(0), 1]
+    return {
+        f"{name}_desc": TensorDescriptor(x, shape, strides, block, block_layout(block)),
+        f"{name}_row_step": row_step,
+        f"{name}_column_step": column_step,
+    }
+
+
+def _matrix(x: Tensor) -> tuple[list[int], int, int] | None:
+    """A tensor `[tokens, heads, head_dim]` as one matrix whose rows are a token's stride apart.
+
+    Returns (its shape, the rows and the columns from one head to the next): heads stand beside
+    each other in a token's row, or below each other; None where neither is so or the hardware
+    could not copy it. Rows past the last token of a head are zeros or the next head's.
+    """
+    tokens, heads, head_dim = x.shape
+    row, head, _ = x.stride()
+    size = x.itemsize
+    if tokens == 0 or x.data_ptr() % ALIGNMENT or row * size % ALIGNMENT or row < head_dim:
+        return None
+    columns = (heads - 1) * head + head_dim
+    if columns <= row:
+        return [tokens, columns], 0, head
+    rows = (heads - 1) * (head // row) + tokens
+    if head % row == 0 and rows < 2**31:
+        return [rows, head_dim], head // row, 0
+    return None
