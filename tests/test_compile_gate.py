@@ -23,7 +23,6 @@ from packed_attn_kernels.compile_gate import (
     compile_function,
     compile_hopper_forward,
     compile_kernel,
-    compile_repair,
 )
 from packed_attn_kernels.configurations import (
     BY_KEYS,
@@ -108,28 +107,19 @@ def test_padded_head_dims_do_not_spill(kernel: KernelName) -> None:
     assert not compile_kernel(kernel, problem, "bf16").faults(needs_wgmma=True)
 
 
+@pytest.mark.parametrize("confined", [False, True], ids=["forward", "repair"])
 @pytest.mark.parametrize("head_dim", sorted(HOPPER))
-def test_machine_code_of_hopper_forward(head_dim: int) -> None:
+def test_machine_code_of_hopper_forward(head_dim: int, confined: bool) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
     problem = Problem(head_dim, head_dim, 4, 2, "either", has_softcap=False, has_sinks=False)
-    found = compile_hopper_forward(problem, "bf16")
+    found = compile_hopper_forward(problem, "bf16", confined=confined)
     if installed_version() in HOPPER_SPILLS:
         assert found.stack <= HOPPER_SPILLS[installed_version()], found
         found = replace(found, stack=0, spills=0)
     assert not found.faults(needs_wgmma=True), found
     assert found.tensor_copies > 0, "blocks are copied by TMA"
     assert found.register_changes > 0, "roles have register counts of their own"
-
-
-@pytest.mark.parametrize("head_dim", sorted(HOPPER))
-def test_machine_code_of_repair(head_dim: int) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
-    problem = Problem(head_dim, head_dim, 4, 2, "either", has_softcap=False, has_sinks=False)
-    found = compile_repair(problem, "bf16")
-    assert found.shared_memory <= SHARED_MEMORY_LIMIT
-    assert found.wgmma > 0
 
 
 def test_gate_shuts() -> None:

@@ -8,6 +8,7 @@
     bookkeeping.py       intervals, positions and lists of tiles of a mask in two launches
     forward.py           the forward kernel
     hopper_forward.py    the forward kernel for Hopper, in Gluon
+    hopper_walk.py       what its consumers do with a block
     hopper_launch.py     what that kernel can run, and its launch
     backward.py          delta, dk and dv
     backward_queries.py  dq

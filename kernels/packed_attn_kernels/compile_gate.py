@@ -26,13 +26,11 @@ from packed_attn_kernels.configurations import (
     constants,
     options,
 )
-from packed_attn_kernels.forward import repair_kernel
 from packed_attn_kernels.hopper_launch import (
     HOPPER_OPTIONS,
     ROWS,
     block_layout,
     hopper_constants,
-    repair_constants,
 )
 from packed_attn_kernels.launch import KERNELS
 
@@ -91,15 +89,18 @@ def compile_kernel(
 
 
 def compile_hopper_forward(
-    problem: Problem, element: str, chosen: HopperConfiguration | None = None
+    problem: Problem,
+    element: str,
+    chosen: HopperConfiguration | None = None,
+    confined: bool = False,
 ) -> Resources:
-    """The resources of the Hopper forward; its module is imported here, as by its launch."""
+    """The resources of the Hopper forward or its repair; imported here, as by its launch."""
     from triton.experimental.gluon._runtime import GluonASTSource
 
     from packed_attn_kernels.hopper_forward import hopper_forward_kernel
 
     chosen = chosen or HOPPER[problem.head_dim]
-    values = hopper_constants(problem, chosen)
+    values = hopper_constants(problem, chosen, confined)
     values |= dict.fromkeys(_absent_arguments("forward", problem) & {"sinks_ptr", "softcap"})
     signature = {name: _argument_type(name, element) for name in hopper_forward_kernel.arg_names}
     for name, rows in (("q", ROWS), ("k", chosen.BLOCK_N), ("v", chosen.BLOCK_N)):
@@ -108,14 +109,6 @@ def compile_hopper_forward(
     return compile_function(
         hopper_forward_kernel, signature, values, HOPPER_OPTIONS, source=GluonASTSource
     )
-
-
-def compile_repair(problem: Problem, element: str) -> Resources:
-    """The resources of the kernel that does flagged tiles of the Hopper forward again."""
-    values = repair_constants(problem)
-    values |= dict.fromkeys(_absent_arguments("forward", problem) & set(repair_kernel.arg_names))
-    signature = {name: _argument_type(name, element) for name in repair_kernel.arg_names}
-    return compile_function(repair_kernel, signature, values, options("forward", problem))
 
 
 def compile_function(

@@ -38,7 +38,8 @@ class HopperConfiguration:
     """Keys of a block, slots of its ring, and how two warpgroups share the multiprocessor.
 
     Registers are those of a thread; twice the consumers' and the producer's make at most 504.
-    take_turns: the two consumers start their products in turns.
+    take_turns: the two consumers start their products in turns. persistent: a program for each
+    multiprocessor goes through many tiles, instead of one for each tile.
     """
 
     BLOCK_N: int
@@ -46,6 +47,7 @@ class HopperConfiguration:
     producer_registers: int = 24
     consumer_registers: int = 240
     take_turns: bool = False
+    persistent: bool = False
 
 
 @dataclass(frozen=True)

@@ -92,127 +92,6 @@ def forward_kernel(
     if first == stop:
         return
     h = tl.program_id(1).to(tl.int64)
-    _forward_tile(
-        first, stop, h, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, alibi_ptr, seed_ptr,
-        key_start_ptr, key_stop_ptr, query_start_ptr, query_stop_ptr, query_position_ptr,
-        key_position_ptr, softmax_scale, softcap, dropout_threshold, dropout_scale, total_queries,
-        total_keys, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-        out_stride_t, out_stride_h, GROUP, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N,
-        SPAN, LOOP_STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, HAS_SINKS,
-        ACCURATE,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["group", "tiles", "slots", "total_queries", "total_keys"])
-def repair_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    sinks_ptr,
-    tiles_ptr,
-    flags_ptr,
-    key_start_ptr,
-    key_stop_ptr,
-    softmax_scale,
-    softcap,
-    group,
-    tiles,
-    slots,
-    total_queries,
-    total_keys,
-    q_stride_t,
-    q_stride_h,
-    k_stride_t,
-    k_stride_h,
-    v_stride_t,
-    v_stride_h,
-    out_stride_t,
-    out_stride_h,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SLOTS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-):
-    """Does the flagged tiles of a kernel again that does not confine NaNs; see `hopper_forward.py`.
-
-    Slot s is tile s % tiles of head s // tiles. A program looks at SLOTS flags and is over where
-    none is set: a program for each tile would make thousands that do nothing.
-    """
-    begin = tl.program_id(0) * SLOTS
-    x = begin + tl.arange(0, SLOTS)
-    flags = tl.load(flags_ptr + x, mask=x < slots, other=0)
-    if tl.max(flags, 0) == 0:
-        return
-    for slot in tl.range(begin, tl.minimum(begin + SLOTS, slots), num_stages=1):
-        if tl.load(flags_ptr + slot) != 0:
-            h = tl.cast(slot // tiles, tl.int64)
-            first = tl.load(tiles_ptr + 2 * (slot % tiles))
-            stop = tl.load(tiles_ptr + 2 * (slot % tiles) + 1)
-            _forward_tile(
-                first, stop, h, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, sinks_ptr, None, None,
-                key_start_ptr, key_stop_ptr, None, None, None, None, softmax_scale, softcap, None,
-                None, total_queries, total_keys, q_stride_t, q_stride_h, k_stride_t, k_stride_h,
-                v_stride_t, v_stride_h, out_stride_t, out_stride_h, group, HEAD_DIM, HEAD_DIM,
-                HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_N, 0, 1, True, False, HAS_SOFTCAP, False, False,
-                HAS_SINKS, False,
-            )  # fmt: skip
-
-
-@triton.jit
-def _forward_tile(
-    first,
-    stop,
-    h,
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    out_ptr,
-    lse_ptr,
-    sinks_ptr,
-    alibi_ptr,
-    seed_ptr,
-    key_start_ptr,
-    key_stop_ptr,
-    query_start_ptr,
-    query_stop_ptr,
-    query_position_ptr,
-    key_position_ptr,
-    softmax_scale,
-    softcap,
-    dropout_threshold,
-    dropout_scale,
-    total_queries,
-    total_keys,
-    q_stride_t,
-    q_stride_h,
-    k_stride_t,
-    k_stride_h,
-    v_stride_t,
-    v_stride_h,
-    out_stride_t,
-    out_stride_h,
-    group,
-    HEAD_DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SPAN: tl.constexpr,
-    LOOP_STAGES: tl.constexpr,
-    KEY_HALF: tl.constexpr,
-    QUERY_HALF: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-    HAS_ALIBI: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
-    ACCURATE: tl.constexpr,
-):
-    """The rows [first, stop) of head h."""
     i = first + tl.arange(0, BLOCK_M)
     row_ok = i < stop
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -230,8 +109,8 @@ def _forward_tile(
     q_ptrs = q_ptr + h * q_stride_h + tile_offsets(i, d, q_stride_t)
     q = load_tile(q_ptrs, row_ok, d < HEAD_DIM, True, HEAD_DIM < BLOCK_D)
     n_offset = tl.arange(0, BLOCK_N)
-    k_ptrs = k_ptr + (h // group) * k_stride_h + block_offsets(n_offset, d, k_stride_t)
-    v_ptrs = v_ptr + (h // group) * v_stride_h + block_offsets(n_offset, dv, v_stride_t)
+    k_ptrs = k_ptr + (h // GROUP) * k_stride_h + block_offsets(n_offset, d, k_stride_t)
+    v_ptrs = v_ptr + (h // GROUP) * v_stride_h + block_offsets(n_offset, dv, v_stride_t)
 
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     m, l = _empty_softmax(sinks_ptr, h, BLOCK_M, HAS_SINKS, ACCURATE)

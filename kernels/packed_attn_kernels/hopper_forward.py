@@ -1,17 +1,19 @@
 """The forward kernel for Hopper (sm_90), in Gluon: warps with roles, asynchronous matrix products.
 
 Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and Low-precision"
-(2024). One warp copies blocks of k and v into a ring of shared memory (TMA); two warpgroups of 64
-query rows each multiply. A warpgroup starts q.k of the next block before it exponentiates this
-one, so its tensor cores work meanwhile, and the two warpgroups fill each other's gaps.
+(2024). One warp copies q and blocks of k and v into shared memory (TMA); two warpgroups of 64
+query rows each multiply (`hopper_walk.py`) and fill each other's gaps.
 
-The mask is the interval rule with the query's half alone. Producer and consumers walk the same
-blocks in the same order: all of the tile's hull, ascending. Block y stands in slot y % STAGES, and
-a barrier's phase there is y // STAGES: consumers wait for `*_full` of that phase, the producer for
-`*_empty` of the phase before, which a fresh barrier counts as complete.
+A program goes through items, each a tile of one head: one, or, if programs are few, many. The
+producer finds them, and is ahead of the consumers: it tells them of each by a message in shared
+memory, and of the end. The mask is the interval rule with the query's half alone: all roles walk
+the tile's hull, ascending. Every role counts the items and blocks that it has done, and a barrier's
+phase is that count (of rounds of its ring): consumers wait for `*_full` of their phase, the
+producer for `*_empty` of the phase before, which a fresh barrier counts as complete.
 
-A NaN that leaked between documents of a tile (see `forward.py`) is not repaired here: a flag says
-whether an accumulator of the tile is not finite, and `repair_kernel` does flagged tiles again.
+A NaN that leaked between documents of a tile (see `forward.py`) is not repaired at once: a flag
+says whether an accumulator of the item is not finite. The same kernel, CONFINED, then does flagged
+items again: its clean rows have the same products in the same order, and so the same bits.
 """
 
 # Gluon's language is not Python's: its stubs know neither constexpr arguments nor tensors.
@@ -25,23 +27,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
     tma,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 
+from packed_attn_kernels.hopper_walk import ROWS, barrier, confined_step, walk
 from packed_attn_kernels.rules import FAR, LN2, LOG2E, LOWEST
 
-# triton 3.9 renamed both.
+# triton 3.9 renamed it.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-_barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-
-# Query rows of a warpgroup; a tile has two.
-ROWS: gl.constexpr = gl.constexpr(64)
+# Of the message: item, first and last row, hull's start, blocks, two numbers for each half.
+WORDS: gl.constexpr = gl.constexpr(9)
 
 
 @gluon.jit(
     do_not_specialize=[
         "group",
+        "heads",
+        "items",
         "total_queries",
         "q_row_step",
         "q_column_step",
@@ -65,6 +66,8 @@ def hopper_forward_kernel(
     softmax_scale,
     softcap,
     group,
+    heads,
+    items,
     total_queries,
     q_row_step,
     q_column_step,
@@ -80,71 +83,58 @@ def hopper_forward_kernel(
     PRODUCER_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
+    CONFINED: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
 ):
-    """One tile of 128 queries of one head: out, lse (natural, float32) and the tile's flag.
+    """Items of 128 queries of one head: out, lse (natural, float32) and the items' flags.
 
-    A descriptor shows a tensor as a matrix; head h begins at row h * row_step, column
-    h * column_step.
+    Item x is tile x // heads of head x % heads: heavy tiles come first, empty ones last. A
+    descriptor shows a tensor as a matrix; head h begins at row h * row_step, column
+    h * column_step. flags: [0] whether any item is flagged, [1 + x] whether item x is.
+    CONFINED does flagged items alone, and reads flags where otherwise they are written.
     """
-    h = gl.program_id(1)
-    entry = tiles_ptr + 2 * gl.program_id(0)
-    first = gl.load(entry)
-    stop = gl.load(entry + 1)
-    flag_ptr = flags_ptr + h * gl.num_programs(0) + gl.program_id(0)
-    gl.store(flag_ptr, 0)
-    if first == stop:
-        return
-    i = first + gl.arange(0, 2 * ROWS, gl.BlockedLayout([1], [32], [4], [0]))
-    start, end, live = _intervals(key_start_ptr, key_stop_ptr, i, stop)
-    hull_stop = gl.max(gl.where(live, end, 0), 0)
-    hull_start = gl.minimum(gl.min(gl.where(live, start, FAR), 0), hull_stop)
-    blocks = (hull_stop - hull_start + BLOCK_N - 1) // BLOCK_N
-
+    if CONFINED:  # noqa: SIM102 - only what a constant alone decides is left out of the kernel
+        if gl.load(flags_ptr) == 0:
+            return
     q = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, HEAD_DIM], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, HEAD_DIM], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, HEAD_DIM], v_desc.layout)
+    staged = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, HEAD_DIM], q_desc.layout)
+    clean = staged
+    if CONFINED:
+        clean = gl.allocate_shared_memory(v_desc.dtype, [2, BLOCK_N, HEAD_DIM], v_desc.layout)
+    message = gl.allocate_shared_memory(gl.int32, [WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = _barriers(2, 1)
     k_full = _barriers(STAGES, 1)
     v_full = _barriers(STAGES, 1)
+    q_empty = _barriers(2, 1)
     k_empty = _barriers(STAGES, 2)
     v_empty = _barriers(STAGES, 2)
     turns = _barriers(2, 1)
     fence_async_shared()
 
-    h_k = h // group
-    head_out_ptr = out_ptr + h.to(gl.int64) * out_stride_h
-    head_lse_ptr = lse_ptr + h.to(gl.int64) * total_queries
-    sink = 0.0
-    if HAS_SINKS:
-        sink = gl.load(sinks_ptr + h).to(gl.float32)
-    rings = (q, k, v, q_full, k_full, v_full, k_empty, v_empty)
-    results = (head_out_ptr, head_lse_ptr, flag_ptr, out_stride_t)
-    rows = (key_start_ptr, key_stop_ptr, first, stop, hull_start, blocks)
-    is_upper = i < first + ROWS
-    upper = _full_blocks(start, end, live & is_upper, hull_start, hull_stop, BLOCK_N)
-    lower = _full_blocks(start, end, live & ~is_upper, hull_start, hull_stop, BLOCK_N)
-    numbers = (softmax_scale, softcap, sink)
+    rings = (q, k, v, q_full, k_full, v_full, q_empty, k_empty, v_empty)
+    own = (staged, clean, turns)
+    results = (out_ptr, lse_ptr, flags_ptr, out_stride_t, out_stride_h, total_queries)
+    rows = (key_start_ptr, key_stop_ptr, sinks_ptr, heads)
+    numbers = (softmax_scale, softcap)
     descriptors = (q_desc, k_desc, v_desc)
-    corners = (
-        h * q_row_step + first, h * q_column_step,
-        h_k * k_row_step + hull_start, h_k * k_column_step,
-        h_k * v_row_step + hull_start, h_k * v_column_step,
-    )  # fmt: skip
+    steps = (q_row_step, q_column_step, k_row_step, k_column_step, v_row_step, v_column_step)
+    lists = (tiles_ptr, flags_ptr, key_start_ptr, key_stop_ptr, group, heads, items)
     gl.warp_specialize(
         [
             (
                 _consume_upper,
-                (rings, turns, results, rows, upper, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
-                 HAS_SOFTCAP, HAS_SINKS),
+                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
+                 CONFINED, HAS_SOFTCAP, HAS_SINKS),
             ),
             (
                 _consume_lower,
-                (rings, turns, results, rows, lower, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
-                 HAS_SOFTCAP, HAS_SINKS),
+                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
+                 CONFINED, HAS_SOFTCAP, HAS_SINKS),
             ),
-            (_produce, (rings, descriptors, corners, blocks, BLOCK_N, STAGES)),
+            (_produce, (rings, message, descriptors, steps, lists, BLOCK_N, STAGES, CONFINED)),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -169,60 +159,139 @@ def _intervals(key_start_ptr, key_stop_ptr, i, stop):
 
 
 @gluon.jit
-def _full_blocks(start, end, live, hull_start, hull_stop, BLOCK_N: gl.constexpr):
-    """The first block that all live rows see, and the first after it that not all do."""
+def _full_blocks(start, end, live, hull_start, hull_stop, blocks, BLOCK_N: gl.constexpr):
+    """From block 1 on: the first block that all live rows see, the first after it that not all do.
+
+    Both are at most `blocks`, in order; block 0 counts as an edge, unless there is none.
+    """
     full_start = gl.max(gl.where(live, start, 0), 0)
     full_stop = gl.minimum(gl.min(gl.where(live, end, FAR), 0), hull_stop)
     left = (gl.maximum(full_start - hull_start, 0) + BLOCK_N - 1) // BLOCK_N
-    return left, gl.maximum(full_stop - hull_start, 0) // BLOCK_N
+    through = gl.maximum(full_stop - hull_start, 0) // BLOCK_N
+    edge = gl.maximum(gl.minimum(left, blocks), 1)
+    return edge, gl.maximum(gl.minimum(through, blocks), edge)
 
 
 @gluon.jit
 def _produce(
-    rings, descriptors, corners, blocks, BLOCK_N: gl.constexpr, STAGES: gl.constexpr
+    rings, message, descriptors, steps, lists, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    CONFINED: gl.constexpr,
 ):  # fmt: skip
-    """Copies q once and each block of k and v into its slot as soon as both warpgroups left it."""
-    q, k, v, q_full, k_full, v_full, k_empty, v_empty = rings
+    """Finds the items of this program, says which they are, and copies what they read.
+
+    Rounds of items alternate in direction, so no program gets the heaviest of every round.
+    """
+    q, k, v, q_full, k_full, v_full, q_empty, k_empty, v_empty = rings
     q_desc, k_desc, v_desc = descriptors
-    q_row, q_column, k_row, k_column, v_row, v_column = corners
-    if blocks > 0:
-        for half in gl.static_range(2):
-            mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
-            _load(q_desc, [q_row + half * ROWS, q_column], q_full.index(half), q.index(half))
-    for y in range(0, blocks):
-        slot = y % STAGES
-        before = (y // STAGES + 1) & 1
-        mbarrier.wait(k_empty.index(slot), before)
-        mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-        _load(k_desc, [k_row + y * BLOCK_N, k_column], k_full.index(slot), k.index(slot))
-        mbarrier.wait(v_empty.index(slot), before)
-        mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-        _load(v_desc, [v_row + y * BLOCK_N, v_column], v_full.index(slot), v.index(slot))
+    q_row_step, q_column_step, k_row_step, k_column_step, v_row_step, v_column_step = steps
+    tiles_ptr, flags_ptr, key_start_ptr, key_stop_ptr, group, heads, items = lists
+    row = gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [1], [0]))
+    item = gl.program_id(0)
+    step = 2 * (gl.num_programs(0) - item) - 1
+    done = 0
+    before = 0
+    while item < items:
+        first = gl.load(tiles_ptr + item // heads * 2)
+        stop = gl.load(tiles_ptr + item // heads * 2 + 1)
+        wanted = first < stop
+        if CONFINED:
+            wanted = wanted & (gl.load(flags_ptr + 1 + item) != 0)
+        if wanted:
+            start_0, end_0, live_0 = _intervals(key_start_ptr, key_stop_ptr, first + row, stop)
+            start_1, end_1, live_1 = _intervals(
+                key_start_ptr, key_stop_ptr, first + ROWS + row, stop
+            )
+            hull_stop = gl.maximum(gl.where(live_0, end_0, 0), gl.where(live_1, end_1, 0))
+            hull_stop = gl.max(hull_stop, 0)
+            hull_start = gl.minimum(gl.where(live_0, start_0, FAR), gl.where(live_1, start_1, FAR))
+            hull_start = gl.minimum(gl.min(hull_start, 0), hull_stop)
+            blocks = (hull_stop - hull_start + BLOCK_N - 1) // BLOCK_N
+            upper = _full_blocks(start_0, end_0, live_0, hull_start, hull_stop, blocks, BLOCK_N)
+            lower = _full_blocks(start_1, end_1, live_1, hull_start, hull_stop, blocks, BLOCK_N)
+            for half in gl.static_range(2):
+                mbarrier.wait(q_empty.index(half), (done + 1) & 1)
+            _say(message, 0, item)
+            _say(message, 1, first)
+            _say(message, 2, stop)
+            _say(message, 3, hull_start)
+            _say(message, 4, blocks)
+            _say(message, 5, upper[0])
+            _say(message, 6, upper[1])
+            _say(message, 7, lower[0])
+            _say(message, 8, lower[1])
+            barrier()
+            h = item % heads
+            for half in gl.static_range(2):
+                mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
+                _load(
+                    q_desc,
+                    [h * q_row_step + first + half * ROWS, h * q_column_step],
+                    q_full.index(half),
+                    q.index(half),
+                )
+            h_k = h // group
+            k_row, k_column = h_k * k_row_step + hull_start, h_k * k_column_step
+            v_row, v_column = h_k * v_row_step + hull_start, h_k * v_column_step
+            for y in range(0, blocks):
+                slot = (before + y) % STAGES
+                phase = ((before + y) // STAGES + 1) & 1
+                mbarrier.wait(k_empty.index(slot), phase)
+                mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
+                _load(k_desc, [k_row + y * BLOCK_N, k_column], k_full.index(slot), k.index(slot))
+                mbarrier.wait(v_empty.index(slot), phase)
+                mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+                _load(v_desc, [v_row + y * BLOCK_N, v_column], v_full.index(slot), v.index(slot))
+            done += 1
+            before += blocks
+        item += step
+        step = 2 * gl.num_programs(0) - step
+        if first == stop:
+            item = items
+    for half in gl.static_range(2):
+        mbarrier.wait(q_empty.index(half), (done + 1) & 1)
+    _say(message, 0, -1)
+    barrier()
+    for half in gl.static_range(2):
+        mbarrier.arrive(q_full.index(half))
+
+
+@gluon.jit
+def _say(message, AT: gl.constexpr, value):
+    """Writes a word of the message, which the consumers' `q_full` covers."""
+    WORD: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    message.index(AT).store(gl.full([1], 0, gl.int32, WORD) + value)
+
+
+@gluon.jit
+def _hear(message, AT: gl.constexpr):
+    """Reads a word of the message."""
+    WORD: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.max(message.index(AT).load(WORD), 0)
 
 
 @gluon.jit
 def _consume_upper(
-    rings, turns, results, rows, full, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, TAKE_TURNS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    HAS_SINKS: gl.constexpr,
+    rings, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, TAKE_TURNS: gl.constexpr, CONFINED: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The first 64 rows."""
     _consume(
-        0, rings, turns, results, rows, full, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
-        HAS_SOFTCAP, HAS_SINKS,
+        0, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
+        CONFINED, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
 
 
 @gluon.jit
 def _consume_lower(
-    rings, turns, results, rows, full, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, TAKE_TURNS: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    HAS_SINKS: gl.constexpr,
+    rings, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, TAKE_TURNS: gl.constexpr, CONFINED: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The last 64 rows."""
     _consume(
-        1, rings, turns, results, rows, full, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
-        HAS_SOFTCAP, HAS_SINKS,
+        1, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
+        CONFINED, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
 
 
@@ -230,199 +299,116 @@ def _consume_lower(
 def _consume(
     HALF: gl.constexpr,
     rings,
-    turns,
+    message,
+    own,
     results,
     rows,
-    full,
     numbers,
     HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
     TAKE_TURNS: gl.constexpr,
+    CONFINED: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
 ):
-    """Softmax over all blocks for 64 rows, and their results."""
-    q, k, v, q_full, k_full, v_full, k_empty, _v_empty = rings
-    out_ptr, lse_ptr, flag_ptr, out_stride_t = results
-    key_start_ptr, key_stop_ptr, first, stop, hull_start, blocks = rows
-    full_from, full_to = full
-    softmax_scale, softcap, sink = numbers
+    """Softmax over all blocks for 64 rows of each item, and their results."""
+    q_full, q_empty = rings[3], rings[6]
+    key_start_ptr, key_stop_ptr, sinks_ptr, heads = rows
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
-    q = q.index(HALF)
-    i = first + HALF * ROWS + gl.arange(0, ROWS, ROW)
-    start, end, live = _intervals(key_start_ptr, key_stop_ptr, i, stop)
-    m = gl.full([ROWS], LOWEST, gl.float32, ROW)
-    l = gl.full([ROWS], 0.0, gl.float32, ROW)
-    if HAS_SINKS:
-        # A sink is a key without a value that every row has seen before the loop.
-        m = gl.full([ROWS], 0.0, gl.float32, ROW) + sink * LOG2E
-        l += 1.0
-    acc = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, SUMS)
-    if blocks > 0:
-        mbarrier.wait(q_full.index(HALF), 0)
-        mbarrier.wait(k_full.index(0), 0)
-        none = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
-        products = warpgroup_mma(q, k.index(0).permute((1, 0)), none, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[products])
-        mbarrier.arrive(k_empty.index(0))
-        s, factor = _logits(s, softmax_scale, softcap, HAS_SOFTCAP)
-        s = _visible(s, hull_start, start, end, BLOCK_N, SCORES)
-        weights, m, l, _ = _softmax_step(s, factor, m, l)
-        p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, SUMS, 2))
-        mbarrier.wait(k_full.index(1 % STAGES), 1 // STAGES, pred=blocks > 1)
-        # Three loops: a branch between a product and its wait would make the wait come first.
-        edge = gl.maximum(gl.minimum(full_from, blocks), 1)
-        through = gl.maximum(gl.minimum(full_to, blocks), edge)
-        for y in range(1, edge):
-            p, acc, m, l = _step(
-                y, True, HALF, p, acc, m, l, q, rings, turns, hull_start, start, end, blocks,
-                softmax_scale, softcap, BLOCK_N, STAGES, TAKE_TURNS, HAS_SOFTCAP, SCORES, SUMS,
+    done = 0
+    before = 0
+    turn = 0
+    mbarrier.wait(q_full.index(HALF), 0)
+    item = _hear(message, 0)
+    while item >= 0:
+        first = _hear(message, 1) + HALF * ROWS
+        stop = _hear(message, 2)
+        hull_start = _hear(message, 3)
+        blocks = _hear(message, 4)
+        edge = _hear(message, 5 + 2 * HALF)
+        through = _hear(message, 6 + 2 * HALF)
+        i = first + gl.arange(0, ROWS, ROW)
+        start, end, live = _intervals(key_start_ptr, key_stop_ptr, i, stop)
+        m = gl.full([ROWS], LOWEST, gl.float32, ROW)
+        l = gl.full([ROWS], 0.0, gl.float32, ROW)
+        if HAS_SINKS:
+            # A sink is a key without a value that every row has seen before the loop.
+            sink = gl.load(sinks_ptr + item % heads).to(gl.float32)
+            m = gl.full([ROWS], 0.0, gl.float32, ROW) + sink * LOG2E
+            l += 1.0
+        acc = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, SUMS)
+        if CONFINED:
+            for y in range(0, blocks):
+                acc, m, l = confined_step(
+                    before + y, HALF, acc, m, l, rings, own, hull_start + y * BLOCK_N, start, end,
+                    numbers, HEAD_DIM, BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
+                )  # fmt: skip
+            mbarrier.arrive(q_empty.index(HALF))
+        else:
+            acc, m, l = walk(
+                HALF, acc, m, l, rings, own, hull_start, start, end, blocks, edge, through, before,
+                turn, numbers, BLOCK_N, STAGES, TAKE_TURNS, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
-        for y in range(edge, through):
-            p, acc, m, l = _step(
-                y, False, HALF, p, acc, m, l, q, rings, turns, hull_start, start, end, blocks,
-                softmax_scale, softcap, BLOCK_N, STAGES, TAKE_TURNS, HAS_SOFTCAP, SCORES, SUMS,
-            )  # fmt: skip
-        for y in range(through, blocks):
-            p, acc, m, l = _step(
-                y, True, HALF, p, acc, m, l, q, rings, turns, hull_start, start, end, blocks,
-                softmax_scale, softcap, BLOCK_N, STAGES, TAKE_TURNS, HAS_SOFTCAP, SCORES, SUMS,
-            )  # fmt: skip
-        last = (blocks - 1) % STAGES
-        mbarrier.wait(v_full.index(last), ((blocks - 1) // STAGES) & 1)
-        sums = warpgroup_mma(p, v.index(last), acc, is_async=True)
-        acc = warpgroup_mma_wait(0, deps=[sums])
-    _finish(
-        acc, m, l, live, i, q, out_ptr, lse_ptr, flag_ptr, first + HALF * ROWS, stop,
-        out_stride_t, HEAD_DIM, SUMS,
-    )  # fmt: skip
-
-
-@gluon.jit
-def _step(
-    y,
-    MASKED: gl.constexpr,
-    HALF: gl.constexpr,
-    p,
-    acc,
-    m,
-    l,
-    q,
-    rings,
-    turns,
-    hull_start,
-    start,
-    end,
-    blocks,
-    softmax_scale,
-    softcap,
-    BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
-    HAS_SOFTCAP: gl.constexpr,
-    SCORES: gl.constexpr,
-    SUMS: gl.constexpr,
-):
-    """The weights of block y, whose k has come; meanwhile p, those of the block before, times v."""
-    _, k, v, _, k_full, v_full, k_empty, v_empty = rings
-    slot = y % STAGES
-    last = (y - 1) % STAGES
-    mbarrier.wait(v_full.index(last), ((y - 1) // STAGES) & 1)
-    if TAKE_TURNS:
-        # The upper half goes first: its turn y waits for the lower half's turn y - 1.
-        mbarrier.wait(turns.index(HALF), (y + HALF) & 1)
-    none = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
-    products = warpgroup_mma(q, k.index(slot).permute((1, 0)), none, use_acc=False, is_async=True)
-    sums = warpgroup_mma(p, v.index(last), acc, is_async=True)
-    if TAKE_TURNS:
-        mbarrier.arrive(turns.index(1 - HALF))
-    s = warpgroup_mma_wait(1, deps=[products])
-    mbarrier.arrive(k_empty.index(slot))
-    s, factor = _logits(s, softmax_scale, softcap, HAS_SOFTCAP)
-    if MASKED:
-        s = _visible(s, hull_start + y * BLOCK_N, start, end, BLOCK_N, SCORES)
-    weights, m, l, alpha = _softmax_step(s, factor, m, l)
-    # Waiting for the next k here keeps ptxas from moving the next wait before the exponentials.
-    after = y + 1
-    mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=after < blocks)
-    acc = warpgroup_mma_wait(0, deps=[sums])
-    mbarrier.arrive(v_empty.index(last))
-    p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, SUMS, 2))
-    return p, acc * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None], m, l
-
-
-@gluon.jit
-def _logits(products, softmax_scale, softcap, HAS_SOFTCAP: gl.constexpr):
-    """Scores, and the factor that makes them logits in base 2, which the exponent applies.
-
-    It is positive, so the largest score has the largest logit. For the cap see `rules.logits`.
-    """
-    factor = softmax_scale * LOG2E
-    if HAS_SOFTCAP:
-        r = 1.0 / (gl.exp2(products * (softmax_scale / softcap * (2.0 * LOG2E))) + 1.0)
-        products = (1.0 - 2.0 * r) * softcap
-        factor = LOG2E
-    return products, factor
-
-
-@gluon.jit
-def _visible(s, n, start, end, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
-    """Scores of the keys from n on with -inf where a row does not see one."""
-    j = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-    sees = (start[:, None] <= j[None, :]) & (j[None, :] < end[:, None])
-    return gl.where(sees, s, -float("inf"))
-
-
-@gluon.jit
-def _softmax_step(s, factor, m, l):
-    """Weights of one block, the new maximum and sum, and the factor of what came before."""
-    m_new = gl.maximum(m, gl.max(s, 1) * factor)
-    p = gl.exp2(s * factor - m_new[:, None])
-    alpha = gl.exp2(m - m_new)
-    return p, m_new, l * alpha + gl.sum(p, 1), alpha
+        _finish(
+            HALF, acc, m, l, live, i, own, results, item, item % heads, first, stop, HEAD_DIM, SUMS,
+            CONFINED,
+        )  # fmt: skip
+        done += 1
+        before += blocks
+        turn += gl.maximum(blocks - 1, 0)
+        mbarrier.wait(q_full.index(HALF), done & 1)
+        item = _hear(message, 0)
 
 
 @gluon.jit
 def _finish(
+    HALF: gl.constexpr,
     acc,
     m,
     l,
     live,
     i,
-    q,
-    out_ptr,
-    lse_ptr,
-    flag_ptr,
+    own,
+    results,
+    item,
+    h,
     first,
     stop,
-    out_stride_t,
     HEAD_DIM: gl.constexpr,
     SUMS: gl.constexpr,
+    CONFINED: gl.constexpr,
 ):
-    """Writes out, lse and the flag; out passes through the shared memory of q for whole rows."""
+    """Writes out, lse and the flag; out passes through shared memory for whole rows."""
+    out_ptr, lse_ptr, flags_ptr, out_stride_t, out_stride_h, total_queries = results
     blind = (l == 0.0) | ~live
     lse = (m + gl.log2(gl.where(blind, 1.0, l))) * LN2
-    gl.store(lse_ptr + i, gl.where(blind, -float("inf"), lse), mask=i < stop)
+    head_lse_ptr = lse_ptr + h.to(gl.int64) * total_queries
+    gl.store(head_lse_ptr + i, gl.where(blind, -float("inf"), lse), mask=i < stop)
     SUM_ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
-    row = gl.sum(acc * 0.0, 1)
-    broken = gl.convert_layout(live, SUM_ROW) & (row != row)
-    gl.store(flag_ptr + gl.full([ROWS], 0, gl.int32, SUM_ROW), 1, mask=broken)
+    if not CONFINED:
+        row = gl.sum(acc * 0.0, 1)
+        broken = gl.convert_layout(live, SUM_ROW) & (row != row)
+        zero = gl.full([ROWS], 0, gl.int32, SUM_ROW)
+        gl.store(flags_ptr + zero, 1, mask=broken)
+        gl.store(flags_ptr + (1 + item) + zero, 1, mask=broken)
     factor = gl.where(blind, 0.0, 1.0 / gl.where(blind, 1.0, l))
     out = gl.where(
         gl.convert_layout(blind, SUM_ROW)[:, None],
         0.0,
         acc * gl.convert_layout(factor, SUM_ROW)[:, None],
     )
-    # No warp may still read q: the last product with it is over in all of them.
-    _barrier()
-    q.store(out.to(q.dtype))
-    _barrier()
+    # No warp may still read the item before.
+    staged = own[0].index(HALF)
+    barrier()
+    staged.store(out.to(staged.dtype))
+    barrier()
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
-    whole = q.load(COPY)
+    whole = staged.load(COPY)
     x = first + gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
     d = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, COPY))
-    to = out_ptr + x.to(gl.int64)[:, None] * out_stride_t + d[None, :]
+    head_out_ptr = out_ptr + h.to(gl.int64) * out_stride_h
+    to = head_out_ptr + x.to(gl.int64)[:, None] * out_stride_t + d[None, :]
     gl.store(to, whole, mask=(x < stop)[:, None])

@@ -5,15 +5,14 @@ The kernel's module is imported by the first launch: other GPUs and the interpre
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
 from torch import Tensor
 
 from packed_attn_kernels import configurations
 from packed_attn_kernels.configurations import HopperConfiguration, Problem
-from packed_attn_kernels.forward import repair_kernel
 from packed_attn_kernels.rules import INTERPRETED
 
 if TYPE_CHECKING:
@@ -21,8 +20,6 @@ if TYPE_CHECKING:
 
 # Query rows of a warpgroup, as in `hopper_forward.py`; a tile has two.
 ROWS = 64
-# Tiles that one program of the repair looks at.
-SLOTS = 64
 # Bytes that addresses and row strides of a matrix must be multiples of to be copied (TMA).
 ALIGNMENT = 16
 # The kernel starts the other warps itself.
@@ -67,11 +64,11 @@ def launch_hopper_forward(inputs: Inputs, arguments: dict[str, Any]) -> None:
     problem = inputs.problem
     chosen = configurations.HOPPER[problem.head_dim]
     heads, tiles = inputs.q.shape[1], inputs.tiles[0].shape[0]
-    if heads * tiles == 0:
+    items = heads * tiles
+    if items == 0:
         return
     from packed_attn_kernels.hopper_forward import hopper_forward_kernel
 
-    flags = inputs.q.new_empty(heads, tiles, dtype=torch.int32)
     views = {}
     for name, rows in (("q", ROWS), ("k", chosen.BLOCK_N), ("v", chosen.BLOCK_N)):
         views |= _described(name, arguments[f"{name}_ptr"], rows)
@@ -79,56 +76,37 @@ def launch_hopper_forward(inputs: Inputs, arguments: dict[str, Any]) -> None:
         "out_ptr", "lse_ptr", "sinks_ptr", "tiles_ptr", "key_start_ptr", "key_stop_ptr",
         "softmax_scale", "softcap", "total_queries", "out_stride_t", "out_stride_h",
     )  # fmt: skip
-    hopper_forward_kernel[tiles, heads](
-        **views,
-        **{name: arguments[name] for name in shared},
-        flags_ptr=flags,
-        group=problem.group,
-        **hopper_constants(problem, chosen),
-        **HOPPER_OPTIONS,
-    )
-    _launch_repair(problem, arguments, flags)
+    views |= {name: arguments[name] for name in shared}
+    views |= {"group": problem.group, "heads": heads, "items": items}
+    views["flags_ptr"] = inputs.q.new_zeros(1 + items, dtype=torch.int32)
+    few = min(items, _multiprocessors(inputs.q.device))
+    for confined in (False, True):
+        grid = few if chosen.persistent or confined else items
+        constants = hopper_constants(problem, chosen, confined)
+        hopper_forward_kernel[(grid,)](**views, **constants, **HOPPER_OPTIONS)
 
 
-def _launch_repair(problem: Problem, arguments: dict[str, Any], flags: Tensor) -> None:
-    slots = flags.numel()
-    wanted = set(repair_kernel.arg_names)
-    repair_kernel[(triton.cdiv(slots, SLOTS),)](
-        **{name: value for name, value in arguments.items() if name in wanted},
-        flags_ptr=flags,
-        group=problem.group,
-        tiles=flags.shape[1],
-        slots=slots,
-        **repair_constants(problem),
-        **configurations.options("forward", problem),
-    )
-
-
-def hopper_constants(problem: Problem, chosen: HopperConfiguration) -> dict[str, Any]:
-    """The compile-time arguments of the Hopper forward, by name."""
+def hopper_constants(
+    problem: Problem, chosen: HopperConfiguration, confined: bool = False
+) -> dict[str, Any]:
+    """The compile-time arguments of the Hopper forward, or of its repair of leaks, by name."""
     return {
         "HEAD_DIM": problem.head_dim,
         "BLOCK_N": chosen.BLOCK_N,
-        "STAGES": chosen.stages,
+        # The repair keeps a block of v for each warpgroup besides, and its speed is no matter.
+        "STAGES": 1 if confined else chosen.stages,
         "PRODUCER_REGISTERS": chosen.producer_registers,
         "CONSUMER_REGISTERS": chosen.consumer_registers,
-        "TAKE_TURNS": chosen.take_turns,
+        "TAKE_TURNS": chosen.take_turns and not confined,
+        "CONFINED": confined,
         "HAS_SOFTCAP": problem.has_softcap,
         "HAS_SINKS": problem.has_sinks,
     }
 
 
-def repair_constants(problem: Problem) -> dict[str, Any]:
-    """The compile-time arguments of the repair, by name."""
-    chosen = configurations.configuration("forward", problem)
-    return {
-        "HEAD_DIM": problem.head_dim,
-        "BLOCK_M": chosen.BLOCK_M,
-        "BLOCK_N": chosen.BLOCK_N,
-        "SLOTS": SLOTS,
-        "HAS_SOFTCAP": problem.has_softcap,
-        "HAS_SINKS": problem.has_sinks,
-    }
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def block_layout(block: list[int]) -> Any:
