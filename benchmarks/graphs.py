@@ -1,4 +1,4 @@
-"""CUDA graphs of single calls: what is timed then are kernels, not the Python that starts them."""
+"""CUDA graphs of calls: what is timed then are kernels, not the Python that starts them."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ class Capture:
             except BaseException:
                 with suppress(RuntimeError):
                     graph.capture_end()
+                _renew_generator()
                 raise
             graph.capture_end()
         torch.cuda.synchronize()
@@ -52,3 +53,11 @@ class Capture:
             result = call()
         torch.cuda.synchronize()
         return result
+
+
+def _renew_generator() -> None:
+    """A failed capture leaves torch's generator waiting for the capture's end, and random numbers
+    would raise ever after."""
+    generator = torch.cuda.default_generators[torch.cuda.current_device()]
+    with suppress(RuntimeError):  # what the capture stumbled over is the error to tell
+        generator.graphsafe_set_state(torch.Generator(generator.device).graphsafe_get_state())

@@ -234,6 +234,8 @@ def test_calls_are_captured_once_for_each_rotation(monkeypatch: pytest.MonkeyPat
         "CUDAGraph": _Graph,
         "Event": _Event,
         "synchronize": lambda: None,
+        "current_device": lambda: 0,
+        "default_generators": (torch.Generator(),),
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)

@@ -338,6 +338,8 @@ def _check_agreement(
     name: str, layout: DocumentLayout, found: Mapping[str, DocumentLayout]
 ) -> None:
     """Every convention that is present tells the same documents."""
+    if len(found) == 1:
+        return  # lengths may be on the device alone, and reading them would wait for it
     lengths = tuple(n for n in layout.lengths if n)
     for other_name, other in found.items():
         if tuple(n for n in other.lengths if n) != lengths:
