@@ -19,6 +19,8 @@ from tests.cases import Case
 HEAD = """\
 | candidate | forward, ms | TFLOP/s | to ours | backward, ms | TFLOP/s | to ours | host, us |
 |---|---|---|---|---|---|---|---|"""
+WRONG, ENDED, RAISED = "wrong, so not timed", "ended a run", "raised"
+FAILED = (WRONG, ENDED, RAISED)
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-4", "nvidia-cudnn-cu13")
 
 
@@ -134,7 +136,7 @@ class Report:
 
 
 def print_case(told: dict[str, Any], rows: Sequence[Row]) -> None:
-    """A short table: what was timed, then in a line each what was not and why.
+    """A short table: what was timed; then what takes no part, and why something failed.
 
     Args:
         told: of the case, as in `Report.cases`.
@@ -146,11 +148,20 @@ def print_case(told: dict[str, Any], rows: Sequence[Row]) -> None:
     for row in rows:
         if row.forward is not None:
             print(_markdown(row, rows))
-    refused = [row for row in rows if row.refused]
-    print("".join(f"\n- {row.candidate}: {'; '.join(row.refused)[:90]}" for row in refused))
-    eager = [row for row in rows if row.eager and row.eager != ("no CUDA",)]
-    print("".join(f"- {row.candidate} is eager: {row.eager[0][:150]}\n" for row in eager), end="")
+    absent = [row.candidate for row in rows if row.refused and not _failed(row)]
+    if absent:
+        print(f"\n- takes no part: {'; '.join(absent)}")
+    for row in rows:
+        for reason in row.refused if _failed(row) else ():
+            print(f"- {row.candidate}: {reason[:150]}")
+        if row.eager and row.eager != ("no CUDA",):
+            print(f"- {row.candidate} is eager: {row.eager[0][:150]}")
     print(end="", flush=True)
+
+
+def _failed(row: Row) -> bool:
+    """Whether a candidate that should have run did not."""
+    return any(reason.startswith(FAILED) for reason in row.refused)
 
 
 def described(case: Case) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.attention_report import Report, Row, print_case
+from benchmarks.attention_report import ENDED, RAISED, WRONG, Report, Row, print_case
 from benchmarks.candidates import Candidate, Timer
 from benchmarks.exact_head import Wanted, faults, wanted
 from benchmarks.peers import OURS, Peer, case_mask, compile_each_shape, peers
@@ -39,8 +39,6 @@ from tests.cases import Case, Inputs
 RESULTS = Path(__file__).parent / "results" / "attention.json"
 ROTATIONS = 3
 ROUNDS = 15
-WRONG = "wrong, so not timed"
-ENDED = "ended a run"
 # Seconds after which a candidate, or the timing of a case, is taken to never end.
 HANGS = 100
 DEAD = 3  # exit status where the GPU takes no more work from this process
@@ -175,7 +173,7 @@ def _both(function: Callable[..., Tensor], inputs: Inputs) -> tuple[Tensor, ...]
 
 
 def _raised(error: Exception) -> str:
-    return f"raised {type(error).__name__}: {error}".split("\n")[0]
+    return f"{RAISED} {type(error).__name__}: {error}".split("\n")[0]
 
 
 def _parser() -> argparse.ArgumentParser:

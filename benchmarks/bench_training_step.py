@@ -63,14 +63,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     threads = use_all_cores()
     capacities = [128] if parsed.toy else parsed.capacities
     rounds = 1 if parsed.toy else parsed.rounds
+    facts = machine_facts("torch", "transformers") | gpu_facts() | {"threads": str(threads)}
     rows = []
     for name in parsed.model:
         for capacity in capacities:
             rows.append(measure(capacity, rounds, device, name, toy=parsed.toy))
             print(_line(rows[-1]), flush=True)
-    if parsed.json is not None:
-        facts = machine_facts("torch", "transformers") | gpu_facts() | {"threads": str(threads)}
-        parsed.json.write_text(json.dumps({"machine": facts, "steps": rows}, indent=2) + "\n")
+            if parsed.json is not None:  # at once: a run may be ended
+                text = json.dumps({"machine": facts, "steps": rows}, indent=2)
+                parsed.json.write_text(text + "\n")
     return 0
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 import torch
+from torch import Tensor
 
 WARMUP = 2
 
@@ -29,22 +30,34 @@ class Capture:
         one that fails it leaves the side stream the current one.
 
         Raises:
-            RuntimeError: the call waits for the device, or does what else a capture forbids.
+            RuntimeError: the call waits for the device, or does what else a capture forbids, or a
+                replay does not make anew what the call returned, a tensor or several.
         """
         self.run(lambda: [call() for _ in range(WARMUP)])
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self.stream):
             graph.capture_begin(pool=self._pool)
             try:
-                call()
+                result = call()
             except BaseException:
                 with suppress(RuntimeError):
                     graph.capture_end()
                 _renew_generator()
                 raise
             graph.capture_end()
-        torch.cuda.synchronize()
+        self._check(graph, result)
         return graph.replay
+
+    def _check(self, graph: torch.cuda.CUDAGraph, result: object) -> None:
+        """A kernel that went to another stream ran once and is not in the graph."""
+        several = result if isinstance(result, tuple | list) else (result,)
+        tensors = [x.detach() for x in several if isinstance(x, Tensor)]
+        for x in tensors:
+            x.fill_(torch.nan)
+        graph.replay()
+        torch.cuda.synchronize()
+        if not all(bool(x.isfinite().all()) for x in tensors):
+            raise RuntimeError("the graph does not hold all that the call ran")
 
     def run(self, call: Callable[[], object]) -> object:
         """What a call gives that ran on the side stream, with all its work done."""

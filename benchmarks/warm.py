@@ -26,6 +26,7 @@ def warm(cases: Sequence[Case], device: str, without: Sequence[str] = (), limit:
     """
     # One core is enough for a process here: it compiles one thing at a time.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    os.environ["FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED"] = "1"  # off by default
     kinds = {_kind(case): case for case in reversed(cases)}
     tasks = [
         (case, names)

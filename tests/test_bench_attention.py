@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from benchmarks import bench_attention
-from benchmarks.attention_report import Report
+from benchmarks.attention_report import WRONG, Report
 from benchmarks.candidates import Timer
 from benchmarks.exact_head import faults, last_head, wanted
 from benchmarks.peers import DETERMINISTIC, FUSED, MOST_DOCUMENTS, OURS, Peer, peers
@@ -90,7 +90,7 @@ def test_toy_run_of_a_case(name: str, capsys: pytest.CaptureFixture[str], tmp_pa
     assert {OURS, DETERMINISTIC, FUSED} | others <= rows.keys()
     for row in rows.values():
         assert (row.forward is None) == (row.backward is None) == bool(row.refused)
-        assert not any(reason.startswith(bench_attention.WRONG) for reason in row.refused)
+        assert not any(reason.startswith(WRONG) for reason in row.refused)
         assert row.forward is None or row.eager == ("no CUDA",)
         assert row.host_us is None or row.host_us[0] > 0
     assert rows["reference"].forward is not None
@@ -195,9 +195,10 @@ def test_host_time_is_that_of_a_call() -> None:
 
 
 class _Graph:
-    """A CUDA graph for a machine without CUDA: it counts, and a replay does nothing."""
+    """A CUDA graph for a machine without CUDA: it counts, and a replay fills what is to be made."""
 
     captured, replayed, pools = 0, 0, set()
+    makes = ()
 
     def capture_begin(self, pool: object) -> None:
         _Graph.pools.add(pool)
@@ -207,6 +208,9 @@ class _Graph:
 
     def replay(self) -> None:
         _Graph.replayed += 1
+        for x in _Graph.makes:
+            x.detach().zero_()
+        _Graph.makes = ()
 
 
 class _Event:
@@ -223,6 +227,22 @@ class _Event:
 
     def elapsed_time(self, end: _Event) -> float:
         return 1e3 * (end.at - self.at)
+
+
+class _Made(torch.autograd.Function):
+    """What a graph makes anew, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        out = torch.zeros_like(q)
+        _Graph.makes = (out,)
+        return out
+
+    @staticmethod
+    def backward(ctx, *grads):
+        _Graph.makes = tuple(torch.zeros_like(x) for x in ctx.saved_tensors)
+        return _Graph.makes
 
 
 def test_calls_are_captured_once_for_each_rotation(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +265,7 @@ def test_calls_are_captured_once_for_each_rotation(monkeypatch: pytest.MonkeyPat
 
     def good(q, k, v):
         calls["good"] += 1
-        return q * k.sum() * v.sum()
+        return _Made.apply(q, k, v)
 
     def bad(q, k, v):
         calls["bad"] += 1
@@ -258,6 +278,8 @@ def test_calls_are_captured_once_for_each_rotation(monkeypatch: pytest.MonkeyPat
     candidates = {"good": timer.prepared(good), "bad": timer.prepared(bad)}
     assert _Graph.captured == 2 * len(rotating) + 1
     assert _Graph.pools == {"one pool"}
+    elsewhere = timer.prepared(lambda q, k, v: q * k.sum() * v.sum())
+    assert elsewhere.eager == ("RuntimeError: the graph does not hold all that the call ran",)
     ran = calls["good"]
     found = timer.measure(candidates, 6, "good")
     assert found["good"].eager == ()
