@@ -113,7 +113,7 @@ def test_command_writes_what_it_ran_and_what_it_left_out(tmp_path: Path) -> None
     assert report["cases"][0]["name"] == "llama3_8b/64x512"
     assert report["rows"][0].keys() >= {"case", "candidate", "forward", "backward", "host_us"}
     assert report["running"] is None
-    assert report["machine"]["torch"] == torch.__version__
+    assert torch.__version__.startswith(report["machine"]["torch"])
 
 
 def test_a_run_goes_on_without_what_ended_the_last_one(
