@@ -97,7 +97,7 @@ Table = dict[tuple[KernelName, int, int], Configuration]
 # thread hold the accumulators, and each wgmma of a loop keeps its operands' addresses in two more.
 TABLE: Table = {
     ("forward", 64, 2): Configuration(128, 64, 8, 3),
-    ("forward", 128, 2): Configuration(128, 64, 8, 2),
+    ("forward", 128, 2): Configuration(128, 64, 8, 3),
     ("forward", 256, 2): Configuration(128, 16, 8, 2),
     ("forward", 64, 4): Configuration(64, 32, 4, 2),
     ("forward", 128, 4): Configuration(64, 32, 8, 1),
@@ -141,7 +141,7 @@ CANDIDATES: dict[tuple[KernelName, int, int], tuple[Configuration, ...]] = {
         Configuration(64, 64, 4, 3),
     ),
     ("forward", 128, 2): (
-        Configuration(128, 64, 8, 3),
+        Configuration(128, 64, 8, 2),
         Configuration(128, 128, 8, 2),
         Configuration(64, 64, 4, 2),
     ),
