@@ -7,7 +7,6 @@ compiles nothing. The compile gate holds the rows of half precision to no spills
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property
 from typing import Any, Literal
 
 KernelName = Literal["forward", "delta", "dkdv", "dk", "dv", "dq", "fused", "dq_cast"]
@@ -63,27 +62,27 @@ class Problem:
     has_dropout: bool = False
     fused: bool = False  # one backward kernel with atomic additions, instead of dkdv and dq
 
-    @cached_property
+    @property
     def block_d(self) -> int:
         return padded(self.head_dim)
 
-    @cached_property
+    @property
     def block_dv(self) -> int:
         return padded(self.value_dim)
 
-    @cached_property
+    @property
     def keys_kernels(self) -> tuple[KernelName, ...]:
         """The backward kernels whose tiles are keys; their tiles have the same rows."""
         if self.fused:
             return ("fused",)
         return ("dk", "dv") if (self.width, self.itemsize) == (256, 2) else ("dkdv",)
 
-    @cached_property
+    @property
     def is_lean(self) -> bool:
         """Whether a modifier or the mask asks for smaller tiles."""
         return self.halves == "both" or self.has_alibi or self.has_dropout
 
-    @cached_property
+    @property
     def width(self) -> int:
         """The table's head_dim: 64, 128 or 256."""
         return next(w for w in (64, 128, 256) if max(self.block_d, self.block_dv) <= w)
@@ -272,7 +271,6 @@ def options(
     return fusion | {"num_warps": chosen.num_warps, "num_stages": chosen.stages}
 
 
-@cache
 def padded(dim: int) -> int:
     """The power of two, 16 at least, that a tile holds `dim` columns in."""
     return max(16, 1 << (dim - 1).bit_length())
