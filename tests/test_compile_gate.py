@@ -24,6 +24,7 @@ from packed_attn_kernels.compile_gate import (
     compile_hopper_forward,
     compile_kernel,
     compile_repair,
+    unordered_products,
 )
 from packed_attn_kernels.configurations import (
     BY_KEYS,
@@ -139,6 +140,28 @@ def test_gate_shuts() -> None:
     assert "local" in replace(CLEAN, spills=2).faults(needs_wgmma=True)[0]
     assert "shared memory" in replace(CLEAN, shared_memory=240_000).faults(needs_wgmma=True)[0]
     assert "HGMMA" in replace(CLEAN, wgmma=0).faults(needs_wgmma=True)[0]
+    assert "before they are stored" in replace(CLEAN, races=1).faults(needs_wgmma=True)[0]
+
+
+STORE, FENCE, BARRIER = "st.shared.v4.b32 [%r1], {}", "fence.proxy.async.shared::cta", "bar.sync 0"
+PRODUCT = "wgmma.mma_async.sync.aligned.m64n64k16\nwgmma.commit_group"
+
+
+@pytest.mark.parametrize(
+    ("races", "lines"),
+    [
+        (0, (STORE, FENCE, BARRIER, PRODUCT)),
+        (0, (STORE, BARRIER, FENCE, BARRIER, PRODUCT)),
+        (1, (STORE, BARRIER, FENCE, PRODUCT)),
+        (1, (STORE, BARRIER, PRODUCT)),
+        (0, (BARRIER, FENCE, PRODUCT)),
+        (0, ("st.shared.b8 [%r1], %rs1", BARRIER, FENCE, PRODUCT)),
+        (1, (STORE, FENCE, BARRIER, PRODUCT, STORE, FENCE, PRODUCT)),
+        (0, (STORE, "$L__BB0_1:", BARRIER, FENCE, PRODUCT)),
+    ],
+)
+def test_stores_are_ordered_before_products(races: int, lines: tuple[str, ...]) -> None:
+    assert unordered_products("\n".join(lines)) == races
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ class Resources:
     wgmma: int  # HGMMA instructions
     tensor_copies: int = 0  # UTMALDG instructions
     register_changes: int = 0  # USETMAXREG instructions
+    races: int = 0  # see `unordered_products`
 
     def faults(self, needs_wgmma: bool) -> list[str]:
         """Why the gate must stay shut, in sentences."""
@@ -73,6 +74,8 @@ class Resources:
             )
         if needs_wgmma and not self.wgmma:
             faults.append("no HGMMA instruction")
+        if self.races:
+            faults.append(f"{self.races} products may read operands before they are stored")
         return faults
 
 
@@ -195,7 +198,35 @@ def _resources(compiled: Any) -> Resources:
         wgmma=len(re.findall(r"\bHGMMA\b", code)),
         tensor_copies=len(re.findall(r"\bUTMALDG\b", code)),
         register_changes=len(re.findall(r"\bUSETMAXREG\b", code)),
+        races=unordered_products(compiled.asm["ptx"]),
     )
+
+
+def unordered_products(ptx: str) -> int:
+    """How many wgmma may read an operand in shared memory before another thread's store of it.
+
+    Each storing thread must pass a fence between the proxies and then the barrier. Triton 3.6 puts
+    the fence before the product, behind a barrier that some other exchange through shared memory
+    has brought: then the stores of slower warps are not ordered, and bits change now and then.
+    Tiles are stored as vectors; what is narrower belongs to a reduction. Stores of an earlier block
+    of the program are long over.
+    """
+    races, stored, fenced, synced, in_group = 0, False, False, True, False
+    for line in ptx.splitlines():
+        if re.search(r"\bst\.shared\.v\d\.b(32|64)\b|\bstmatrix\b", line):
+            stored, fenced, synced = True, False, False
+        elif line.startswith("$L__"):
+            stored = False
+        elif "fence.proxy.async" in line:
+            fenced, synced = stored, not stored
+        elif re.search(r"\bbar\.sync\b|\bbarrier\.(cta\.)?sync\b", line):
+            synced = synced or fenced
+        elif "wgmma.mma_async" in line and not in_group:
+            races += stored and not (fenced and synced)
+            stored, in_group = False, True
+        elif "wgmma.commit_group" in line:
+            in_group = False
+    return races
 
 
 def _output(*command: Any) -> str:
