@@ -20,6 +20,8 @@ result is not finite, and `backward_repair.py` does the whole backward again.
 # pyright: reportGeneralTypeIssues=false, reportIndexIssue=false, reportOperatorIssue=false
 # pyright: reportPossiblyUnboundVariable=false, reportReturnType=false, reportAssignmentType=false
 
+from typing import Any
+
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -43,7 +45,7 @@ ROWS: gl.constexpr = gl.constexpr(64)
 
 
 @builtin
-def _add(desc, corner, tile, _semantic=None):
+def _add(desc, corner, tile, _semantic: Any = None):
     """Adds a tile in shared memory to global memory, as a store of `tma` would write it."""
     corner = _semantic._convert_to_ir_values(corner, require_i64=False)
     kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
@@ -89,10 +91,8 @@ def hopper_backward_kernel(
     v_column_step,
     dout_row_step,
     dout_column_step,
-    dk_stride_t,
-    dk_stride_h,
-    dv_stride_t,
-    dv_stride_h,
+    stride_t,
+    stride_h,
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
     STAGES: gl.constexpr,
@@ -150,8 +150,7 @@ def hopper_backward_kernel(
     walk = (hull_start, blocks, left, full, group)
     keys = (query_start_ptr, query_stop_ptr, first, stop)
     results = (
-        dk_ptr + kv_head.to(gl.int64) * dk_stride_h, dk_stride_t,
-        dv_ptr + kv_head.to(gl.int64) * dv_stride_h, dv_stride_t,
+        dk_ptr, dv_ptr, kv_head.to(gl.int64) * stride_h + first.to(gl.int64) * stride_t, stride_t,
         sums_desc, kv_head * group * padded_queries, padded_queries, flag_ptr, softmax_scale,
     )  # fmt: skip
     head = kv_head * group
@@ -195,10 +194,10 @@ def _intervals(query_start_ptr, query_stop_ptr, j, stop):
 def _place(y, hull_start, left, full, MASKED: gl.constexpr, BLOCK_M: gl.constexpr):
     """The first query of the y-th edge or of the y-th full block."""
     if MASKED:
-        y += full * (y >= left).to(gl.int32)
+        skipped = full * (y >= left).to(gl.int32)
     else:
-        y += left
-    return hull_start + y * BLOCK_M
+        skipped = left
+    return hull_start + (y + skipped) * BLOCK_M
 
 
 @gluon.jit
@@ -256,18 +255,18 @@ def _fetch(
     ) = corners  # fmt: skip
     slot = n % STAGES
     before = (n // STAGES + 1) & 1
-    number += g * padded_queries + at
+    line = number + g * padded_queries + at
     BYTES: gl.constexpr = BLOCK_M * HEAD_DIM * 2 + BLOCK_M * 4
     mbarrier.wait(q_empty.index(slot), before)
     mbarrier.expect(q_full.index(slot), BYTES)
     corner = [q_row + g * q_row_step + at, q_column + g * q_column_step]
     _load(q_desc, corner, q_full.index(slot), q.index(slot))
-    _load(row_lse_desc, [number], q_full.index(slot), lse.index(slot))
+    _load(row_lse_desc, [line], q_full.index(slot), lse.index(slot))
     mbarrier.wait(dout_empty.index(slot), before)
     mbarrier.expect(dout_full.index(slot), BYTES)
     corner = [dout_row + g * dout_row_step + at, dout_column + g * dout_column_step]
     _load(dout_desc, corner, dout_full.index(slot), dout.index(slot))
-    _load(delta_desc, [number], dout_full.index(slot), delta.index(slot))
+    _load(delta_desc, [line], dout_full.index(slot), delta.index(slot))
 
 
 @gluon.jit
@@ -305,10 +304,11 @@ def _consume(
     kv_full, _, _, _, _, _ = barriers
     hull_start, blocks, left, full, group = walk
     query_start_ptr, query_stop_ptr, first, stop = keys
-    dk_ptr, dk_stride_t, dv_ptr, dv_stride_t, _, _, _, flag_ptr, softmax_scale = results
+    dk_ptr, dv_ptr, offset, stride_t, _, _, _, flag_ptr, softmax_scale = results
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
-    ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
-    j = first + HALF * ROWS + gl.arange(0, ROWS, ROW)
+    SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    j = first + HALF * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
+    start, end, live = _intervals(query_start_ptr, query_stop_ptr, j, stop)
     dk = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, SUMS)
     dv = gl.full([ROWS, HEAD_DIM], 0.0, gl.float32, SUMS)
     edges = blocks - full
@@ -319,7 +319,8 @@ def _consume(
     for n in range(0, edges * group):
         at = _place(y, hull_start, left, full, True, BLOCK_M)
         dk, dv = _step(
-            n, at, g, True, HALF, dk, dv, tiles, barriers, keys, results, HEAD_DIM, BLOCK_M, STAGES,
+            n, at, g, True, HALF, dk, dv, start, end, tiles, barriers, results, HEAD_DIM, BLOCK_M,
+            STAGES,
         )  # fmt: skip
         y, g = _next(y, g, edges)
     y = 0
@@ -327,20 +328,22 @@ def _consume(
     for n in range(edges * group, blocks * group):
         at = _place(y, hull_start, left, full, False, BLOCK_M)
         dk, dv = _step(
-            n, at, g, False, HALF, dk, dv, tiles, barriers, keys, results, HEAD_DIM, BLOCK_M,
+            n, at, g, False, HALF, dk, dv, start, end, tiles, barriers, results, HEAD_DIM, BLOCK_M,
             STAGES,
         )  # fmt: skip
         y, g = _next(y, g, full)
-    _, _, live = _intervals(query_start_ptr, query_stop_ptr, j, stop)
+    ROW: gl.constexpr = gl.SliceLayout(1, SUMS)
+    live = gl.convert_layout(live, ROW)
     broken = gl.sum(dk * 0.0, 1) + gl.sum(dv * 0.0, 1)
     broken = live & (broken != broken)
     gl.store(flag_ptr + gl.full([ROWS], 0, gl.int32, ROW), 1, mask=broken)
     # v's own half is free: no other warpgroup reads it.
-    at = first + HALF * ROWS
+    rows = stop - first - HALF * ROWS
+    offset = offset + HALF * ROWS * stride_t
     dk = gl.where(live[:, None], dk * softmax_scale, 0.0)
-    _write(dk, v.index(HALF), dk_ptr, dk_stride_t, at, stop, HEAD_DIM)
+    _write(dk, v.index(HALF), dk_ptr + offset, stride_t, rows, HEAD_DIM)
     dv = gl.where(live[:, None], dv, 0.0)
-    _write(dv, v.index(HALF), dv_ptr, dv_stride_t, at, stop, HEAD_DIM)
+    _write(dv, v.index(HALF), dv_ptr + offset, stride_t, rows, HEAD_DIM)
     tma.store_wait(0)
 
 
@@ -353,9 +356,10 @@ def _step(
     HALF: gl.constexpr,
     dk,
     dv,
+    start,
+    end,
     tiles,
     barriers,
-    keys,
     results,
     HEAD_DIM: gl.constexpr,
     BLOCK_M: gl.constexpr,
@@ -381,18 +385,29 @@ def _step(
     own_k = k._reinterpret(k.dtype, [2, ROWS, HEAD_DIM], v.layout).index(HALF + zero)
     none = gl.full([ROWS, BLOCK_M], 0.0, gl.float32, SCORES)
     mbarrier.wait(q_full.index(slot), phase)
-    products = warpgroup_mma(own_k, q.permute((1, 0)), none, use_acc=False, is_async=True)
+    # Products that begin at -lse and -delta need no registers for them later. The first has to
+    # wait for them, which only blocks of 128 queries are short enough of registers for.
+    BEGIN_AT_LSE: gl.constexpr = MORE == 2
+    if BEGIN_AT_LSE:
+        less = none - lse.index(slot).load(COLUMN)[None, :] * (1.0 / (softmax_scale * LOG2E))
+        products = warpgroup_mma(own_k, q.permute((1, 0)), less, is_async=True)
+    else:
+        products = warpgroup_mma(own_k, q.permute((1, 0)), none, use_acc=False, is_async=True)
     mbarrier.wait(dout_full.index(slot), phase)
     own_v = v.index(HALF + zero)
-    dp = warpgroup_mma(own_v, dout.permute((1, 0)), none, use_acc=False, is_async=True)
+    less = none - delta.index(slot).load(COLUMN)[None, :]
+    dp = warpgroup_mma(own_v, dout.permute((1, 0)), less, is_async=True)
     s = warpgroup_mma_wait(1, deps=[products])
-    row_lse = lse.index(slot).load(COLUMN)
-    p = gl.exp2(s * (softmax_scale * LOG2E) - row_lse[None, :])
+    if BEGIN_AT_LSE:
+        p = gl.exp2(s * (softmax_scale * LOG2E))
+    else:
+        p = gl.exp2(s * (softmax_scale * LOG2E) - lse.index(slot).load(COLUMN)[None, :])
     if MASKED:
-        p = _visible(p, at, HALF, keys, BLOCK_M, SCORES)
+        i = at + gl.arange(0, BLOCK_M, COLUMN)
+        sees = (start[:, None] <= i[None, :]) & (i[None, :] < end[:, None])
+        p = gl.where(sees, p, 0.0)
     dp = warpgroup_mma_wait(0, deps=[dp])
-    row_delta = delta.index(slot).load(COLUMN)
-    slope = (p * (dp - row_delta[None, :])).to(q.dtype)
+    slope = (p * dp).to(q.dtype)
     pair = n % 2
     wide_ds = ds._reinterpret(q.dtype, [4, ROWS, BLOCK_M], _tile_layout(BLOCK_M))
     wide_ds.index(2 * pair + HALF).store(slope)
@@ -431,17 +446,6 @@ def _tile_layout(columns):
 
 
 @gluon.jit
-def _visible(p, at, HALF: gl.constexpr, keys, BLOCK_M: gl.constexpr, SCORES: gl.constexpr):
-    """Weights with 0 where a query does not see a key."""
-    query_start_ptr, query_stop_ptr, first, stop = keys
-    j = first + HALF * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, SCORES))
-    start, end, _ = _intervals(query_start_ptr, query_stop_ptr, j, stop)
-    i = at + gl.arange(0, BLOCK_M, gl.SliceLayout(0, SCORES))
-    sees = (start[:, None] <= i[None, :]) & (i[None, :] < end[:, None])
-    return gl.where(sees, p, 0.0)
-
-
-@gluon.jit
 def _share(x):
     """A share `[64, 64]` as `[128, 32]`, four neighbours in a row what a thread holds.
 
@@ -453,15 +457,14 @@ def _share(x):
 
 
 @gluon.jit
-def _write(x, tile, ptr, stride_t, first, stop, HEAD_DIM: gl.constexpr):
-    """Rows of a gradient, through shared memory for whole rows."""
+def _write(x, tile, ptr, stride_t, rows, HEAD_DIM: gl.constexpr):
+    """The first rows of a gradient, through shared memory for whole ones."""
     # Warps may still read the tile.
     _barrier()
     tile.store(x.to(tile.dtype))
     _barrier()
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     whole = tile.load(COPY)
-    j = first + gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
+    r = gl.arange(0, ROWS, gl.SliceLayout(1, COPY))
     c = gl.arange(0, HEAD_DIM, gl.SliceLayout(0, COPY))
-    to = ptr + j.to(gl.int64)[:, None] * stride_t + c[None, :]
-    gl.store(to, whole, mask=(j < stop)[:, None])
+    gl.store(ptr + r[:, None] * stride_t + c[None, :], whole, mask=(r < rows)[:, None])

@@ -59,13 +59,15 @@ def _launch_gradients(inputs: Inputs, arguments: dict[str, Any], sums: Tensor) -
         views[f"{name}_desc"] = _line(arguments[f"{name}_ptr"], chosen.BLOCK_M)
     shared = (
         "dk_ptr", "dv_ptr", "flag_ptr", "query_start_ptr", "query_stop_ptr", "softmax_scale",
-        "padded_queries", "dk_stride_t", "dk_stride_h", "dv_stride_t", "dv_stride_h",
+        "padded_queries",
     )  # fmt: skip
     hopper_backward_kernel[tiles.shape[0], inputs.k.shape[1]](
         **views,
         **{name: arguments[name] for name in shared},
         sums_desc=_shares(sums),
         tiles_ptr=tiles,
+        stride_t=arguments["dk_stride_t"],
+        stride_h=arguments["dk_stride_h"],
         group=problem.group,
         **hopper_backward_constants(problem, chosen),
         **HOPPER_OPTIONS,
@@ -80,14 +82,14 @@ def _launch_shares_cast(inputs: Inputs, arguments: dict[str, Any], sums: Tensor)
         **{name: value for name, value in arguments.items() if name in wanted},
         dq_sums_ptr=sums,
         HEAD_DIM=head_dim,
-        num_warps=4,
+        **HOPPER_OPTIONS,
     )
 
 
 def _launch_backward_repair(inputs: Inputs, arguments: dict[str, Any]) -> None:
     problem = split_problem(inputs.problem)
     heads, kv_heads = inputs.q.shape[1], inputs.k.shape[1]
-    kernels = (
+    kernels: tuple[tuple[Any, KernelName, Tensor, dict[str, int]], ...] = (
         (repair_dkdv_kernel, "dkdv", inputs.tiles[1], {"kv_heads": kv_heads}),
         (repair_dq_kernel, "dq", inputs.tiles[2], {"heads": heads}),
     )
@@ -95,11 +97,9 @@ def _launch_backward_repair(inputs: Inputs, arguments: dict[str, Any]) -> None:
         wanted = set(kernel.arg_names)
         kernel[(PROGRAMS,)](
             **{name: value for name, value in arguments.items() if name in wanted},
-            **counts,
-            tiles_ptr=tiles,
-            tiles=tiles.shape[0],
+            **counts | {"tiles_ptr": tiles, "tiles": tiles.shape[0]},
             **backward_repair_constants(name, problem),
-            num_warps=configurations.configuration(name, problem).num_warps,
+            **configurations.options(name, problem),
         )
 
 

@@ -38,9 +38,7 @@ def reasons_against_hopper(inputs: Inputs) -> list[str]:
     reasons = _reasons_against_problem(problem)
     if configurations.tile_rows(problem)[0] != 2 * ROWS:
         reasons.append(f"it needs tiles of {2 * ROWS} rows")
-    if inputs.softmax_scale <= 0.0:
-        reasons.append("it needs a positive softmax_scale")
-    return reasons + _reasons_against_tensors(q=inputs.q, k=inputs.k, v=inputs.v)
+    return reasons + _reasons_against_tensors(inputs, q=inputs.q, k=inputs.k, v=inputs.v)
 
 
 def reasons_against_hopper_backward(inputs: Inputs, dout: Tensor) -> list[str]:
@@ -55,7 +53,7 @@ def reasons_against_hopper_backward(inputs: Inputs, dout: Tensor) -> list[str]:
         reasons.append("it has no softcap")
     if any(configurations.tile_rows(x)[1] != 2 * ROWS for x in (problem, split_problem(problem))):
         reasons.append(f"it needs tiles of {2 * ROWS} keys")
-    return reasons + _reasons_against_tensors(q=inputs.q, k=inputs.k, v=inputs.v, dout=dout)
+    return reasons + _reasons_against_tensors(inputs, q=inputs.q, k=inputs.k, v=inputs.v, dout=dout)
 
 
 def split_problem(problem: Problem) -> Problem:
@@ -76,13 +74,15 @@ def _reasons_against_problem(problem: Problem) -> list[str]:
     return reasons
 
 
-def _reasons_against_tensors(**tensors: Tensor) -> list[str]:
+def _reasons_against_tensors(inputs: Inputs, **tensors: Tensor) -> list[str]:
     reasons = []
-    device = tensors["q"].device
+    device = inputs.q.device
     if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
         reasons.append("it needs an NVIDIA GPU")
     elif torch.cuda.get_device_capability(device)[0] != 9:
         reasons.append("it needs compute capability 9.x")
+    if inputs.softmax_scale <= 0.0:
+        reasons.append("it needs a positive softmax_scale")
     for name, x in tensors.items():
         if _matrix(x) is None:
             reasons.append(f"the strides {x.stride()} of {name} show no matrix that can be copied")
