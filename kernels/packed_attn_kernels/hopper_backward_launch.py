@@ -80,8 +80,7 @@ def _launch_shares_cast(inputs: Inputs, arguments: dict[str, Any], sums: Tensor)
     grid = (arguments["padded_queries"] // ROWS, heads, head_dim // ROWS)
     shares_cast_kernel[grid](
         **{name: value for name, value in arguments.items() if name in wanted},
-        dq_sums_ptr=sums,
-        HEAD_DIM=head_dim,
+        **{"dq_sums_ptr": sums, "HEAD_DIM": head_dim},
         **HOPPER_OPTIONS,
     )
 
