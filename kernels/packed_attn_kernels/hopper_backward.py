@@ -25,7 +25,7 @@ from typing import Any
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
+from triton.experimental.gluon.language._core import _unwrap_if_constexpr, builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -46,10 +46,21 @@ ROWS: gl.constexpr = gl.constexpr(64)
 
 @builtin
 def _add(desc, corner, tile, _semantic: Any = None):
-    """Adds a tile in shared memory to global memory, as a store of `tma` would write it."""
+    """Adds a tile in shared memory to global memory, as a store of `tma` would write it.
+
+    triton 3.9 has it as `tma.async_atomic_add`.
+    """
     corner = _semantic._convert_to_ir_values(corner, require_i64=False)
     kind = ir.DESCRIPTOR_REDUCE_KIND.ADD
     _semantic.builder.create_async_tma_reduce(kind, desc.handle, corner, tile.handle)
+
+
+@builtin
+def _view(memory, shape, layout, _semantic: Any = None):
+    """Shared memory in another shape; triton 3.9 renamed the method."""
+    shape = [_unwrap_if_constexpr(size) for size in shape]
+    layout = _unwrap_if_constexpr(layout)
+    return _semantic.memdesc_reinterpret(memory, memory.dtype, shape, layout)
 
 
 @gluon.jit(
@@ -220,7 +231,7 @@ def _produce(
     k_row, k_column, v_row, v_column, _, _, _, _, _, _, _, _, _, _ = corners
     if blocks > 0:
         mbarrier.expect(kv_full.index(0), 2 * ROWS * HEAD_DIM * 4)
-        halves = k._reinterpret(k_desc.dtype, [2, ROWS, HEAD_DIM], k_desc.layout)
+        halves = _view(k, [2, ROWS, HEAD_DIM], k_desc.layout)
         for half in gl.static_range(2):
             row = half * ROWS
             _load(k_desc, [k_row + row, k_column], kv_full.index(0), halves.index(half))
@@ -382,7 +393,7 @@ def _step(
     dout = dout.index(slot)
     # An offset that no compiler knows: what it made before the loop, for each product, it spilled.
     zero = gl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [n], gl.int32, is_pure=False, pack=1)
-    own_k = k._reinterpret(k.dtype, [2, ROWS, HEAD_DIM], v.layout).index(HALF + zero)
+    own_k = _view(k, [2, ROWS, HEAD_DIM], v.layout).index(HALF + zero)
     none = gl.full([ROWS, BLOCK_M], 0.0, gl.float32, SCORES)
     mbarrier.wait(q_full.index(slot), phase)
     # Products that begin at -lse and -delta need no registers for them later. The first has to
@@ -409,7 +420,7 @@ def _step(
     dp = warpgroup_mma_wait(0, deps=[dp])
     slope = (p * dp).to(q.dtype)
     pair = n % 2
-    wide_ds = ds._reinterpret(q.dtype, [4, ROWS, BLOCK_M], _tile_layout(BLOCK_M))
+    wide_ds = _view(ds, [4, ROWS, BLOCK_M], _tile_layout(BLOCK_M))
     wide_ds.index(2 * pair + HALF).store(slope)
     weights = gl.convert_layout(p.to(q.dtype), OPERAND)
     dv = warpgroup_mma(weights, dout, dv, is_async=True)
