@@ -20,7 +20,9 @@ from packed_attn_kernels import bookkeeping
 from packed_attn_kernels.compile_gate import (
     SHARED_MEMORY_LIMIT,
     Resources,
+    compile_backward_repair,
     compile_function,
+    compile_hopper_backward,
     compile_hopper_forward,
     compile_kernel,
     compile_repair,
@@ -129,6 +131,34 @@ def test_machine_code_of_repair(head_dim: int) -> None:
         pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
     problem = Problem(head_dim, head_dim, 4, 2, "either", has_softcap=False, has_sinks=False)
     found = compile_repair(problem, "bf16")
+    assert found.shared_memory <= SHARED_MEMORY_LIMIT
+    assert found.wgmma > 0
+
+
+# What triton 3.6 spills, outside the loops, at 64.
+@pytest.mark.parametrize(("head_dim", "spills"), [(128, 0), (64, 16)])
+def test_machine_code_of_hopper_backward(head_dim: int, spills: int) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
+    problem = Problem(
+        head_dim, head_dim, 4, 2, "either", has_softcap=False, has_sinks=False, fused=True
+    )
+    found = compile_hopper_backward(problem, "bf16")
+    assert found.spills <= spills, found
+    assert found.shared_memory <= SHARED_MEMORY_LIMIT
+    assert found.wgmma > 0
+    assert found.tensor_copies > 0, "blocks are copied by TMA"
+    assert found.register_changes > 0, "roles have register counts of their own"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["dkdv", "dq"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_machine_code_of_backward_repair(kernel: KernelName, head_dim: int) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
+    problem = Problem(head_dim, head_dim, 4, 2, "either", has_softcap=False, has_sinks=False)
+    found = compile_backward_repair(kernel, problem, "bf16")
     assert found.shared_memory <= SHARED_MEMORY_LIMIT
     assert found.wgmma > 0
 

@@ -17,9 +17,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from packed_attn_kernels.backward_repair import repair_dkdv_kernel, repair_dq_kernel
 from packed_attn_kernels.configurations import (
     HOPPER,
+    HOPPER_BACKWARD_TABLE,
     Configuration,
+    HopperBackwardConfiguration,
     HopperConfiguration,
     KernelName,
     Problem,
@@ -27,6 +30,13 @@ from packed_attn_kernels.configurations import (
     options,
 )
 from packed_attn_kernels.forward import repair_kernel
+from packed_attn_kernels.hopper_backward_launch import (
+    SHARE,
+    backward_repair_constants,
+    hopper_backward_constants,
+    line_layout,
+    share_layout,
+)
 from packed_attn_kernels.hopper_launch import (
     HOPPER_OPTIONS,
     ROWS,
@@ -113,6 +123,36 @@ def compile_hopper_forward(
     )
 
 
+def compile_hopper_backward(
+    problem: Problem, element: str, chosen: HopperBackwardConfiguration | None = None
+) -> Resources:
+    """The resources of the Hopper backward; its module is imported here, as by its launch."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from packed_attn_kernels.hopper_backward import hopper_backward_kernel
+
+    chosen = chosen or HOPPER_BACKWARD_TABLE[problem.head_dim]
+    signature = {name: _argument_type(name, element) for name in hopper_backward_kernel.arg_names}
+    for name, rows in (("q", chosen.BLOCK_M), ("k", ROWS), ("v", ROWS), ("dout", chosen.BLOCK_M)):
+        block = [rows, problem.head_dim]
+        signature[f"{name}_desc"] = f"tensordesc<{element}{block},{block_layout(block)!r}>"
+    for name in ("row_lse", "delta"):
+        signature[f"{name}_desc"] = f"tensordesc<fp32{[chosen.BLOCK_M]},{line_layout()!r}>"
+    signature["sums_desc"] = f"tensordesc<fp32{SHARE},{share_layout()!r}>"
+    values = hopper_backward_constants(problem, chosen)
+    return compile_function(
+        hopper_backward_kernel, signature, values, HOPPER_OPTIONS, source=GluonASTSource
+    )
+
+
+def compile_backward_repair(kernel: KernelName, problem: Problem, element: str) -> Resources:
+    """The resources of the kernel that does "dkdv" or "dq" again after the Hopper backward."""
+    function = {"dkdv": repair_dkdv_kernel, "dq": repair_dq_kernel}[kernel]
+    signature = {name: _argument_type(name, element) for name in function.arg_names}
+    values = backward_repair_constants(kernel, problem)
+    return compile_function(function, signature, values, options(kernel, problem))
+
+
 def compile_repair(problem: Problem, element: str) -> Resources:
     """The resources of the kernel that does flagged tiles of the Hopper forward again."""
     values = repair_constants(problem)
@@ -175,7 +215,9 @@ def _argument_type(name: str, element: str) -> str:
         return "*fp32"
     if name == "seed_ptr":
         return "*i64"
-    if name.removesuffix("_ptr").endswith(("_start", "_stop", "_position", "tiles", "flags")):
+    if name.removesuffix("_ptr").endswith(
+        ("_start", "_stop", "_position", "tiles", "flags", "flag")
+    ):
         return "*i32"
     return f"*{element}"
 

@@ -48,6 +48,16 @@ class HopperConfiguration:
 
 
 @dataclass(frozen=True)
+class HopperBackwardConfiguration:
+    """Queries of a block, slots of its ring; registers of a thread as in `HopperConfiguration`."""
+
+    BLOCK_M: int
+    stages: int
+    producer_registers: int = 24
+    consumer_registers: int = 240
+
+
+@dataclass(frozen=True)
 class Problem:
     """What a kernel is specialised for."""
 
@@ -194,6 +204,15 @@ HOPPER: dict[int, HopperConfiguration] = {
 # (largest padded head_dim, bytes an element) for which a Hopper GPU takes that forward. Empty,
 # because no GPU has timed it yet.
 HOPPER_FORWARD: frozenset[tuple[int, int]] = frozenset()
+
+# The same of the Hopper backward. A block's dq has two shares of 64 rows and columns.
+HOPPER_BACKWARD_TABLE: dict[int, HopperBackwardConfiguration] = {
+    64: HopperBackwardConfiguration(128, 2),
+    128: HopperBackwardConfiguration(64, 2),
+}
+
+# For which a Hopper GPU takes that backward instead of the portable fused one.
+HOPPER_BACKWARD: frozenset[tuple[int, int]] = frozenset()
 
 
 def configuration(kernel: KernelName, problem: Problem) -> Configuration:
