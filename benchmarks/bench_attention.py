@@ -1,241 +1,188 @@
 """Packed attention on a GPU against every peer in one process, forward and backward.
 
-    python -m benchmarks.bench_attention [--case WORD ...] [--seconds 480] [--json PATH] [--toy]
+    python -m benchmarks.bench_attention [--case WORD ...] [--seconds 150] [--json PATH] [--toy]
 
 For each case every candidate is checked against float64 (`exact_head`) and a wrong one is not
-timed. Then all take turns on rotating random inputs between CUDA events, and medians are printed
-beside the prediction of `benchmarks.model`. `--toy` runs the same code on the CPU at toy sizes:
-its times mean nothing. What the limit of seconds leaves out is listed in the result.
+timed. Forward and backward of the others are captured in CUDA graphs, one for each of a few random
+inputs; replays take turns between CUDA events, and medians are printed beside the prediction of
+`benchmarks.model`. What cannot be captured is timed as Python runs it, and marked "eager". Beside
+the kernels' time stands the host's: microseconds until an eager call returns.
+
+Cases come in the order of their importance; what the limit of seconds leaves out is listed. The
+result is written before each candidate runs: where one kills the process or never ends, `--resume`
+goes on after the cases that are done, without that candidate. `--toy` runs the same code on the
+CPU at toy sizes: its times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import faulthandler
 import os
-import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.exact_head import faults
-from benchmarks.model import DESIGNS, DEVICES, predict, visible_pairs
-from benchmarks.peers import OURS, Peer, peers
-from benchmarks.regimes import benchmark_cases, chosen_cases, real_cases, toy
-from benchmarks.timing import paired_milliseconds
-from packed_attn.facts import gpu_facts, machine_facts
+from benchmarks.attention_report import ENDED, RAISED, WRONG, Report, Row, print_case
+from benchmarks.candidates import Candidate, Timer
+from benchmarks.exact_head import Wanted, faults, wanted
+from benchmarks.peers import OURS, Peer, case_mask, compile_each_shape, peers
+from benchmarks.regimes import benchmark_cases, chosen_cases, real_cases, speed_cases, toy
+from benchmarks.warm import warm
 from tests.cases import Case, Inputs
 
 RESULTS = Path(__file__).parent / "results" / "attention.json"
 ROTATIONS = 3
 ROUNDS = 15
-HEAD = """\
-| case | candidate | forward, ms | TFLOP/s | to ours | backward, ms | TFLOP/s | to ours |
-|---|---|---|---|---|---|---|---|"""
-PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-4", "nvidia-cudnn-cu13")
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Milliseconds of one direction: median and quartiles of the rounds; useful TFLOP/s."""
-
-    median: float
-    quartiles: tuple[float, float]
-    tflops: float
-
-
-@dataclass(frozen=True)
-class Row:
-    """One candidate on one case: two timings, or why there are none."""
-
-    case: str
-    candidate: str
-    exact: bool
-    forward: Timing | None
-    backward: Timing | None
-    refused: tuple[str, ...]
+# Seconds after which a candidate, or the timing of a case, is taken to never end.
+HANGS = 100
+DEAD = 3  # exit status where the GPU takes no more work from this process
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the suite; 1 where one of our own kernels was wrong."""
+    """Runs the suite; 1 where one of our own kernels was wrong or ended a run, 3 to `--resume`."""
     options = _parser().parse_args(arguments)
     if not options.toy and not torch.cuda.is_available():
         raise SystemExit("bench_attention needs a CUDA device; --toy runs its code without one")
     device = "cpu" if options.toy else "cuda"
-    every = [*benchmark_cases(), *real_cases(os.environ.get("PACKED_ATTN_DATA"))]
-    cases = chosen_cases(every, options.case)
-    begin, rows, done = time.monotonic(), [], []
-    print(HEAD)
-    for case in [toy(case) for case in cases] if options.toy else cases:
+    begin = time.monotonic()
+    report = Report.read(options.json) if options.resume else Report(options.json, options.toy)
+    report.give_up_running()
+    cases = [case for case in _cases(options.case) if case.name not in report.done]
+    cases = [toy(case) for case in cases] if options.toy else cases
+    compile_each_shape()
+    if device == "cuda" and not options.resume:
+        print(f"{warm(cases, device, report.without)} groups of kernels compiled", flush=True)
+    for number, case in enumerate(cases):
+        report.left_out = [case.name for case in cases[number:]]
         if time.monotonic() - begin > options.seconds:
             break
-        done.append(case)
-        rows += bench_case(case, device, options.rounds)
-    left_out = [case.name for case in cases[len(done) :]]
-    if left_out:
-        print(f"left out after {options.seconds} s: {', '.join(left_out)}", file=sys.stderr)
-    _write(options.json, done, rows, left_out, options.toy)
-    return int(any(row.candidate == OURS and row.exact and _wrong(row) for row in rows))
+        bench_case(case, device, options.rounds, report)
+        if _is_dead(device):
+            return DEAD
+        if device == "cuda":
+            torch.cuda.empty_cache()
+    else:
+        report.left_out = []
+    report.write()
+    if report.left_out:
+        named = ", ".join(report.left_out)
+        print(f"left out after {options.seconds} s: {named}", file=sys.stderr)
+    return int(any(OURS in row.candidate and _is_wrong(row) for row in report.rows))
 
 
-def bench_case(case: Case, device: str, rounds: int) -> list[Row]:
+def bench_case(case: Case, device: str, rounds: int, report: Report) -> list[Row]:
     """Checks every candidate on the first of the rotating inputs and times those that are right."""
-    rotating = [case.inputs(seed, device=device) for seed in range(ROTATIONS)]
+    rotating = [case.inputs(seed, device=device, drawn_on=device) for seed in range(ROTATIONS)]
     found = peers(case, rotating[0], device)
-    found = {name: _checked(case, rotating[0], peer) for name, peer in found.items()}
-    able = {name: peer.function for name, peer in found.items() if peer.function is not None}
-    with torch.no_grad():
-        forward = paired_milliseconds(_forwards(able, rotating), device, rounds)
-    backward = paired_milliseconds(_backwards(able, rotating), device, rounds)
-    rows = []
+    want = wanted(case, rotating[0], case_mask(case, case.layout(device)))
+    timer = Timer(rotating, device)
+    candidates: dict[str, Candidate] = {}
     for name, peer in found.items():
-        timings = [None, None]
-        if name in able:
-            flops = _useful_flops(case)
-            timings = [_timing(forward[name], flops), _timing(backward[name], 2.5 * flops)]
-        rows.append(Row(case.name, name, peer.exact, timings[0], timings[1], peer.reasons))
-    for row in rows:
-        print(_markdown(row, rows), flush=True)
+        report.run(case.name, name)
+        if name in report.without:
+            peer = Peer(None, (f"{ENDED} at {report.without[name]}",), peer.exact)
+        with _ended_after(HANGS, device):
+            found[name], candidate = _prepared(case, rotating[0], peer, want, timer)
+            if _is_dead(device):
+                return []
+        if candidate is not None:
+            candidates[name] = candidate
+    report.run(case.name, None)
+    with _ended_after(HANGS, device):
+        timings = timer.measure(candidates, rounds, OURS)
+    rows = report.add(
+        case,
+        {name: peer.exact for name, peer in found.items()},
+        {name: peer.reasons for name, peer in found.items()},
+        timings,
+    )
+    print_case(report.cases[-1], rows)
     return rows
 
 
-def _checked(case: Case, inputs: Inputs, peer: Peer) -> Peer:
+def _prepared(
+    case: Case, inputs: Inputs, peer: Peer, want: Wanted, timer: Timer
+) -> tuple[Peer, Candidate | None]:
+    """A candidate whose results are right, or the peer with its reasons."""
+    peer = _checked(case, inputs, peer, want)
+    if peer.function is None:
+        return peer, None
+    try:
+        return peer, timer.prepared(peer.function)
+    except Exception as error:  # most likely no memory for all rotations
+        return Peer(None, (_raised(error),), peer.exact), None
+
+
+@contextmanager
+def _ended_after(seconds: float, device: str) -> Iterator[None]:
+    """Ends the process where the GPU does not come back: no exception would get through."""
+    if device == "cuda":
+        faulthandler.dump_traceback_later(seconds, exit=True)
+    try:
+        yield
+    finally:
+        if device == "cuda":
+            faulthandler.cancel_dump_traceback_later()
+
+
+def _cases(words: Sequence[str]) -> list[Case]:
+    """The cases of the speed table in order, or those whose names hold a word, out of all."""
+    real = real_cases(os.environ.get("PACKED_ATTN_DATA"))
+    if not words:
+        return speed_cases(real)
+    return chosen_cases([*benchmark_cases(), *real], words)
+
+
+def _checked(case: Case, inputs: Inputs, peer: Peer, want: Wanted) -> Peer:
     """The peer, or its reasons: what it raised or how far it is off."""
     if peer.function is None:
         return peer
     try:
         got = _both(peer.function, inputs)
-    except (RuntimeError, NotImplementedError, ValueError, TypeError, AttributeError) as error:
-        return Peer(None, (f"raised {type(error).__name__}: {error}".split("\n")[0],), peer.exact)
-    if not peer.exact:
-        return peer
-    seen = case.layout(inputs.q.device).visibility(
-        case.causal, case.window_size, chunk_size=case.chunk_size
-    )
-    wrong = faults(case, inputs, got, seen)
+        wrong = faults(case, got, want) if peer.exact else []
+    except Exception as error:  # a compiler, a library or a kernel raises anything
+        return Peer(None, (_raised(error),), peer.exact)
     return Peer(None, tuple(f"{WRONG}: {fault}" for fault in wrong)) if wrong else peer
 
 
-WRONG = "wrong, so not timed"
+def _is_wrong(row: Row) -> bool:
+    return any(reason.startswith((WRONG, ENDED)) for reason in row.refused)
 
 
-def _wrong(row: Row) -> bool:
-    return any(reason.startswith(WRONG) for reason in row.refused)
+def _is_dead(device: str) -> bool:
+    """Whether a kernel has faulted: nothing more runs in this process."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"the GPU is lost to this process, {_raised(error)}", file=sys.stderr)
+        return True
+    return False
 
 
 def _both(function: Callable[..., Tensor], inputs: Inputs) -> tuple[Tensor, ...]:
-    leaves = _leaves(inputs)
+    leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
     out = function(*leaves)
     return out.detach(), *torch.autograd.grad(out, leaves, inputs.grad_out)
 
 
-def _leaves(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
-    q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
-    return q, k, v
-
-
-def _forwards(
-    able: Mapping[str, Callable[..., Tensor]], rotating: Sequence[Inputs]
-) -> dict[str, Callable[[int], object]]:
-    def call(function: Callable[..., Tensor]) -> Callable[[int], object]:
-        def run(round_: int) -> object:
-            inputs = rotating[round_ % len(rotating)]
-            return function(inputs.q, inputs.k, inputs.v)
-
-        return run
-
-    return {name: call(function) for name, function in able.items()}
-
-
-def _backwards(
-    able: Mapping[str, Callable[..., Tensor]], rotating: Sequence[Inputs]
-) -> dict[str, Callable[[int], object]]:
-    """The forward of each rotation is kept, so that a call runs the backward alone."""
-
-    def call(function: Callable[..., Tensor]) -> Callable[[int], object]:
-        leaves = [_leaves(inputs) for inputs in rotating]
-        outs = [function(*leaf) for leaf in leaves]
-
-        def run(round_: int) -> object:
-            n = round_ % len(rotating)
-            return torch.autograd.grad(outs[n], leaves[n], rotating[n].grad_out, retain_graph=True)
-
-        return run
-
-    return {name: call(function) for name, function in able.items()}
-
-
-def _useful_flops(case: Case) -> float:
-    value_dim = case.value_head_dim or case.head_dim
-    return 2.0 * visible_pairs(case) * case.num_heads * (case.head_dim + value_dim)
-
-
-def _timing(milliseconds: list[float], flops: float) -> Timing:
-    low, median, high = statistics.quantiles(milliseconds, n=4)
-    return Timing(round(median, 4), (round(low, 4), round(high, 4)), round(flops / median / 1e9, 1))
-
-
-def _markdown(row: Row, rows: Sequence[Row]) -> str:
-    if row.forward is None or row.backward is None:
-        return f"| {row.case} | {row.candidate} | {'; '.join(row.refused)} | | | | | |"
-    ours = next((other for other in rows if other.candidate == OURS), None)
-    cells = []
-    for direction in ("forward", "backward"):
-        timing, base = getattr(row, direction), ours and getattr(ours, direction)
-        ratio = f"{timing.median / base.median:.2f}x" if base else ""
-        cells += [f"{timing.median:.3f}", f"{timing.tflops:.0f}", ratio]
-    mark = "" if row.exact else " (not exact)"
-    return f"| {row.case} | {row.candidate}{mark} | {' | '.join(cells)} |"
-
-
-def _write(
-    path: Path, cases: Sequence[Case], rows: Sequence[Row], left_out: list[str], is_toy: bool
-) -> None:
-    report = {
-        "machine": machine_facts(*PACKAGES) | gpu_facts(),
-        "toy": is_toy,
-        "rounds_rotate_over": ROTATIONS,
-        "cases": [_described(case) for case in cases],
-        "rows": [asdict(row) for row in rows],
-        "left_out": left_out,
-    }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def _described(case: Case) -> dict[str, Any]:
-    """The case and what the model predicted for it, milliseconds from fastest to slowest."""
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else ""
-    device = DEVICES["H200" if "H200" in gpu else "H100"]
-    design = next(d for d in DESIGNS if d.name == "listed, heavy first")
-    predicted = {
-        direction: [round(1e3 * s, 4) for s in predict(case, design, device, backward).seconds]
-        for direction, backward in (("forward", False), ("backward", True))
-    }
-    shape = (case.num_heads, case.num_kv_heads, case.head_dim, case.value_head_dim or case.head_dim)
-    return {
-        "name": case.name,
-        "tokens": sum(case.lengths),
-        "documents": len(case.lengths),
-        "heads, kv heads, head_dim, value_head_dim": shape,
-        "mask and modifiers": case.kwargs() | {"sinks": case.sinks},
-        "visible_pairs": visible_pairs(case),
-        f"predicted for {device.name}, ms": predicted,
-    }
+def _raised(error: Exception) -> str:
+    return f"{RAISED} {type(error).__name__}: {error}".split("\n")[0]
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="*", default=[], help="words of which a name holds one")
-    parser.add_argument("--seconds", type=float, default=480.0, help="no case begins after these")
-    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--seconds", type=float, default=150.0, help="no case begins after these")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="at most")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the figures go")
+    parser.add_argument("--resume", action="store_true", help="go on where --json ends")
     parser.add_argument("--toy", action="store_true", help="run on the CPU at toy sizes")
     return parser
 

@@ -6,6 +6,8 @@ of rows, needs seconds. The last one is taken: an index that overflows shows the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,22 @@ ROWS = 1024
 NAMES = ("out", "dq", "dk", "dv")
 
 
-def faults(case: Case, inputs: Inputs, got: tuple[Tensor, ...], seen: Visibility) -> list[str]:
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """`last_head` in float64, and as plain torch computes it at the case's precision."""
+
+    exact: dict[str, Tensor]
+    plain: dict[str, Tensor]
+
+
+def wanted(case: Case, inputs: Inputs, seen: Visibility) -> Wanted:
+    """What every candidate for a case is held against; `seen` is the mask of the case."""
+    return Wanted(
+        last_head(case, inputs, seen, torch.float64), last_head(case, inputs, seen, case.dtype)
+    )
+
+
+def faults(case: Case, got: tuple[Tensor, ...], wanted: Wanted) -> list[str]:
     """Why a result is wrong, in sentences; empty where it is right.
 
     Twice (gradients three times) the error of plain torch at the case's precision is allowed, plus
@@ -24,11 +41,9 @@ def faults(case: Case, inputs: Inputs, got: tuple[Tensor, ...], seen: Visibility
 
     Args:
         got: out and the gradients of q, k and v for `inputs.grad_out`.
-        seen: the mask of the case.
     """
     group = case.num_heads // case.num_kv_heads
-    exact = last_head(case, inputs, seen, torch.float64)
-    plain = last_head(case, inputs, seen, case.dtype)
+    exact, plain = wanted.exact, wanted.plain
     eps, wrong = torch.finfo(case.dtype).eps, []
     for name, whole in zip(NAMES, got):
         want = exact[name]

@@ -1,9 +1,10 @@
 """Who takes part in the attention benchmark: every backend, and torch's kernels used by hand.
 
 A candidate is a function of q, k and v that gives out, or reasons why it takes no part. Ours and
-flash-attn's come through `packed_attn.attention`; beside them stand sdpa document by document,
-sdpa on the padded batch, flash-attn 2 inside aten, and one dense causal kernel over the whole pack,
-which lets documents see each other and is timed for scale only.
+flash-attn's come through `packed_attn.attention`, ours also with each of its two backwards: the
+deterministic one is the split one. Beside them stand sdpa document by document, sdpa on the padded
+batch, flash-attn 2 and cuDNN's ragged attention inside aten, and one dense causal kernel over the
+whole pack, which lets documents see each other and is timed for scale only.
 """
 
 from __future__ import annotations
@@ -15,17 +16,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from packed_attn_kernels import interval_attention, plan_tiles, tile_problem
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from packed_attn import DocumentLayout, attention, backends
 from packed_attn.request import checked_request
+from packed_attn.visibility import Visibility
 from tests.cases import Case, Inputs
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 OURS = "triton"
+DETERMINISTIC, FUSED = "triton, deterministic", "triton, fused backward"
+# Candidates that compile for a new shape, in groups that share kernels.
+COMPILED = ((OURS, DETERMINISTIC, FUSED), ("flex",), ("flash4",))
 # The padded batch of a skewed mix can be hundreds of times its tokens.
 LARGEST_PADDED = 8
+# A launch or more for each document: past this it measures the host.
+MOST_DOCUMENTS = 256
+# cuDNN builds a plan for each length, forward and backward, in a good part of a second.
+MOST_LENGTHS = 8
 
 
 @dataclass(frozen=True)
@@ -41,14 +51,32 @@ def peers(case: Case, inputs: Inputs, device: str) -> dict[str, Peer]:
     """All candidates for one case, by name."""
     layout = case.layout(device)
     found = {name: _backend(name, case, inputs, layout) for name in _backend_names(device)}
+    ours = {
+        OURS: found.pop(OURS),
+        DETERMINISTIC: _backend(OURS, case, inputs, layout, deterministic=True),
+    }
+    ours[FUSED] = _fused(case, inputs, layout, ours[OURS].reasons)
     found["aten flash-attn 2"] = _aten(case, layout, device)
+    found["aten cudnn ragged"] = _ragged_cudnn(case, layout, device)
     found["sdpa per document"] = _per_document(case, layout, None)
     if device == "cuda":
         cudnn = _per_document(case, layout, SDPBackend.CUDNN_ATTENTION)
         found["cudnn per document"] = cudnn
     found["sdpa padded"] = _padded(case, layout)
     found["dense, contaminated"] = _contaminated(case)
-    return found
+    return ours | found
+
+
+def compile_each_shape() -> None:
+    """Lets torch.compile make a kernel for each shape, as a user with one shape would have it.
+
+    By default it makes one with symbolic sizes from the second shape on, and after eight runs
+    without compiling: FlexAttention would then hold all scores in memory.
+    """
+    config = torch._dynamo.config
+    config.automatic_dynamic_shapes = False
+    config.recompile_limit = config.accumulated_recompile_limit = 1000
+    config.fail_on_recompile_limit_hit = True
 
 
 def _backend_names(device: str) -> list[str]:
@@ -56,15 +84,17 @@ def _backend_names(device: str) -> list[str]:
     return [name for name in backends.BACKENDS if name != "reference" or device == "cpu"]
 
 
-def _backend(name: str, case: Case, inputs: Inputs, layout: DocumentLayout) -> Peer:
+def _backend(
+    name: str, case: Case, inputs: Inputs, layout: DocumentLayout, *, deterministic: bool = False
+) -> Peer:
     options = {**case.kwargs(), **inputs.kwargs(), "sinks": inputs.sinks}
+    options["deterministic"] = deterministic
     request = checked_request(
         inputs.q,
         inputs.k,
         inputs.v,
         layout,
         key_layout=None,
-        deterministic=False,
         return_lse=False,
         confine_nonfinite=False,
         **options,
@@ -77,6 +107,45 @@ def _backend(name: str, case: Case, inputs: Inputs, layout: DocumentLayout) -> P
         return attention(q, k, v, layout, backend=name, **options)
 
     return Peer(run)
+
+
+def _fused(case: Case, inputs: Inputs, layout: DocumentLayout, reasons: tuple[str, ...]) -> Peer:
+    """Our kernels with the fused backward, whichever one `attention` takes."""
+    if reasons:
+        return Peer(None, reasons)
+    seen = case_mask(case, layout)
+    vectors = (seen.key_start, seen.key_stop, seen.query_start, seen.query_stop)
+    problem = tile_problem(inputs.q, inputs.k, inputs.v, halves=seen.halves, backward="fused")
+    tiles = plan_tiles(*vectors, problem)
+    slopes = inputs.alibi_slopes
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return interval_attention(
+            q,
+            k,
+            v,
+            *vectors,
+            softmax_scale=case.softmax_scale or case.head_dim**-0.5,
+            softcap=case.softcap,
+            sinks=inputs.sinks,
+            alibi_slopes=slopes,
+            positions=(seen.query_position, seen.key_position),
+            halves=seen.halves,
+            backward="fused",
+            tiles=tiles,
+        )[0]
+
+    return Peer(run)
+
+
+def case_mask(case: Case, layout: DocumentLayout) -> Visibility:
+    """The mask of a case as intervals."""
+    return layout.visibility(
+        case.causal,
+        case.window_size,
+        chunk_size=case.chunk_size,
+        prefix_lengths=case.prefix_lengths,
+    )
 
 
 def _aten(case: Case, layout: DocumentLayout, device: str) -> Peer:
@@ -104,8 +173,36 @@ def _aten(case: Case, layout: DocumentLayout, device: str) -> Peer:
     return Peer(run)
 
 
+def _ragged_cudnn(case: Case, layout: DocumentLayout, device: str) -> Peer:
+    """What torch's nested tensors call where cuDNN is chosen, without the nested tensors."""
+    reasons = _beyond_documents(case, windows=True)
+    if device != "cuda":
+        reasons.append("runs on CUDA only")
+    if case.head_dim > 128 or case.value_head_dim not in (None, case.head_dim):
+        reasons.append("torch takes it up to head_dim 128, one size for q, k and v")
+    if case.dtype == torch.float32:
+        reasons.append("takes half precision only")
+    if min(case.lengths, default=0) == 0:
+        reasons.append("takes no empty documents")
+    if reasons:
+        return Peer(None, tuple(reasons))
+    cu, longest = layout.cu_seqlens, layout.max_seqlen
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.ops.aten._cudnn_attention_forward(
+            q, k, v, None, cu, cu, longest, longest, True, 0.0, case.causal, False,
+            scale=case.softmax_scale,
+        )[0]  # fmt: skip
+
+    return Peer(run)
+
+
 def _per_document(case: Case, layout: DocumentLayout, kernel: SDPBackend | None) -> Peer:
     reasons = _beyond_documents(case, windows=True)
+    if layout.num_documents > MOST_DOCUMENTS:
+        reasons.append(f"launches for each of {layout.num_documents} documents")
+    if kernel == SDPBackend.CUDNN_ATTENTION and len(set(layout.lengths)) > MOST_LENGTHS:
+        reasons.append(f"builds a plan for each of {len(set(layout.lengths))} lengths")
     if reasons:
         return Peer(None, tuple(reasons))
     lengths = list(layout.lengths)

@@ -38,6 +38,24 @@ def benchmark_cases() -> tuple[Case, ...]:
     return (*REAL, *relatives)
 
 
+def speed_cases(real: Sequence[Case] = ()) -> list[Case]:
+    """The cases of the speed table, the most important first: a run on a GPU may end early.
+
+    The regimes of packing, `real` ones, then Llama's layouts with other head sizes, masks and
+    groups.
+    """
+    mixed, one = "llama3_8b/log_normal/", "llama3_8b/one_32k/"
+    by_name = {case.name: case for case in benchmark_cases()}
+    first = (
+        *(f"{at}head_dim_{dim}" for dim in (64, 256) for at in (mixed, one)),
+        f"{one}window_4096",
+        f"{mixed}bidirectional",
+        *(f"{mixed}heads_{heads}" for heads in ("64:8", "16:16")),
+        f"{one}bidirectional",
+    )
+    return [*(by_name[name] for name in REGIMES), *real, *(by_name[name] for name in first)]
+
+
 def real_cases(folder: str | None) -> tuple[Case, ...]:
     """Llama's shape on the first 32k tokens of real data sets; empty without their folder.
 

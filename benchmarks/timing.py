@@ -45,27 +45,42 @@ def median_ratio(slower: list[float], faster: list[float]) -> float:
 def paired_milliseconds(
     candidates: Mapping[str, Callable[[int], object]],
     device: str,
-    runs: int = 15,
+    runs: int | Mapping[str, int] = 15,
     warmup: int = 2,
 ) -> dict[str, list[float]]:
     """Milliseconds of each candidate in each of `runs` rounds, on the device's own clock.
 
     Candidates take the number of the round, by which they rotate their inputs. On CUDA two events
     stand around each call and the host waits once a round; elsewhere it is wall time.
+
+    Args:
+        runs: rounds of all candidates, or of each by name: one with fewer leaves the later rounds.
     """
-    names = list(candidates)
-    milliseconds: dict[str, list[float]] = {name: [] for name in names}
-    for round_ in range(-warmup, runs):
+    rounds = dict.fromkeys(candidates, runs) if isinstance(runs, int) else runs
+    milliseconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for round_ in range(-warmup, max(rounds.values(), default=0)):
+        names = [name for name in candidates if round_ < rounds[name]]
         turn = round_ % max(1, len(names))
         clocks = {}
         for name in names[turn:] + names[:turn]:
             clocks[name] = clock = _Clock(device)
             candidates[name](round_)
             clock.stop()
-        if round_ >= 0:
-            for name in names:
-                milliseconds[name].append(clocks[name].milliseconds())
+        for name in names if round_ >= 0 else ():
+            milliseconds[name].append(clocks[name].milliseconds())
     return milliseconds
+
+
+def host_microseconds(call: Callable[[], object], device: str, calls: int = 20) -> float:
+    """Median microseconds until a call returns to Python; each starts with an idle device."""
+    microseconds = []
+    for _ in range(calls):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter()
+        call()
+        microseconds.append(1e6 * (time.perf_counter() - begin))
+    return statistics.median(microseconds)
 
 
 class _Clock:

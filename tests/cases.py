@@ -124,16 +124,18 @@ class Case:
         seed: int = 0,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
+        drawn_on: torch.device | str = "cpu",
     ) -> Inputs:
-        """Random tensors, drawn on the CPU so that every device gets the same values."""
+        """Random tensors, drawn on the CPU so that every device gets the same values; a benchmark
+        draws its hundreds of millions on the GPU."""
         dtype = self.dtype if dtype is None else dtype
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(drawn_on).manual_seed(seed)
         total_queries = sum(self.lengths)
 
         def draw(*shape: int) -> Tensor:
-            x = torch.randn(shape, generator=generator)
+            x = torch.randn(shape, generator=generator, device=drawn_on)
             if self.heavy_tailed:
-                x = x * torch.randn(shape, generator=generator).exp()
+                x = x * torch.randn(shape, generator=generator, device=drawn_on).exp()
             # Rounded to the case's dtype first: an oracle in float64 reads the same numbers.
             return x.to(self.dtype).to(device=device, dtype=dtype)
 
@@ -150,7 +152,7 @@ class Case:
             v,
             grad_out if self.strided else grad_out.contiguous(),
             grad_lse if self.lse_gradient else None,
-            per_head(torch.randn(self.num_heads, generator=generator), self.sinks),
+            per_head(torch.randn(self.num_heads, generator=generator, device=drawn_on), self.sinks),
             per_head(slopes, self.alibi),
             *self._draw_sets(generator, k.shape[0], device),
         )
@@ -161,11 +163,12 @@ class Case:
         """bias and key_indices."""
         bias = indices = None
         if self.bias_reach is not None:
-            bias = torch.randn(self.num_heads, 2 * self.bias_reach + 1, generator=generator)
-            bias = bias.to(device)
+            shape = self.num_heads, 2 * self.bias_reach + 1
+            bias = torch.randn(shape, generator=generator, device=generator.device).to(device)
         if self.num_selected is not None:
             shape = sum(self.lengths), self.num_selected
-            indices = torch.randint(-1, keys + 1, shape, generator=generator).to(device)
+            drawn = torch.randint(-1, keys + 1, shape, generator=generator, device=generator.device)
+            indices = drawn.to(device)
         return bias, indices
 
     def _draw_qkv(self, draw: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ Three assertions, each for a named backend, a case and a device:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from packed_attn import DocumentLayout, attention, backends
+from packed_attn import DocumentLayout, attention, backends, dropout
 from packed_attn.request import AttentionRequest, checked_request
 from tests.cases import Case, Inputs
 
@@ -117,7 +117,7 @@ def assert_confined(backend: str, case: Case, device: str) -> None:
         clean_tokens = documents.tokens(documents.unrelated(poisoned))
         _assert_same_bits(got, clean, clean_tokens)
         for spot in spots:
-            _assert_shows(got, documents.visible, *spot)
+            _assert_shows(got, documents, *spot)
 
 
 def assert_refused(backend: str, case: Case, device: str, **flags: bool) -> None:
@@ -281,17 +281,20 @@ def _assert_same_bits(got: Results, clean: Results, tokens: tuple[Tensor, Tensor
         assert same, f"the gradient of {name} in another document changed"
 
 
-def _assert_shows(got: Results, visible: Tensor, kind: str, token: int) -> None:
-    """A poisoned value or gradient is not swallowed: what it is summed into is not finite."""
+def _assert_shows(got: Results, documents: _Documents, kind: str, token: int) -> None:
+    """A poisoned value or gradient is not swallowed: what it is summed into is not finite. Weights
+    that dropout takes out need not carry it."""
     if kind == "v":
-        hit = got.out[visible[:, token]]
+        hit, weights = got.out, documents.kept(keys=[token])[..., 0]
     elif kind == "grad_out":
-        hit = got.grads["v"][visible[token]]
+        hit, weights = got.grads["v"], documents.kept(queries=[token])[:, 0]
     else:
         # An infinite score is a weight of 0 or 1, finite and right; and torch's fused CPU
         # attention, alone on one document too, turns a row of NaN scores into zeros.
         return
-    assert not hit.isfinite().all(dim=-1).any(), f"a poisoned {kind} does not show"
+    # Query heads on the way to the heads of `hit`.
+    weights = weights.unflatten(0, (hit.shape[1], -1)).any(1).t()
+    assert not hit.isfinite().all(dim=-1)[weights].any(), f"a poisoned {kind} does not show"
 
 
 class _Documents:
@@ -313,6 +316,22 @@ class _Documents:
             keys = torch.arange(seen.shape[1])
             seen = seen & (request.key_indices[..., None] == keys).any(1)
         return seen.to(self.device)
+
+    def kept(
+        self,
+        queries: Sequence[int] | slice = slice(None),
+        keys: Sequence[int] | slice = slice(None),
+    ) -> Tensor:
+        """bool `[num_heads, queries, keys]`: weights that are seen and not dropped."""
+        seen = self.visible[queries][:, keys]
+        seed = self.case.dropout_seed(self.device)
+        if seed is None:
+            return seen.expand(self.case.num_heads, *seen.shape)
+        i, j, h = (
+            torch.arange(n, device=self.device) for n in (*self.visible.shape, self.case.num_heads)
+        )
+        i, j = i[queries][:, None], j[keys][None, :]
+        return seen & dropout.keep(seed, i, j, h[:, None, None], self.case.dropout_p)
 
     def unrelated(self, documents: list[int]) -> list[int]:
         """Documents that neither continue one of `documents` nor are continued by one."""

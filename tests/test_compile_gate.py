@@ -20,9 +20,12 @@ from packed_attn_kernels import bookkeeping
 from packed_attn_kernels.compile_gate import (
     SHARED_MEMORY_LIMIT,
     Resources,
+    compile_backward_repair,
     compile_function,
+    compile_hopper_backward,
     compile_hopper_forward,
     compile_kernel,
+    unordered_products,
 )
 from packed_attn_kernels.configurations import (
     BY_KEYS,
@@ -122,6 +125,34 @@ def test_machine_code_of_hopper_forward(head_dim: int, confined: bool) -> None:
     assert found.register_changes > 0, "roles have register counts of their own"
 
 
+# What triton 3.6 spills, outside the loops, at 64.
+@pytest.mark.parametrize(("head_dim", "spills"), [(128, 0), (64, 16)])
+def test_machine_code_of_hopper_backward(head_dim: int, spills: int) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
+    problem = Problem(
+        head_dim, head_dim, 4, 2, "either", has_softcap=False, has_sinks=False, fused=True
+    )
+    found = compile_hopper_backward(problem, "bf16")
+    assert found.spills <= spills, found
+    assert found.shared_memory <= SHARED_MEMORY_LIMIT
+    assert found.wgmma > 0
+    assert found.tensor_copies > 0, "blocks are copied by TMA"
+    assert found.register_changes > 0, "roles have register counts of their own"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernel", ["dkdv", "dq"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_machine_code_of_backward_repair(kernel: KernelName, head_dim: int) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
+    problem = Problem(head_dim, head_dim, 4, 2, "either", has_softcap=False, has_sinks=False)
+    found = compile_backward_repair(kernel, problem, "bf16")
+    assert found.shared_memory <= SHARED_MEMORY_LIMIT
+    assert found.wgmma > 0
+
+
 def test_gate_shuts() -> None:
     """Each fault is found: a gate that cannot fail guards nothing."""
     assert not CLEAN.faults(needs_wgmma=True)
@@ -129,6 +160,28 @@ def test_gate_shuts() -> None:
     assert "local" in replace(CLEAN, spills=2).faults(needs_wgmma=True)[0]
     assert "shared memory" in replace(CLEAN, shared_memory=240_000).faults(needs_wgmma=True)[0]
     assert "HGMMA" in replace(CLEAN, wgmma=0).faults(needs_wgmma=True)[0]
+    assert "before they are stored" in replace(CLEAN, races=1).faults(needs_wgmma=True)[0]
+
+
+STORE, FENCE, BARRIER = "st.shared.v4.b32 [%r1], {}", "fence.proxy.async.shared::cta", "bar.sync 0"
+PRODUCT = "wgmma.mma_async.sync.aligned.m64n64k16\nwgmma.commit_group"
+
+
+@pytest.mark.parametrize(
+    ("races", "lines"),
+    [
+        (0, (STORE, FENCE, BARRIER, PRODUCT)),
+        (0, (STORE, BARRIER, FENCE, BARRIER, PRODUCT)),
+        (1, (STORE, BARRIER, FENCE, PRODUCT)),
+        (1, (STORE, BARRIER, PRODUCT)),
+        (0, (BARRIER, FENCE, PRODUCT)),
+        (0, ("st.shared.b8 [%r1], %rs1", BARRIER, FENCE, PRODUCT)),
+        (1, (STORE, FENCE, BARRIER, PRODUCT, STORE, FENCE, PRODUCT)),
+        (0, (STORE, "$L__BB0_1:", BARRIER, FENCE, PRODUCT)),
+    ],
+)
+def test_stores_are_ordered_before_products(races: int, lines: tuple[str, ...]) -> None:
+    assert unordered_products("\n".join(lines)) == races
 
 
 @pytest.mark.parametrize(

@@ -84,7 +84,7 @@ def test_refuses_the_cpu_without_the_interpreter() -> None:
 
 
 def test_missing_triton_is_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton, "HAS_TRITON", False)
     assert triton.reasons_against(request_with()) == ["triton is not installed"]
 
 

@@ -9,9 +9,11 @@
     forward.py           the forward kernel
     hopper_forward.py    the forward kernel for Hopper, in Gluon
     hopper_walk.py       what its consumers do with a block
-    hopper_launch.py     what that kernel can run, and its launch
+    hopper_launch.py     what the kernels for Hopper can run, and the launch of that one
     backward.py          delta, dk and dv
     backward_queries.py  dq
+    hopper_backward.py   dk, dv and sums of dq for Hopper, in Gluon; hopper_backward_launch.py
+    backward_repair.py   dq from those sums; all again where a result is not finite
     configurations.py    tile sizes, one table
     launch.py            grids, strides, workspaces
     ops.py               the operators and `interval_attention`

@@ -118,6 +118,71 @@ def dq_kernel(
     if first == stop:
         return
     h = tl.program_id(1).to(tl.int64)
+    dq_tile(
+        first, stop, h, q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, dq_ptr, alibi_ptr,
+        seed_ptr, key_start_ptr, key_stop_ptr, query_start_ptr, query_stop_ptr, query_position_ptr,
+        key_position_ptr, softmax_scale, softcap, dropout_threshold, dropout_scale, total_queries,
+        total_keys, padded_queries, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t,
+        v_stride_h, dout_stride_t, dout_stride_h, dq_stride_t, dq_stride_h, GROUP, HEAD_DIM,
+        VALUE_DIM, BLOCK_D, BLOCK_DV, BLOCK_M, BLOCK_N, SPAN, LOOP_STAGES, KEY_HALF, QUERY_HALF,
+        HAS_SOFTCAP, HAS_ALIBI, HAS_DROPOUT, ACCURATE,
+    )  # fmt: skip
+
+
+@triton.jit
+def dq_tile(
+    first,
+    stop,
+    h,
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    dout_ptr,
+    row_lse_ptr,
+    delta_ptr,
+    dq_ptr,
+    alibi_ptr,
+    seed_ptr,
+    key_start_ptr,
+    key_stop_ptr,
+    query_start_ptr,
+    query_stop_ptr,
+    query_position_ptr,
+    key_position_ptr,
+    softmax_scale,
+    softcap,
+    dropout_threshold,
+    dropout_scale,
+    total_queries,
+    total_keys,
+    padded_queries,
+    q_stride_t,
+    q_stride_h,
+    k_stride_t,
+    k_stride_h,
+    v_stride_t,
+    v_stride_h,
+    dout_stride_t,
+    dout_stride_h,
+    dq_stride_t,
+    dq_stride_h,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SPAN: tl.constexpr,
+    LOOP_STAGES: tl.constexpr,
+    KEY_HALF: tl.constexpr,
+    QUERY_HALF: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_ALIBI: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    ACCURATE: tl.constexpr,
+):
+    """The queries [first, stop) of head h."""
     i = first + tl.arange(0, BLOCK_M)
     row_ok = i < stop
     c, cv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)

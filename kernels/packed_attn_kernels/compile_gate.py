@@ -17,14 +17,24 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from packed_attn_kernels.backward_repair import repair_dkdv_kernel, repair_dq_kernel
 from packed_attn_kernels.configurations import (
     HOPPER,
+    HOPPER_BACKWARD_TABLE,
     Configuration,
+    HopperBackwardConfiguration,
     HopperConfiguration,
     KernelName,
     Problem,
     constants,
     options,
+)
+from packed_attn_kernels.hopper_backward_launch import (
+    SHARE,
+    backward_repair_constants,
+    hopper_backward_constants,
+    line_layout,
+    share_layout,
 )
 from packed_attn_kernels.hopper_launch import (
     HOPPER_OPTIONS,
@@ -59,6 +69,7 @@ class Resources:
     wgmma: int  # HGMMA instructions
     tensor_copies: int = 0  # UTMALDG instructions
     register_changes: int = 0  # USETMAXREG instructions
+    races: int = 0  # see `unordered_products`
 
     def faults(self, needs_wgmma: bool) -> list[str]:
         """Why the gate must stay shut, in sentences."""
@@ -71,6 +82,8 @@ class Resources:
             )
         if needs_wgmma and not self.wgmma:
             faults.append("no HGMMA instruction")
+        if self.races:
+            faults.append(f"{self.races} products may read operands before they are stored")
         return faults
 
 
@@ -109,6 +122,36 @@ def compile_hopper_forward(
     return compile_function(
         hopper_forward_kernel, signature, values, HOPPER_OPTIONS, source=GluonASTSource
     )
+
+
+def compile_hopper_backward(
+    problem: Problem, element: str, chosen: HopperBackwardConfiguration | None = None
+) -> Resources:
+    """The resources of the Hopper backward; its module is imported here, as by its launch."""
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from packed_attn_kernels.hopper_backward import hopper_backward_kernel
+
+    chosen = chosen or HOPPER_BACKWARD_TABLE[problem.head_dim]
+    signature = {name: _argument_type(name, element) for name in hopper_backward_kernel.arg_names}
+    for name, rows in (("q", chosen.BLOCK_M), ("k", ROWS), ("v", ROWS), ("dout", chosen.BLOCK_M)):
+        block = [rows, problem.head_dim]
+        signature[f"{name}_desc"] = f"tensordesc<{element}{block},{block_layout(block)!r}>"
+    for name in ("row_lse", "delta"):
+        signature[f"{name}_desc"] = f"tensordesc<fp32{[chosen.BLOCK_M]},{line_layout()!r}>"
+    signature["sums_desc"] = f"tensordesc<fp32{SHARE},{share_layout()!r}>"
+    values = hopper_backward_constants(problem, chosen)
+    return compile_function(
+        hopper_backward_kernel, signature, values, HOPPER_OPTIONS, source=GluonASTSource
+    )
+
+
+def compile_backward_repair(kernel: KernelName, problem: Problem, element: str) -> Resources:
+    """The resources of the kernel that does "dkdv" or "dq" again after the Hopper backward."""
+    function = {"dkdv": repair_dkdv_kernel, "dq": repair_dq_kernel}[kernel]
+    signature = {name: _argument_type(name, element) for name in function.arg_names}
+    values = backward_repair_constants(kernel, problem)
+    return compile_function(function, signature, values, options(kernel, problem))
 
 
 def compile_function(
@@ -165,7 +208,9 @@ def _argument_type(name: str, element: str) -> str:
         return "*fp32"
     if name == "seed_ptr":
         return "*i64"
-    if name.removesuffix("_ptr").endswith(("_start", "_stop", "_position", "tiles", "flags")):
+    if name.removesuffix("_ptr").endswith(
+        ("_start", "_stop", "_position", "tiles", "flags", "flag")
+    ):
         return "*i32"
     return f"*{element}"
 
@@ -188,7 +233,35 @@ def _resources(compiled: Any) -> Resources:
         wgmma=len(re.findall(r"\bHGMMA\b", code)),
         tensor_copies=len(re.findall(r"\bUTMALDG\b", code)),
         register_changes=len(re.findall(r"\bUSETMAXREG\b", code)),
+        races=unordered_products(compiled.asm["ptx"]),
     )
+
+
+def unordered_products(ptx: str) -> int:
+    """How many wgmma may read an operand in shared memory before another thread's store of it.
+
+    Each storing thread must pass a fence between the proxies and then the barrier. Triton 3.6 puts
+    the fence before the product, behind a barrier that some other exchange through shared memory
+    has brought: then the stores of slower warps are not ordered, and bits change now and then.
+    Tiles are stored as vectors; what is narrower belongs to a reduction. Stores of an earlier block
+    of the program are long over.
+    """
+    races, stored, fenced, synced, in_group = 0, False, False, True, False
+    for line in ptx.splitlines():
+        if re.search(r"\bst\.shared\.v\d\.b(32|64)\b|\bstmatrix\b", line):
+            stored, fenced, synced = True, False, False
+        elif line.startswith("$L__"):
+            stored = False
+        elif "fence.proxy.async" in line:
+            fenced, synced = stored, not stored
+        elif re.search(r"\bbar\.sync\b|\bbarrier\.(cta\.)?sync\b", line):
+            synced = synced or fenced
+        elif "wgmma.mma_async" in line and not in_group:
+            races += stored and not (fenced and synced)
+            stored, in_group = False, True
+        elif "wgmma.commit_group" in line:
+            in_group = False
+    return races
 
 
 def _output(*command: Any) -> str:

@@ -7,7 +7,6 @@ compiles nothing. The compile gate holds the rows of half precision to no spills
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache, cached_property
 from typing import Any, Literal
 
 KernelName = Literal["forward", "delta", "dkdv", "dk", "dv", "dq", "fused", "dq_cast"]
@@ -51,6 +50,16 @@ class HopperConfiguration:
 
 
 @dataclass(frozen=True)
+class HopperBackwardConfiguration:
+    """Queries of a block, slots of its ring; registers of a thread as in `HopperConfiguration`."""
+
+    BLOCK_M: int
+    stages: int
+    producer_registers: int = 24
+    consumer_registers: int = 240
+
+
+@dataclass(frozen=True)
 class Problem:
     """What a kernel is specialised for."""
 
@@ -65,27 +74,27 @@ class Problem:
     has_dropout: bool = False
     fused: bool = False  # one backward kernel with atomic additions, instead of dkdv and dq
 
-    @cached_property
+    @property
     def block_d(self) -> int:
         return padded(self.head_dim)
 
-    @cached_property
+    @property
     def block_dv(self) -> int:
         return padded(self.value_dim)
 
-    @cached_property
+    @property
     def keys_kernels(self) -> tuple[KernelName, ...]:
         """The backward kernels whose tiles are keys; their tiles have the same rows."""
         if self.fused:
             return ("fused",)
         return ("dk", "dv") if (self.width, self.itemsize) == (256, 2) else ("dkdv",)
 
-    @cached_property
+    @property
     def is_lean(self) -> bool:
         """Whether a modifier or the mask asks for smaller tiles."""
         return self.halves == "both" or self.has_alibi or self.has_dropout
 
-    @cached_property
+    @property
     def width(self) -> int:
         """The table's head_dim: 64, 128 or 256."""
         return next(w for w in (64, 128, 256) if max(self.block_d, self.block_dv) <= w)
@@ -99,7 +108,7 @@ Table = dict[tuple[KernelName, int, int], Configuration]
 # thread hold the accumulators, and each wgmma of a loop keeps its operands' addresses in two more.
 TABLE: Table = {
     ("forward", 64, 2): Configuration(128, 64, 8, 3),
-    ("forward", 128, 2): Configuration(128, 64, 8, 2),
+    ("forward", 128, 2): Configuration(128, 64, 8, 3),
     ("forward", 256, 2): Configuration(128, 16, 8, 2),
     ("forward", 64, 4): Configuration(64, 32, 4, 2),
     ("forward", 128, 4): Configuration(64, 32, 8, 1),
@@ -143,7 +152,7 @@ CANDIDATES: dict[tuple[KernelName, int, int], tuple[Configuration, ...]] = {
         Configuration(64, 64, 4, 3),
     ),
     ("forward", 128, 2): (
-        Configuration(128, 64, 8, 3),
+        Configuration(128, 64, 8, 2),
         Configuration(128, 128, 8, 2),
         Configuration(64, 64, 4, 2),
     ),
@@ -197,6 +206,15 @@ HOPPER: dict[int, HopperConfiguration] = {
 # (largest padded head_dim, bytes an element) for which a Hopper GPU takes that forward. Empty,
 # because no GPU has timed it yet.
 HOPPER_FORWARD: frozenset[tuple[int, int]] = frozenset()
+
+# The same of the Hopper backward. A block's dq has two shares of 64 rows and columns.
+HOPPER_BACKWARD_TABLE: dict[int, HopperBackwardConfiguration] = {
+    64: HopperBackwardConfiguration(128, 2),
+    128: HopperBackwardConfiguration(64, 2),
+}
+
+# For which a Hopper GPU takes that backward instead of the portable fused one.
+HOPPER_BACKWARD: frozenset[tuple[int, int]] = frozenset()
 
 
 def configuration(kernel: KernelName, problem: Problem) -> Configuration:
@@ -274,7 +292,6 @@ def options(
     return fusion | {"num_warps": chosen.num_warps, "num_stages": chosen.stages}
 
 
-@cache
 def padded(dim: int) -> int:
     """The power of two, 16 at least, that a tile holds `dim` columns in."""
     return max(16, 1 << (dim - 1).bit_length())

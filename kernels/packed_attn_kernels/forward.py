@@ -268,7 +268,7 @@ def _forward_step(
     v = load_tile(v_ptrs + at * v_stride_t, key_ok, dv_ok, MASKED, VALUE_DIM < BLOCK_DV)
     if CONFINED:
         broken = nonfinite_rows(v)
-        v = tl.where(broken[:, None], 0.0, v)
         p = tl.where(visible, tl.where(broken[None, :], float("nan"), p), 0.0)
+        v = tl.where(broken[:, None], 0.0, v)
     acc = dot(p.to(v.dtype), v, acc * alpha[:, None])
     return acc, m_new, l

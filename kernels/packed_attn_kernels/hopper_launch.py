@@ -1,10 +1,11 @@
-"""Launches the forward of `hopper_forward.py`, and says what it cannot run.
+"""Launches `hopper_forward.py`, and says what it and `hopper_backward.py` cannot run.
 
-The kernel's module is imported by the first launch: other GPUs and the interpreter need no Gluon.
+A kernel's module is imported by its first launch: other GPUs and the interpreter need no Gluon.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -32,16 +33,29 @@ def reasons_against_hopper(inputs: Inputs) -> list[str]:
     if (problem.width, problem.itemsize) not in configurations.HOPPER_FORWARD:
         return ["HOPPER_FORWARD does not name this head_dim and element size"]
     reasons = _reasons_against_problem(problem)
-    if INTERPRETED or not inputs.q.is_cuda or torch.version.hip is not None:
-        reasons.append("it needs an NVIDIA GPU")
-    elif torch.cuda.get_device_capability(inputs.q.device)[0] != 9:
-        reasons.append("it needs compute capability 9.x")
-    if inputs.softmax_scale <= 0.0:
-        reasons.append("it needs a positive softmax_scale")
-    for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v)):
-        if _matrix(x) is None:
-            reasons.append(f"the strides {x.stride()} of {name} show no matrix that can be copied")
-    return reasons
+    if configurations.tile_rows(problem)[0] != 2 * ROWS:
+        reasons.append(f"it needs tiles of {2 * ROWS} rows")
+    return reasons + _reasons_against_tensors(inputs, q=inputs.q, k=inputs.k, v=inputs.v)
+
+
+def reasons_against_hopper_backward(inputs: Inputs, dout: Tensor) -> list[str]:
+    """Why a portable backward must run; empty where the Hopper kernel may."""
+    problem = inputs.problem
+    if (problem.width, problem.itemsize) not in configurations.HOPPER_BACKWARD:
+        return ["HOPPER_BACKWARD does not name this head_dim and element size"]
+    reasons = _reasons_against_problem(problem)
+    if not problem.fused:
+        reasons.append("it adds dq in any order")
+    if problem.has_softcap:
+        reasons.append("it has no softcap")
+    if any(configurations.tile_rows(x)[1] != 2 * ROWS for x in (problem, split_problem(problem))):
+        reasons.append(f"it needs tiles of {2 * ROWS} keys")
+    return reasons + _reasons_against_tensors(inputs, q=inputs.q, k=inputs.k, v=inputs.v, dout=dout)
+
+
+def split_problem(problem: Problem) -> Problem:
+    """The problem of the kernels that repair."""
+    return replace(problem, fused=False)
 
 
 def _reasons_against_problem(problem: Problem) -> list[str]:
@@ -51,11 +65,24 @@ def _reasons_against_problem(problem: Problem) -> list[str]:
     if problem.head_dim != problem.value_dim or problem.head_dim not in configurations.HOPPER:
         reasons.append("it needs head_dim 64 or 128, of v too")
     if problem.halves != "either":
-        reasons.append("it knows the query's half of the rule alone")
+        reasons.append("it knows one half of the rule alone")
     if problem.has_alibi or problem.has_dropout:
         reasons.append("it has neither ALiBi nor dropout")
-    if configurations.tile_rows(problem)[0] != 2 * ROWS:
-        reasons.append(f"it needs tiles of {2 * ROWS} rows")
+    return reasons
+
+
+def _reasons_against_tensors(inputs: Inputs, **tensors: Tensor) -> list[str]:
+    reasons = []
+    device = inputs.q.device
+    if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
+        reasons.append("it needs an NVIDIA GPU")
+    elif torch.cuda.get_device_capability(device)[0] != 9:
+        reasons.append("it needs compute capability 9.x")
+    if inputs.softmax_scale <= 0.0:
+        reasons.append("it needs a positive softmax_scale")
+    for name, x in tensors.items():
+        if _matrix(x) is None:
+            reasons.append(f"the strides {x.stride()} of {name} show no matrix that can be copied")
     return reasons
 
 
@@ -71,7 +98,7 @@ def launch_hopper_forward(inputs: Inputs, arguments: dict[str, Any]) -> None:
 
     views = {}
     for name, rows in (("q", ROWS), ("k", chosen.BLOCK_N), ("v", chosen.BLOCK_N)):
-        views |= _described(name, arguments[f"{name}_ptr"], rows)
+        views |= described(name, arguments[f"{name}_ptr"], rows)
     shared = (
         "out_ptr", "lse_ptr", "sinks_ptr", "tiles_ptr", "key_start_ptr", "key_stop_ptr",
         "softmax_scale", "softcap", "total_queries", "out_stride_t", "out_stride_h",
@@ -117,7 +144,7 @@ def block_layout(block: list[int]) -> Any:
     return gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # pyright: ignore[reportCallIssue]
 
 
-def _described(name: str, x: Tensor, rows: int) -> dict[str, Any]:
+def described(name: str, x: Tensor, rows: int) -> dict[str, Any]:
     """The kernel's arguments for blocks of `rows` rows of a tensor `[tokens, heads, head_dim]`."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 

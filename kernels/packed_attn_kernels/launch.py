@@ -19,7 +19,12 @@ from packed_attn_kernels.backward import delta_kernel, dkdv_kernel
 from packed_attn_kernels.backward_queries import dq_cast_kernel, dq_kernel
 from packed_attn_kernels.configurations import DELTA_BLOCK, KernelName, Problem
 from packed_attn_kernels.forward import forward_kernel
-from packed_attn_kernels.hopper_launch import launch_hopper_forward, reasons_against_hopper
+from packed_attn_kernels.hopper_backward_launch import launch_hopper_backward
+from packed_attn_kernels.hopper_launch import (
+    launch_hopper_forward,
+    reasons_against_hopper,
+    reasons_against_hopper_backward,
+)
 
 # Words of the generator are compared as signed ones.
 SIGNED = 2**31
@@ -121,6 +126,10 @@ def launch_backward(
         "padded_queries": row_lse.shape[1],
         **_strides(dout=dout),
     }
+    if not reasons_against_hopper_backward(inputs, dout):
+        with on_device(inputs.q.device):
+            dq, dk, dv = launch_hopper_backward(inputs, arguments)
+        return dq, dk, dv, dsinks
     sums = None
     if inputs.fused:
         sums = lse.new_zeros(*row_lse.shape, inputs.problem.block_d)

@@ -14,7 +14,7 @@ from packed_attn.request import AttentionRequest
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def _constant(function: _Function) -> _Function:
+def constant(function: _Function) -> _Function:
     """What torch.compiler.assume_constant_result does, without its import of the compiler."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
@@ -60,19 +60,19 @@ def function(module: str, name: str) -> Callable[..., Any]:
 
 
 # A compiler cannot trace an import, a signature or a look at the device; none changes meanwhile.
-@_constant
+@constant
 def _loaded(module: str) -> Any:
     return import_module(module)
 
 
-@_constant
+@constant
 def takes(module: str, name: str, parameter: str) -> bool:
     """Whether a function has a parameter, by which its version is known; no if it is not there."""
     found = getattr(_loaded(module), name, None)
     return found is not None and parameter in inspect.signature(found).parameters
 
 
-@_constant
+@constant
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device, such as (9, 0)."""
     return torch.cuda.get_device_capability(device)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from importlib.util import find_spec
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from packed_attn.backends import machine
 from packed_attn.request import AttentionRequest, beyond_intervals
-from packed_attn.visibility import Visibility
+from packed_attn.visibility import HAS_TRITON, Visibility
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = range(8, 257, 8)
@@ -79,7 +79,7 @@ def _tiles(
 
 
 def _machine_reasons(request: AttentionRequest) -> list[str]:
-    if find_spec("triton") is None:
+    if not HAS_TRITON:
         return ["triton is not installed"]
     if _interpreted():
         return []
@@ -91,6 +91,7 @@ def _machine_reasons(request: AttentionRequest) -> list[str]:
     return []
 
 
+@machine.constant  # a compiler cannot follow it to where it was set
 def _interpreted() -> bool:
     """Whether the kernels are interpreted; once they are imported, the environment is too late."""
     kernels = sys.modules.get("packed_attn_kernels.rules")
