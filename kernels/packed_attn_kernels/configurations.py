@@ -199,13 +199,13 @@ FUSED_IS_FASTER: frozenset[tuple[int, int]] = frozenset()
 
 # Largest padded head_dim: configuration of the Hopper forward, which is for half precision.
 HOPPER: dict[int, HopperConfiguration] = {
-    64: HopperConfiguration(128, 3),
-    128: HopperConfiguration(128, 2),
+    64: HopperConfiguration(128, 3, take_turns=True, persistent=True),
+    128: HopperConfiguration(128, 2, take_turns=True, persistent=True),
 }
 
-# (largest padded head_dim, bytes an element) for which a Hopper GPU takes that forward. Empty,
-# because no GPU has timed it yet.
-HOPPER_FORWARD: frozenset[tuple[int, int]] = frozenset()
+# (largest padded head_dim, bytes an element) for which a Hopper GPU takes that forward: 1.2 to 1.9
+# times as fast as the portable one (benchmarks/notes.md).
+HOPPER_FORWARD: frozenset[tuple[int, int]] = frozenset({(64, 2), (128, 2)})
 
 # The same of the Hopper backward. A block's dq has two shares of 64 rows and columns.
 HOPPER_BACKWARD_TABLE: dict[int, HopperBackwardConfiguration] = {
@@ -214,7 +214,7 @@ HOPPER_BACKWARD_TABLE: dict[int, HopperBackwardConfiguration] = {
 }
 
 # For which a Hopper GPU takes that backward instead of the portable fused one.
-HOPPER_BACKWARD: frozenset[tuple[int, int]] = frozenset()
+HOPPER_BACKWARD: frozenset[tuple[int, int]] = frozenset({(64, 2), (128, 2)})
 
 
 def configuration(kernel: KernelName, problem: Problem) -> Configuration:

@@ -32,10 +32,10 @@ def reasons_against_hopper(inputs: Inputs) -> list[str]:
     problem = inputs.problem
     if (problem.width, problem.itemsize) not in configurations.HOPPER_FORWARD:
         return ["HOPPER_FORWARD does not name this head_dim and element size"]
-    reasons = _reasons_against_problem(problem)
+    reasons = _reasons_against(inputs, q=inputs.q, k=inputs.k, v=inputs.v)
     if configurations.tile_rows(problem)[0] != 2 * ROWS:
         reasons.append(f"it needs tiles of {2 * ROWS} rows")
-    return reasons + _reasons_against_tensors(inputs, q=inputs.q, k=inputs.k, v=inputs.v)
+    return reasons
 
 
 def reasons_against_hopper_backward(inputs: Inputs, dout: Tensor) -> list[str]:
@@ -43,14 +43,14 @@ def reasons_against_hopper_backward(inputs: Inputs, dout: Tensor) -> list[str]:
     problem = inputs.problem
     if (problem.width, problem.itemsize) not in configurations.HOPPER_BACKWARD:
         return ["HOPPER_BACKWARD does not name this head_dim and element size"]
-    reasons = _reasons_against_problem(problem)
+    reasons = _reasons_against(inputs, q=inputs.q, k=inputs.k, v=inputs.v, dout=dout)
     if not problem.fused:
         reasons.append("it adds dq in any order")
     if problem.has_softcap:
         reasons.append("it has no softcap")
     if any(configurations.tile_rows(x)[1] != 2 * ROWS for x in (problem, split_problem(problem))):
         reasons.append(f"it needs tiles of {2 * ROWS} keys")
-    return reasons + _reasons_against_tensors(inputs, q=inputs.q, k=inputs.k, v=inputs.v, dout=dout)
+    return reasons
 
 
 def split_problem(problem: Problem) -> Problem:
@@ -58,7 +58,8 @@ def split_problem(problem: Problem) -> Problem:
     return replace(problem, fused=False)
 
 
-def _reasons_against_problem(problem: Problem) -> list[str]:
+def reasons_against_hopper_kernels(problem: Problem, capability: tuple[int, int]) -> list[str]:
+    """What a problem or a GPU has that neither Hopper kernel takes."""
     reasons = []
     if problem.itemsize != 2:
         reasons.append("it needs half precision")
@@ -68,16 +69,16 @@ def _reasons_against_problem(problem: Problem) -> list[str]:
         reasons.append("it knows one half of the rule alone")
     if problem.has_alibi or problem.has_dropout:
         reasons.append("it has neither ALiBi nor dropout")
+    if INTERPRETED or torch.version.hip is not None or capability[0] != 9:
+        reasons.append("it needs an NVIDIA GPU of compute capability 9.x")
     return reasons
 
 
-def _reasons_against_tensors(inputs: Inputs, **tensors: Tensor) -> list[str]:
-    reasons = []
+def _reasons_against(inputs: Inputs, **tensors: Tensor) -> list[str]:
     device = inputs.q.device
-    if INTERPRETED or device.type != "cuda" or torch.version.hip is not None:
-        reasons.append("it needs an NVIDIA GPU")
-    elif torch.cuda.get_device_capability(device)[0] != 9:
-        reasons.append("it needs compute capability 9.x")
+    on_gpu = device.type == "cuda"
+    capability = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
+    reasons = reasons_against_hopper_kernels(inputs.problem, capability)
     if inputs.softmax_scale <= 0.0:
         reasons.append("it needs a positive softmax_scale")
     for name, x in tensors.items():

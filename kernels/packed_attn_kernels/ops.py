@@ -12,10 +12,12 @@ from torch.autograd.function import once_differentiable
 
 from packed_attn_kernels.configurations import (
     FUSED_IS_FASTER,
+    HOPPER_BACKWARD,
     LARGEST_TOKEN_STRIDE,
     Problem,
     tile_rows,
 )
+from packed_attn_kernels.hopper_launch import reasons_against_hopper_kernels
 from packed_attn_kernels.launch import Inputs, launch_backward, launch_forward
 from packed_attn_kernels.tiles import Tiles, plan_tiles
 
@@ -124,10 +126,38 @@ def tile_problem(
     )
 
 
-def faster_backward(q: Tensor, v: Tensor) -> Literal["split", "fused"]:
-    """The backward that was measured to be the faster one; split where nothing was measured."""
-    width = tile_problem(q, q, v, halves="either", backward="split").width
-    return "fused" if (width, q.itemsize) in FUSED_IS_FASTER else "split"
+def faster_backward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    capability: tuple[int, int],
+    *,
+    halves: Literal["either", "query", "both"],
+    has_softcap: bool,
+    has_alibi: bool,
+    has_dropout: bool,
+) -> Literal["split", "fused"]:
+    """The backward that was measured to be the faster one; split where nothing was measured.
+
+    Args:
+        capability: compute capability of q's GPU.
+    """
+    problem = Problem(
+        head_dim=q.shape[2],
+        value_dim=v.shape[2],
+        group=q.shape[1] // k.shape[1],
+        itemsize=q.itemsize,
+        halves=halves,
+        has_softcap=has_softcap,
+        has_sinks=False,
+        has_alibi=has_alibi,
+        has_dropout=has_dropout,
+        fused=True,
+    )
+    size = problem.width, problem.itemsize
+    by_hopper = size in HOPPER_BACKWARD and not reasons_against_hopper_kernels(problem, capability)
+    by_hopper = by_hopper and not has_softcap
+    return "fused" if by_hopper or size in FUSED_IS_FASTER else "split"
 
 
 @torch.library.custom_op("packed_attn::interval_forward", mutates_args=())

@@ -32,11 +32,11 @@ def reasons_against(request: AttentionRequest) -> list[str]:
 
 def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
     """See `packed_attn_kernels.interval_attention`."""
-    from packed_attn_kernels import faster_backward, interval_attention
+    from packed_attn_kernels import interval_attention
 
     visibility = request.visibility()
     alibi_slopes = request.alibi_slopes
-    backward = "split" if request.deterministic else faster_backward(request.q, request.v)
+    backward = _backward(request, visibility)
     out, lse = interval_attention(
         request.q,
         request.k,
@@ -57,6 +57,24 @@ def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
         tiles=_tiles(request, visibility, backward),
     )
     return out, lse if request.return_lse else None
+
+
+def _backward(request: AttentionRequest, visibility: Visibility) -> Literal["split", "fused"]:
+    """split gives the same bits every time; fused is taken where it was measured to be faster."""
+    from packed_attn_kernels import faster_backward
+
+    if request.deterministic or request.q.device.type != "cuda":
+        return "split"
+    return faster_backward(
+        request.q,
+        request.k,
+        request.v,
+        machine.capability(request.q.device),
+        halves=visibility.halves,
+        has_softcap=request.softcap is not None,
+        has_alibi=request.alibi_slopes is not None,
+        has_dropout=request.dropout_p > 0.0,
+    )
 
 
 def _tiles(
