@@ -4,7 +4,6 @@
 the specification and what runs where no kernel does; these kernels give the same numbers, in the
 same order. Shapes and grids depend on the numbers of tokens and documents alone, nothing is read by
 the host, and no operator but these two runs, so a CUDA graph may hold them while boundaries change.
-Not yet run on a GPU.
 """
 
 # Triton's language is not Python's: its stubs know neither constexpr arguments nor tensors.
@@ -28,10 +27,10 @@ from packed_attn_kernels.rules import FAR, INTERPRETED, IS_INTERPRETED
 # Tokens of a program of the first kernel.
 TOKENS = 256
 # Rows that one step of a list's scan covers. The interpreter compares a square of them.
-SCAN = 512 if INTERPRETED else 2048
+SCAN = 512 if INTERPRETED else 4096
 # Tiles whose work, or whose place among OTHERS tiles at a time, one step finds.
-TILES, OTHERS = 16, 256
-WARPS = 8
+TILES, OTHERS = 32, 256
+WARPS = 16
 UNLIMITED = 2**31 - 1
 
 Vectors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
