@@ -1,6 +1,6 @@
 """Conformance on a GPU and compute-sanitizer on a short list, with what they ran on: one JSON.
 
-    python -m benchmarks.gpu_test [--step NAME ...] [--json PATH]
+    python -m benchmarks.gpu_test [--step NAME ...] [--seconds 600] [--json PATH]
 
 Runs the tests of every backend on every case, forward and gradients, those of patched models and
 of training, beside them memcheck and racecheck on `SANITIZED`, where NVIDIA's compute-sanitizer is
@@ -13,11 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,9 +44,9 @@ MODELS = ("tests/test_gpu_models.py", "tests/test_gpu_training.py")
 # case; the largest need tens of GB.
 ON_GPU = "not on_cpu and not past_32_bits and not beyond_32_bits"
 SUITES: dict[str, tuple[tuple[str, ...], int]] = {
-    "conformance": ((*FILES, "-k", f"{ON_GPU} and not flex"), 6),
+    "conformance": ((*FILES, "-k", f"{ON_GPU} and not flex"), 10),
     "flex": ((*FILES[:2], "-k", f"{ON_GPU} and flex"), 6),
-    "models": (MODELS, 8),
+    "models": (MODELS, 5),
     "beyond 32 bits": ((*FILES[:2], "-k", "past_32_bits or beyond_32_bits"), 1),
 }
 # Tiles on every side of an edge, half precision, forests, sinks, and kernels of dk and dv alone.
@@ -66,13 +69,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """0 where all that ran has passed."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--step", nargs="+", choices=[*SUITES, *TOOLS], default=[*SUITES, *TOOLS])
+    parser.add_argument("--seconds", type=float, default=600.0, help="steps end after these")
     parser.add_argument("--json", type=Path, default=RESULTS, help="where the report goes")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("gpu_test needs a CUDA device")
     with ThreadPoolExecutor() as pool:
-        running = [pool.submit(run_suite, name) for name in SUITES if name in options.step]
-        running += [pool.submit(run_sanitizer, tool) for tool in TOOLS if tool in options.step]
+        limit = options.seconds
+        running = [pool.submit(run_suite, name, limit) for name in SUITES if name in options.step]
+        running += [
+            pool.submit(run_sanitizer, tool, limit) for tool in TOOLS if tool in options.step
+        ]
         steps = [step.result() for step in running]
     report = {
         "machine": machine_facts(*PACKAGES) | gpu_facts(),
@@ -86,12 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(any(step.status for step in steps))
 
 
-def run_suite(name: str) -> Step:
+def run_suite(name: str, limit: float = math.inf) -> Step:
     """One of `SUITES`."""
     arguments, processes = SUITES[name]
     if processes > 1 and find_spec("xdist") is not None:
         arguments += ("-n", str(processes))
-    return run_step(name, pytest_command(*arguments))
+    return run_step(name, pytest_command(*arguments), limit)
 
 
 def pytest_command(*arguments: str) -> list[str]:
@@ -99,7 +106,7 @@ def pytest_command(*arguments: str) -> list[str]:
     return [sys.executable, "-m", "pytest", "--durations=10", "--tb=short", *arguments]
 
 
-def run_sanitizer(tool: str) -> Step:
+def run_sanitizer(tool: str, limit: float = math.inf) -> Step:
     """`SANITIZED` under one of `TOOLS`; not run where compute-sanitizer is not installed."""
     program = sanitizer()
     if program is None:
@@ -107,7 +114,7 @@ def run_sanitizer(tool: str) -> Step:
         return Step(tool, None, 0.0, [reason])
     chosen = " or ".join(SANITIZED)
     tests = pytest_command(FILES[0], "-k", f"test_exact_or_refused and triton and ({chosen})")
-    return run_step(tool, [program, f"--tool={tool}", "--error-exitcode=9", *tests])
+    return run_step(tool, [program, f"--tool={tool}", "--error-exitcode=9", *tests], limit)
 
 
 def sanitizer() -> str | None:
@@ -118,18 +125,32 @@ def sanitizer() -> str | None:
     )
 
 
-def run_step(name: str, command: Sequence[str], kept_lines: int = 40) -> Step:
-    """Runs a command to its end; what it prints is shown and its last lines are kept."""
+def run_step(
+    name: str, command: Sequence[str], limit: float = math.inf, kept_lines: int = 40
+) -> Step:
+    """Runs a command, and all that it starts, to its end or for `limit` seconds; what it prints is
+    shown and its last lines are kept."""
     begin = time.monotonic()
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
     )
     assert process.stdout is not None
+    if limit < math.inf:
+        clock = threading.Timer(limit, os.killpg, (process.pid, signal.SIGKILL))
+        clock.daemon = True
+        clock.start()
     lines = []
     for line in process.stdout:
         print(f"{name}: {line}", end="", flush=True)
         lines.append(line.rstrip())
     status = process.wait()
+    if limit < math.inf:
+        clock.cancel()
     told = [line for line in lines if line and not re.fullmatch(r"[.sxFE]+ *\[ *\d+%\]", line)]
     tail = told[-kept_lines:] or ["printed nothing"]
     return Step(name, status, round(time.monotonic() - begin, 1), tail)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -26,6 +27,14 @@ def test_a_step_keeps_status_and_last_lines(status: int) -> None:
     code = f"print('first'); print('..F  [ 50%]'); print('last'); raise SystemExit({status})"
     step = gpu_test.run_step("name", [sys.executable, "-c", code], kept_lines=1)
     assert (step.status, step.tail) == (status, ["last"])
+
+
+def test_a_step_ends_at_its_limit_with_all_that_it_started() -> None:
+    code = "import subprocess; print('begun', flush=True); subprocess.run(['sleep', '60'])"
+    step = gpu_test.run_step("name", [sys.executable, "-c", code], limit=2.0)
+    assert step.status == -signal.SIGKILL
+    assert step.tail == ["begun"]
+    assert step.seconds < 30
 
 
 def test_a_missing_sanitizer_is_said(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
