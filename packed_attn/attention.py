@@ -116,7 +116,8 @@ def attention(
         dropout_p: dropout of the attention weights; lse is without it.
         dropout_seed: int64 `[1]` on q's device: which weights are dropped, the same on every
             backend (`packed_attn.dropout`). None draws one from torch's generator.
-        deterministic: gradients equal to the bit from run to run.
+        deterministic: gradients equal to the bit from run to run; on the triton backend also where
+            torch.use_deterministic_algorithms(True) is on.
         backend: "auto" for the first that can, or a name of `packed_attn.backends.BACKENDS`,
             which is never replaced by another.
         return_lse: also return the log of the sum of exponentials.

@@ -76,3 +76,12 @@ def takes(module: str, name: str, parameter: str) -> bool:
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device, such as (9, 0)."""
     return torch.cuda.get_device_capability(device)
+
+
+@constant
+def must_be_deterministic() -> bool:
+    """Whether torch.use_deterministic_algorithms(True) is on, and not as a warning only."""
+    return (
+        torch.are_deterministic_algorithms_enabled()
+        and not torch.is_deterministic_algorithms_warn_only_enabled()
+    )

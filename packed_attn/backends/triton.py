@@ -63,7 +63,8 @@ def _backward(request: AttentionRequest, visibility: Visibility) -> Literal["spl
     """split gives the same bits every time; fused is taken where it was measured to be faster."""
     from packed_attn_kernels import faster_backward
 
-    if request.deterministic or request.q.device.type != "cuda":
+    asked = request.deterministic or machine.must_be_deterministic()
+    if asked or request.q.device.type != "cuda":
         return "split"
     return faster_backward(
         request.q,
