@@ -18,7 +18,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
         "needs a process started with TRITON_INTERPRET=1 (make test)", allow_module_level=True
     )
 
-from packed_attn_kernels import configurations, hopper_backward_launch, interval_attention, launch
+from packed_attn_kernels import hopper_backward_launch, interval_attention, launch
 from packed_attn_kernels.launch import Inputs
 
 # The second document is padding: it sees nothing and is seen by nobody.
@@ -134,7 +134,3 @@ def test_what_is_not_finite_is_done_again(
         torch.testing.assert_close(a, b, atol=0.0, rtol=0.0, equal_nan=True)
         assert a[104:].isnan().any()
         assert not a[:104].isnan().any()
-
-
-def test_off_by_default() -> None:
-    assert not configurations.HOPPER_BACKWARD

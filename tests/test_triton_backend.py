@@ -100,3 +100,33 @@ def test_runs_through_attention() -> None:
     torch.testing.assert_close(lse, want_lse)
     assert torch.equal(attention(q, k, v, layout, backend="triton"), out)
     assert triton.run(request_with(device=device, return_lse=False))[1] is None
+
+
+LONG = dict.fromkeys(("has_softcap", "has_alibi", "has_dropout"), False) | {
+    "documents": 1,
+    "halves": "either",
+}
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Gluon is not interpreted")
+@pytest.mark.parametrize(
+    ("wanted", "head_dim", "capability", "changed"),
+    [
+        ("fused", 128, (9, 0), {}),
+        ("fused", 128, (9, 0), {"documents": 2}),
+        ("split", 128, (9, 0), {"documents": 3}),
+        ("split", 128, (10, 0), {}),
+        ("split", 128, (8, 0), {}),
+        ("split", 64, (9, 0), {}),
+        ("split", 128, (9, 0), {"has_softcap": True}),
+        ("split", 128, (9, 0), {"has_dropout": True}),
+        ("split", 128, (9, 0), {"halves": "query"}),
+    ],
+)
+def test_backward_that_was_measured_to_be_faster(
+    wanted: str, head_dim: int, capability: tuple[int, int], changed: dict[str, Any]
+) -> None:
+    from packed_attn_kernels import faster_backward
+
+    q, k = torch.empty(4096, 4, head_dim).bfloat16(), torch.empty(4096, 2, head_dim).bfloat16()
+    assert faster_backward(q, k, k, capability, **LONG | changed) == wanted

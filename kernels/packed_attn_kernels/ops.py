@@ -14,6 +14,7 @@ from packed_attn_kernels.configurations import (
     FUSED_IS_FASTER,
     HOPPER_BACKWARD,
     LARGEST_TOKEN_STRIDE,
+    LONG_DOCUMENT,
     Problem,
     tile_rows,
 )
@@ -132,6 +133,7 @@ def faster_backward(
     v: Tensor,
     capability: tuple[int, int],
     *,
+    documents: int,
     halves: Literal["either", "query", "both"],
     has_softcap: bool,
     has_alibi: bool,
@@ -141,6 +143,7 @@ def faster_backward(
 
     Args:
         capability: compute capability of q's GPU.
+        documents: how many there are, empty ones included; their mean length decides.
     """
     problem = Problem(
         head_dim=q.shape[2],
@@ -156,7 +159,8 @@ def faster_backward(
     )
     size = problem.width, problem.itemsize
     by_hopper = size in HOPPER_BACKWARD and not reasons_against_hopper_kernels(problem, capability)
-    by_hopper = by_hopper and not has_softcap
+    is_long = q.shape[0] >= LONG_DOCUMENT * documents
+    by_hopper = by_hopper and is_long and not has_softcap
     return "fused" if by_hopper or size in FUSED_IS_FASTER else "split"
 
 

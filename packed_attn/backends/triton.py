@@ -60,17 +60,19 @@ def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
 
 
 def _backward(request: AttentionRequest, visibility: Visibility) -> Literal["split", "fused"]:
-    """split gives the same bits every time; fused is taken where it was measured to be faster."""
+    """split gives the same bits every time, in other documents where one has a NaN too; fused is
+    taken where it was measured to be faster."""
     from packed_attn_kernels import faster_backward
 
-    asked = request.deterministic or machine.must_be_deterministic()
-    if asked or request.q.device.type != "cuda":
+    asked = request.deterministic or request.confine_nonfinite
+    if asked or machine.must_be_deterministic() or request.q.device.type != "cuda":
         return "split"
     return faster_backward(
         request.q,
         request.k,
         request.v,
         machine.capability(request.q.device),
+        documents=request.layout.num_documents,
         halves=visibility.halves,
         has_softcap=request.softcap is not None,
         has_alibi=request.alibi_slopes is not None,
