@@ -34,6 +34,12 @@ def test_audit_of_a_folder_with_weights(tmp_path: Path, capsys: pytest.CaptureFi
     assert (report["model"], report["isolated"]) == ("Qwen3ForCausalLM", True)
 
 
+def test_audit_on_another_device(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The meta device stands in: it takes the model, which then has no weights to run with."""
+    assert main(["audit", config, "--device", "meta"]) == 2
+    assert "on the meta device" in capsys.readouterr().err
+
+
 def test_a_leak_is_an_exit_status(config: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["audit", config, "--unpatched"]) == 1
     out = capsys.readouterr().out
@@ -52,6 +58,7 @@ def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     ("arguments", "words"),
     [
         (["--dtype", "int8"], "dtype must be a floating torch dtype"),
+        (["--device", "nowhere"], "cannot load"),
         (["--backend", "fast"], "backend must be 'auto' or one of"),
         (["--convention", "rows"], "convention must be one of"),
     ],
@@ -125,6 +132,7 @@ def test_tiny_models_in_children(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "give a model, or --all, or --types"),
         (["--types", "llama", "--heads", "none"], "heads must be of"),
+        (["--types", "llama", "--device", "cuda"], "--device cuda is for one model"),
         (["./no-such-folder/config.json"], "cannot load './no-such-folder/config.json'"),
     ],
 )

@@ -45,6 +45,7 @@ def add(commands: Any) -> None:
     how.add_argument("--convention", help="which boundaries the batch carries")
     how.add_argument("--matrix", action="store_true", help="every convention, stock beside patched")
     how.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 or float64")
+    how.add_argument("--device", default="cpu", help="where one model runs: cpu, cuda, cuda:1, ...")
     how.add_argument("--processes", type=int, default=2, help="of --all and --types")
     out = parser.add_argument_group("output beside the table")
     out.add_argument(
@@ -60,6 +61,8 @@ def run(args: argparse.Namespace) -> int:
     tiny = args.all or args.types is not None
     if tiny == (args.model is not None):
         raise ValueError("give a model, or --all, or --types")
+    if tiny and args.device != "cpu":
+        raise ValueError(f"--device {args.device} is for one model: --all and --types use the CPU")
     if not tiny and not (args.matrix or args.html or args.markdown):
         return _one_report(args)
     if args.convention is not None:
@@ -73,7 +76,7 @@ def _one_report(args: argparse.Namespace) -> int:
     """The full proof by one convention."""
     from packed_attn.audit import audit
 
-    model = load_model(args.model, args.dtype)
+    model = load_model(args.model, args.dtype, args.device)
     if not args.unpatched:
         _patch(args)(model)
     report = audit(model, convention=args.convention)
@@ -90,7 +93,7 @@ def _matrix(args: argparse.Namespace) -> Matrix:
     """One model by every convention, in this process."""
     from packed_attn.audit.matrix import audit_models
 
-    model = load_model(args.model, args.dtype)
+    model = load_model(args.model, args.dtype, args.device)
     return audit_models([(args.model, model)], patch=None if args.unpatched else _patch(args))
 
 
@@ -181,7 +184,7 @@ def _patch(args: argparse.Namespace) -> Callable[[Any], Any]:
     return lambda model: patch_model(model, backend=args.backend, on_unknown=args.on_unknown)
 
 
-def load_model(name: str, dtype: str) -> Any:
+def load_model(name: str, dtype: str, device: str = "cpu") -> Any:
     """A causal LM with its weights, or with random ones where only a config is given.
 
     Remote code is never run: such a model is loaded by its user and audited from Python.
@@ -201,10 +204,10 @@ def load_model(name: str, dtype: str) -> Any:
     )
     try:
         if not only_config:
-            return AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
+            return AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype).to(device)
         config = AutoConfig.from_pretrained(name)
         torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=torch_dtype).to(device)
     except Exception as error:  # whatever is wrong with a model or a config is one line here
         raise ValueError(f"cannot load {name!r}: {_first_line(error)}") from error
 
