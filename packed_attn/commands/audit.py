@@ -202,12 +202,15 @@ def load_model(name: str, dtype: str, device: str = "cpu") -> Any:
     only_config = path.suffix == ".json" or (
         path.is_dir() and not any(path.glob("*.safetensors")) and not any(path.glob("*.bin"))
     )
+    model: Any
     try:
-        if not only_config:
-            return AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype).to(device)
-        config = AutoConfig.from_pretrained(name)
-        torch.manual_seed(0)
-        return AutoModelForCausalLM.from_config(config, dtype=torch_dtype).to(device)
+        if only_config:
+            config = AutoConfig.from_pretrained(name)
+            torch.manual_seed(0)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch_dtype)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
+        return model.to(device)
     except Exception as error:  # whatever is wrong with a model or a config is one line here
         raise ValueError(f"cannot load {name!r}: {_first_line(error)}") from error
 
