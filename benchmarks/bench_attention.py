@@ -31,7 +31,7 @@ from torch import Tensor
 from benchmarks.attention_report import ENDED, RAISED, WRONG, Report, Row, print_case
 from benchmarks.candidates import Candidate, Timer
 from benchmarks.exact_head import Wanted, faults, wanted
-from benchmarks.peers import OURS, Peer, case_mask, compile_each_shape, peers
+from benchmarks.peers import OURS, Peer, case_mask, compiling_each_shape, peers
 from benchmarks.regimes import benchmark_cases, chosen_cases, real_cases, speed_cases, toy
 from benchmarks.warm import warm
 from tests.cases import Case, Inputs
@@ -55,7 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report.give_up_running()
     cases = [case for case in _cases(options.case) if case.name not in report.done]
     cases = [toy(case) for case in cases] if options.toy else cases
-    compile_each_shape()
+    with compiling_each_shape():
+        return _run(cases, device, options, report, begin)
+
+
+def _run(
+    cases: Sequence[Case],
+    device: str,
+    options: argparse.Namespace,
+    report: Report,
+    begin: float,
+) -> int:
+    """The cases until the seconds are over; the exit status."""
     if device == "cuda" and not options.resume:
         print(f"{warm(cases, device, report.without)} groups of kernels compiled", flush=True)
     for number, case in enumerate(cases):

@@ -67,16 +67,18 @@ def peers(case: Case, inputs: Inputs, device: str) -> dict[str, Peer]:
     return ours | found
 
 
-def compile_each_shape() -> None:
+def compiling_each_shape() -> AbstractContextManager[Any]:
     """Lets torch.compile make a kernel for each shape, as a user with one shape would have it.
 
     By default it makes one with symbolic sizes from the second shape on, and after eight runs
     without compiling: FlexAttention would then hold all scores in memory.
     """
-    config = torch._dynamo.config
-    config.automatic_dynamic_shapes = False
-    config.recompile_limit = config.accumulated_recompile_limit = 1000
-    config.fail_on_recompile_limit_hit = True
+    return torch._dynamo.config.patch(
+        automatic_dynamic_shapes=False,
+        recompile_limit=1000,
+        accumulated_recompile_limit=1000,
+        fail_on_recompile_limit_hit=True,
+    )
 
 
 def _backend_names(device: str) -> list[str]:

@@ -52,11 +52,13 @@ GROUP = 4
 # clean: at 256 columns the operands' addresses fill the registers that accumulators leave.
 KNOWN_SPILLS: dict[tuple[str, str, int], int] = {
     ("3.6", "forward", 256): 16,
-    ("3.6", "dk", 256): 272,
+    ("3.6", "dk", 256): 280,
     ("3.6", "dv", 256): 64,
     ("3.6", "dq", 256): 320,
     ("3.6", "dq", 128): 8,
     ("3.9", "dk", 256): 64,
+    # The third stage, which makes the forward 1.16 times as fast.
+    ("3.9", "forward", 128): 16,
 }
 HEAD = """\
 | triton | kernel | head_dim | flags | type | tile | warps | stages | registers | stack, B | \

@@ -12,7 +12,7 @@ from multiprocessing import get_context
 
 import torch
 
-from benchmarks.peers import COMPILED, compile_each_shape, peers
+from benchmarks.peers import COMPILED, compiling_each_shape, peers
 from tests.cases import Case
 
 MOST_PROCESSES = 12  # each holds a CUDA context and one case
@@ -55,7 +55,6 @@ def _kind(case: Case) -> tuple[object, ...]:
 def _run_once(case: Case, names: Sequence[str], device: str) -> bool:
     """Whether every candidate of these that takes part has run, forward and backward."""
     torch.set_num_threads(1)
-    compile_each_shape()
     inputs = case.inputs(device=device, drawn_on=device)
     found = peers(case, inputs, device)
     leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
@@ -65,7 +64,8 @@ def _run_once(case: Case, names: Sequence[str], device: str) -> bool:
         if function is None:
             continue
         try:
-            torch.autograd.grad(function(*leaves), leaves, inputs.grad_out)
+            with compiling_each_shape():
+                torch.autograd.grad(function(*leaves), leaves, inputs.grad_out)
         except Exception as error:
             print(f"warming {name} for {case.name}: {type(error).__name__}: {error}", flush=True)
             ran = False
