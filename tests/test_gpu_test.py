@@ -19,7 +19,7 @@ def test_what_it_runs_exists() -> None:
     assert set(gpu_test.SANITIZED) <= BY_NAME.keys()
 
     text = "".join((root / file).read_text() for file in gpu_test.FILES)
-    assert all(f"{word}" in text for word in gpu_test.ON_GPU.replace("not ", "").split(" and "))
+    assert all(word in text for word in gpu_test.ON_GPU.replace("not ", "").split(" and "))
 
 
 @pytest.mark.parametrize("status", [0, 3])

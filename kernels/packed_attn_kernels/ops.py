@@ -113,16 +113,21 @@ def tile_problem(
     *,
     halves: Literal["either", "query", "both"],
     backward: Literal["split", "fused"],
+    has_softcap: bool = False,
+    has_alibi: bool = False,
+    has_dropout: bool = False,
 ) -> Problem:
-    """What decides the tiles of a call, without the modifiers."""
+    """What decides the tiles of a call; modifiers change none of their sizes."""
     return Problem(
         head_dim=q.shape[2],
         value_dim=v.shape[2],
         group=q.shape[1] // k.shape[1],
         itemsize=q.itemsize,
         halves=halves,
-        has_softcap=False,
+        has_softcap=has_softcap,
         has_sinks=False,
+        has_alibi=has_alibi,
+        has_dropout=has_dropout,
         fused=backward == "fused",
     )
 
@@ -145,17 +150,15 @@ def faster_backward(
         capability: compute capability of q's GPU.
         documents: how many there are, empty ones included; their mean length decides.
     """
-    problem = Problem(
-        head_dim=q.shape[2],
-        value_dim=v.shape[2],
-        group=q.shape[1] // k.shape[1],
-        itemsize=q.itemsize,
+    problem = tile_problem(
+        q,
+        k,
+        v,
         halves=halves,
+        backward="fused",
         has_softcap=has_softcap,
-        has_sinks=False,
         has_alibi=has_alibi,
         has_dropout=has_dropout,
-        fused=True,
     )
     size = problem.width, problem.itemsize
     by_hopper = size in HOPPER_BACKWARD and not reasons_against_hopper_kernels(problem, capability)

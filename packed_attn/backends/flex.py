@@ -4,8 +4,7 @@ The block mask is made from the intervals, tile by tile and never token by token
 of mask, and is kept in the layout. Its shapes depend on total_tokens alone, so boundaries may
 change without a recompilation. Key sets (key_indices) belong to one call: their block mask is made
 for it, and a pair of tokens is looked up in the query's sorted set. It has run on an H100, but its
-conformance has not; on the
-CPU torch has no backward for it.
+conformance has not; on the CPU torch has no backward for it.
 """
 
 from __future__ import annotations
