@@ -1,9 +1,9 @@
-"""What the attention benchmark found: rows, a JSON file that is always up to date, tables."""
+"""What the attention benchmark found: rows, and a JSON file that is always up to date."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +11,11 @@ from typing import Any
 import torch
 
 from benchmarks.candidates import Timing, Timings
+from benchmarks.ceilings import Ceilings
 from benchmarks.model import DESIGNS, DEVICES, predict, visible_pairs
-from benchmarks.peers import OURS
 from packed_attn.facts import gpu_facts, machine_facts
 from tests.cases import Case
 
-HEAD = """\
-| candidate | forward, ms | TFLOP/s | to ours | backward, ms | TFLOP/s | to ours | host, us |
-|---|---|---|---|---|---|---|---|"""
 WRONG, ENDED, RAISED = "wrong, so not timed", "ended a run", "raised"
 FAILED = (WRONG, ENDED, RAISED)
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "flash-attn-4", "nvidia-cudnn-cu13")
@@ -40,6 +37,8 @@ class Row:
 
     host_us: microseconds until an eager forward returns, and until forward and backward have.
     eager: why the directions hold Python's time too; empty where CUDA graphs were timed.
+    peak_bytes: what forward and backward take on the GPU at once, above the inputs; None without
+        one.
     """
 
     case: str
@@ -50,6 +49,7 @@ class Row:
     host_us: tuple[float, float] | None
     eager: tuple[str, ...]
     refused: tuple[str, ...]
+    peak_bytes: int | None = None
 
 
 class Report:
@@ -59,6 +59,7 @@ class Report:
         cases, rows: what is done.
         without: candidates that ended an earlier run, and at which case.
         left_out: cases that are still to come.
+        ceilings: of the GPU, once they are measured.
     """
 
     def __init__(self, path: Path, toy: bool) -> None:
@@ -70,14 +71,16 @@ class Report:
         self.rows: list[Row] = []
         self.without: dict[str, str] = {}
         self.left_out: list[str] = []
+        self.ceilings: Ceilings | None = None
 
     @staticmethod
     def read(path: Path) -> Report:
         """What a run before this one has written, to go on from."""
         told = json.loads(path.read_text())
         report = Report(path, told["toy"])
+        report.ceilings = None if told["ceilings"] is None else Ceilings(**told["ceilings"])
         report.cases, report._rows = told["cases"], told["rows"]
-        report.rows = [_row(row) for row in report._rows]
+        report.rows = [row_of(row) for row in report._rows]
         report.without, running = told["without"], told["running"]
         report._running = None if running is None else (running[0], running[1])
         return report
@@ -125,6 +128,7 @@ class Report:
 
     def write(self) -> None:
         told = self._facts | {
+            "ceilings": None if self.ceilings is None else asdict(self.ceilings),
             "cases": self.cases,
             "rows": self._rows,
             "left_out": self.left_out,
@@ -133,35 +137,6 @@ class Report:
         }
         self._path.parent.mkdir(parents=True, exist_ok=True)
         self._path.write_text(json.dumps(told, indent=1) + "\n")
-
-
-def print_case(told: dict[str, Any], rows: Sequence[Row]) -> None:
-    """A short table: what was timed; then what takes no part, and why something failed.
-
-    Args:
-        told: of the case, as in `Report.cases`.
-    """
-    print(f"\n### {told['name']}: {told['tokens']} tokens, {told['documents']} documents")
-    for direction, (fast, slow) in told["predicted, ms"].items():
-        print(f"{direction} predicted for {told['device']}: {fast:.3g} to {slow:.3g} ms")
-    print(HEAD)
-    for row in rows:
-        if row.forward is not None:
-            print(_markdown(row, rows))
-    absent = [row.candidate for row in rows if row.refused and not _failed(row)]
-    if absent:
-        print(f"\n- takes no part: {'; '.join(absent)}")
-    for row in rows:
-        for reason in row.refused if _failed(row) else ():
-            print(f"- {row.candidate}: {reason[:150]}")
-        if row.eager and row.eager != ("no CUDA",):
-            print(f"- {row.candidate} is eager: {row.eager[0][:150]}")
-    print(end="", flush=True)
-
-
-def _failed(row: Row) -> bool:
-    """Whether a candidate that should have run did not."""
-    return any(reason.startswith(FAILED) for reason in row.refused)
 
 
 def described(case: Case) -> dict[str, Any]:
@@ -178,6 +153,7 @@ def described(case: Case) -> dict[str, Any]:
         "name": case.name,
         "tokens": sum(case.lengths),
         "documents": len(case.lengths),
+        "longest": max(case.lengths, default=0),
         "heads, kv heads, head_dim, value_head_dim": shape,
         "mask and modifiers": case.kwargs() | {"sinks": case.sinks},
         "visible_pairs": visible_pairs(case),
@@ -205,6 +181,7 @@ def _finished(
         timings.host_us,
         timings.eager,
         reasons,
+        timings.peak_bytes,
     )
 
 
@@ -213,7 +190,8 @@ def _direction(timing: Timing, flops: float) -> Direction:
     return Direction(timing.median, timing.quartiles, timing.rounds, tflops)
 
 
-def _row(told: dict[str, Any]) -> Row:
+def row_of(told: dict[str, Any]) -> Row:
+    """A row as it was written."""
     fields = dict(told)
     for name in ("forward", "backward"):
         if fields[name] is not None:
@@ -232,19 +210,3 @@ def _clock() -> dict[str, int]:
         return {"sm_clock_mhz": torch.cuda.clock_rate()}
     except (ModuleNotFoundError, RuntimeError, AssertionError):  # no pynvml, no GPU
         return {}
-
-
-def _markdown(row: Row, rows: Sequence[Row]) -> str:
-    ours = next((other for other in rows if other.candidate == OURS), None)
-    cells = []
-    for direction in ("forward", "backward"):
-        timing, base = getattr(row, direction), ours and getattr(ours, direction)
-        ratio = f"{timing.median / base.median:.2f}x" if base else ""
-        cells += [f"{timing.median:.3f}", f"{timing.tflops:.0f}", ratio]
-    host = (
-        ""
-        if row.host_us is None
-        else " + ".join(f"{us:.0f}" for us in (row.host_us[0], row.host_us[1] - row.host_us[0]))
-    )
-    mark = ("" if row.exact else ", not exact") + (", eager" if row.eager else "")
-    return f"| {row.candidate}{mark} | {' | '.join(cells)} | {host} |"

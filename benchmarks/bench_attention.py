@@ -6,7 +6,9 @@ For each case every candidate is checked against float64 (`exact_head`) and a wr
 timed. Forward and backward of the others are captured in CUDA graphs, one for each of a few random
 inputs; replays take turns between CUDA events, and medians are printed beside the prediction of
 `benchmarks.model`. What cannot be captured is timed as Python runs it, and marked "eager". Beside
-the kernels' time stands the host's: microseconds until an eager call returns.
+the kernels' time stand the host's, microseconds until an eager call returns, and the memory that
+an eager forward and backward take above their inputs. The card's own ceilings, a dense product and
+a copy, are measured first.
 
 Cases come in the order of their importance; what the limit of seconds leaves out is listed. The
 result is written before each candidate runs: where one kills the process or never ends, `--resume`
@@ -28,8 +30,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.attention_report import ENDED, RAISED, WRONG, Report, Row, print_case
+from benchmarks.attention_report import ENDED, RAISED, WRONG, Report, Row
+from benchmarks.attention_table import case_table
 from benchmarks.candidates import Candidate, Timer
+from benchmarks.ceilings import measured_ceilings
 from benchmarks.exact_head import Wanted, faults, wanted
 from benchmarks.peers import OURS, Peer, case_mask, compiling_each_shape, peers
 from benchmarks.regimes import benchmark_cases, chosen_cases, real_cases, speed_cases, toy
@@ -69,6 +73,11 @@ def _run(
     """The cases until the seconds are over; the exit status."""
     if device == "cuda" and not options.resume:
         print(f"{warm(cases, device, report.without)} groups of kernels compiled", flush=True)
+    if report.ceilings is None:
+        sizes = (64, 2**16) if options.toy else ()
+        report.ceilings = measured_ceilings(device, *sizes)
+        if device == "cuda":
+            torch.cuda.empty_cache()
     for number, case in enumerate(cases):
         report.left_out = [case.name for case in cases[number:]]
         if time.monotonic() - begin > options.seconds:
@@ -113,7 +122,7 @@ def bench_case(case: Case, device: str, rounds: int, report: Report) -> list[Row
         {name: peer.reasons for name, peer in found.items()},
         timings,
     )
-    print_case(report.cases[-1], rows)
+    print("\n" + case_table(report.cases[-1], rows), end="", flush=True)
     return rows
 
 

@@ -52,12 +52,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Timings:
-    """Of one candidate; host: microseconds of an eager forward, and of forward and backward."""
+    """Of one candidate; host: microseconds of an eager forward, and of forward and backward.
+
+    peak_bytes: what an eager forward and backward take on the GPU at once, above the inputs.
+    """
 
     forward: Timing
     backward: Timing
     host_us: tuple[float, float]
     eager: tuple[str, ...]
+    peak_bytes: int | None
 
 
 class Timer:
@@ -114,8 +118,9 @@ class Timer:
                 round(host_microseconds(call, self._device, calls), 1)
                 for call in (candidate.host_forward, candidate.host_both)
             )
+            peak = _peak_bytes(candidate.host_both) if self._device == "cuda" else None
             found[name] = Timings(
-                forward[name], backward[name], (host[0], host[1]), candidate.eager
+                forward[name], backward[name], (host[0], host[1]), candidate.eager, peak
             )
         return found
 
@@ -162,6 +167,15 @@ class _Kept:
 
     def __call__(self) -> object:
         return self.replay()
+
+
+def _peak_bytes(call: Call) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    resident = torch.cuda.memory_allocated()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - resident
 
 
 def _rotating(calls: Sequence[Call], repeats: int) -> Callable[[int], object]:

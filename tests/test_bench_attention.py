@@ -93,6 +93,7 @@ def test_toy_run_of_a_case(name: str, capsys: pytest.CaptureFixture[str], tmp_pa
         assert not any(reason.startswith(WRONG) for reason in row.refused)
         assert row.forward is None or row.eager == ("no CUDA",)
         assert row.host_us is None or row.host_us[0] > 0
+        assert row.peak_bytes is None
     assert rows["reference"].forward is not None
     assert not rows["dense, contaminated"].exact
     printed = capsys.readouterr().out
@@ -113,6 +114,8 @@ def test_command_writes_what_it_ran_and_what_it_left_out(tmp_path: Path) -> None
     assert report["cases"][0]["name"] == "llama3_8b/64x512"
     assert report["rows"][0].keys() >= {"case", "candidate", "forward", "backward", "host_us"}
     assert report["running"] is None
+    assert report["ceilings"]["product_tflops"] > 0
+    assert report["ceilings"]["copy_tb_s"] > 0
     assert torch.__version__.startswith(report["machine"]["torch"])
 
 
@@ -256,6 +259,9 @@ def test_calls_are_captured_once_for_each_rotation(monkeypatch: pytest.MonkeyPat
         "synchronize": lambda: None,
         "current_device": lambda: 0,
         "default_generators": (torch.Generator(),),
+        "reset_peak_memory_stats": lambda: None,
+        "memory_allocated": lambda: 1000,
+        "max_memory_allocated": lambda: 5000,
     }
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
@@ -287,8 +293,9 @@ def test_calls_are_captured_once_for_each_rotation(monkeypatch: pytest.MonkeyPat
     assert found["good"].forward.rounds == 6
     assert found["bad"].forward.rounds == 3
     assert _Graph.replayed > 6 * 40
-    # The host's time alone is Python's.
-    assert calls["good"] - ran == 2 * 20
+    assert found["good"].peak_bytes == 4000
+    # The host's time and the memory alone are Python's.
+    assert calls["good"] - ran == 2 * 20 + 1
 
 
 def test_kernels_are_compiled_beforehand_in_other_processes() -> None:
