@@ -38,6 +38,7 @@ from benchmarks.exact_head import Wanted, faults, wanted
 from benchmarks.peers import OURS, Peer, case_mask, compiling_each_shape, peers
 from benchmarks.regimes import benchmark_cases, chosen_cases, real_cases, speed_cases, toy
 from benchmarks.warm import warm
+from packed_attn.errors import first_line
 from tests.cases import Case, Inputs
 
 RESULTS = Path(__file__).parent / "results" / "attention.json"
@@ -193,7 +194,7 @@ def _both(function: Callable[..., Tensor], inputs: Inputs) -> tuple[Tensor, ...]
 
 
 def _raised(error: Exception) -> str:
-    return f"{RAISED} {type(error).__name__}: {error}".split("\n")[0]
+    return f"{RAISED} {type(error).__name__}: {first_line(error)}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,6 +1,6 @@
 """Packed attention on CPU against torch with the dense mask, forward and backward, in one process.
 
-    python benchmarks/bench_cpu.py [--json PATH]
+    python -m benchmarks.bench_cpu [--json PATH]
 
 The dense mask is sdpa's where sdpa can, and an eager softmax over all pairs where it cannot
 (softcap and sinks, as transformers runs them). Prints a Markdown table and writes the figures with
@@ -24,9 +24,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timing import median_ratio, paired_seconds
 from torch import Tensor
 
+from benchmarks.timing import median_ratio, paired_seconds
 from packed_attn import DocumentLayout, attention
 from packed_attn.facts import machine_facts
 

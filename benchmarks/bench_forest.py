@@ -1,6 +1,6 @@
 """A prompt computed once for all of its answers, against a copy for each, forward and backward.
 
-    python benchmarks/bench_forest.py [--json PATH]
+    python -m benchmarks.bench_forest [--json PATH]
 
 Packed attention on the CPU of one prompt with n answers: as a forest, and as n documents of prompt
 and answer without padding. Prints how many times fewer tokens and attention FLOPs (pairs of query
@@ -26,10 +26,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from bench_cpu import machine
-from timing import median_ratio, paired_seconds
 from torch import Tensor
 
+from benchmarks.bench_cpu import machine
+from benchmarks.timing import median_ratio, paired_seconds
 from packed_attn import DocumentLayout, attention, pack_lengths
 from packed_attn.packing.forest import plan_forest, plan_prompts
 

@@ -1,6 +1,6 @@
 """What unpacking costs token mixers on CPU: forward and backward, against one unbroken row.
 
-    python benchmarks/bench_mixers.py [--json PATH]
+    python -m benchmarks.bench_mixers [--json PATH]
 
 The patched model takes a row of documents of log-normal lengths apart and computes them in padded
 batches. Its time is compared with what the stock model takes for a row of as many tokens without
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cpu import log_normal_lengths
-from by_type import compared, run, training_step
 from packed_attn_patches.tiny import tiny_model
 
+from benchmarks.bench_cpu import log_normal_lengths
+from benchmarks.by_type import compared, run, training_step
 from packed_attn import PackedCollator, patch_model
 
 TARGET = 1.5

@@ -1,6 +1,6 @@
 """The offline packer under kill -9, and its memory against the size of what it packs.
 
-    PACKED_ATTN_DATA=... python benchmarks/bench_offline.py [--rows kills,memory] [--json PATH]
+    PACKED_ATTN_DATA=... python -m benchmarks.bench_offline [--rows kills,memory] [--json PATH]
 
 kills: tokens lost, tokens duplicated, shards written again. Each run packs documents of gsm8k
 (prompts and completions, tokenised by a tokenizer trained on them) into a dozen shards, is killed
@@ -31,10 +31,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import numpy as np
-from kills import Case, killed_runs, summary
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.kills import Case, killed_runs, summary
 from packed_attn.facts import machine_facts
 
 DOCUMENTS = 400

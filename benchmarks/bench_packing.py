@@ -1,6 +1,6 @@
 """The packer's figures, one core, against TRL in the same process.
 
-    python benchmarks/bench_packing.py [--rows plan,bound,...] [--json PATH]
+    python -m benchmarks.bench_packing [--rows plan,bound,...] [--json PATH]
 
 Times are CPU seconds of the process (user and system), medians, which other work on the machine
 disturbs less than wall time; rows that are asked for replace those of the same name in the JSON.

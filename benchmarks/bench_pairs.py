@@ -1,6 +1,6 @@
 """What packs of source and target documents save on CPU: forward and backward, against padding.
 
-    python benchmarks/bench_pairs.py [--json PATH]
+    python -m benchmarks.bench_pairs [--json PATH]
 
 The same pairs of log-normal lengths go through the stock model as rows that are padded to the
 longest source and target, and through the patched model as one pack of each side. A ratio is the
@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_cpu import log_normal_lengths
-from by_type import compared, run, training_step
 from packed_attn_patches.tiny import tiny_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSeq2SeqLM
 
+from benchmarks.bench_cpu import log_normal_lengths
+from benchmarks.by_type import compared, run, training_step
 from packed_attn import PackedCollator, patch_model
 
 # Padded and masked; in batches of equal lengths; one pair at a time.

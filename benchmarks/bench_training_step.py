@@ -36,6 +36,7 @@ from packed_attn import PackedCollator, patch_model
 from packed_attn.demo.batches import pad_documents, to_device
 from packed_attn.demo.model import build_model
 from packed_attn.demo.settings import use_all_cores
+from packed_attn.errors import first_line
 from packed_attn.facts import gpu_facts, machine_facts, peak_flops
 from tests.cases import log_normal_lengths
 
@@ -151,7 +152,7 @@ def graphed(
         }
         return found | (launches(lambda: graph(packs[0])) if device == "cuda" else {})
     except Exception as error:  # whatever a capture stumbles over
-        return {"reason": f"{type(error).__name__}: {error}".split("\n")[0]}
+        return {"reason": f"{type(error).__name__}: {first_line(error)}"}
 
 
 def packed_pack(capacity: int) -> dict[str, Any]:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from timing import median_ratio, paired_seconds
 from torch import Tensor
 
+from benchmarks.timing import median_ratio, paired_seconds
 from packed_attn.facts import machine_facts
 
 ROUNDS = 5

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from benchmarks.graphs import Capture
 from benchmarks.timing import host_microseconds, paired_milliseconds
+from packed_attn.errors import first_line
 from tests.cases import Inputs
 
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -90,7 +91,7 @@ class Timer:
                 forwards, backwards = self._captured(forward, self._capture)
                 return Candidate(forwards, backwards, lambda: forward(0), both, ())
             except Exception as error:  # a compiler or a library raises anything
-                eager = (f"{type(error).__name__}: {error}".split("\n")[0],)
+                eager = (f"{type(error).__name__}: {first_line(error)}",)
                 torch.cuda.synchronize()
         numbers = range(len(self._leaves))
         outs = [forward(n) for n in numbers]

@@ -1,6 +1,6 @@
 """Every model type of the installed transformers, patched and held to what "exact" promises.
 
-    python benchmarks/sweep_models.py [--head causal ...] [--types llama ...] [--json PATH]
+    python -m benchmarks.sweep_models [--head causal ...] [--types llama ...] [--json PATH]
 
 Each type is a tiny random model in a child process with a memory and a time limit. Its documents
 are run alone on the stock model and then packed on the patched one, under every convention, in
@@ -19,8 +19,6 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from packed_attn_patches.children import ChildFailed, in_children
 

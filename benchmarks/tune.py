@@ -25,6 +25,7 @@ from torch import Tensor
 from benchmarks.regimes import benchmark_cases, chosen_cases
 from benchmarks.timing import paired_milliseconds
 from packed_attn import DocumentLayout, attention
+from packed_attn.errors import first_line
 from tests.cases import Case, Inputs
 
 Key = tuple[KernelName, int, int]
@@ -96,7 +97,7 @@ def _tune_key(
             try:
                 got = _both(case, inputs[0], layout)
             except RuntimeError as error:  # too much shared memory, no registers
-                print(f"{case.name}, {key}, {row}: {str(error).splitlines()[0]}")
+                print(f"{case.name}, {key}, {row}: {first_line(error)}")
                 continue
         wanted = wanted or got
         if _agree(got, wanted):

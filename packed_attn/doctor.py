@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from packed_attn.backends import BACKENDS, load
+from packed_attn.errors import first_line
 from packed_attn.facts import machine_facts
 from packed_attn.layout import DocumentLayout
 from packed_attn.request import AttentionRequest, checked_request
@@ -164,7 +165,7 @@ def _cuda_error() -> str:
     try:
         torch.cuda.init()
     except (RuntimeError, AssertionError) as error:  # a torch without CUDA asserts
-        return str(error).strip().splitlines()[0]
+        return first_line(error)
     return "torch.cuda.is_available() is False, yet CUDA starts"
 
 
@@ -187,7 +188,7 @@ def _verdict(name: str, device: str, run: bool) -> Verdict:
         try:
             error = _error(name, device)
         except Exception as raised:  # whatever a kernel raises is what the user must see
-            failure = f"fails: {type(raised).__name__}: {str(raised).strip().splitlines()[0]}"
+            failure = f"fails: {type(raised).__name__}: {first_line(raised)}"
         else:
             if not error <= LARGEST_ERROR:
                 failure = f"is wrong: off by {error:.1e} of the largest value"

@@ -76,3 +76,14 @@ def test_makefile_has_the_commands_that_the_readme_names() -> None:
     targets = set(re.findall(r"^make (\w[\w-]*)", README, re.MULTILINE))
     assert {"demo", "test"} <= targets
     assert all(re.search(rf"^{target}:", makefile, re.MULTILINE) for target in targets)
+
+
+def test_benchmarks_start_in_one_way() -> None:
+    """As modules from the root, and those that a page or a docstring names are there."""
+    pages = [ROOT / name for name in ("README.md", "CHANGELOG.md", "Makefile")]
+    pages += [*(ROOT / "docs").glob("*.md"), *(ROOT / "benchmarks").glob("*.*")]
+    text = "\n".join(page.read_text() for page in pages)
+    assert not re.findall(r"python3? \S*benchmarks/\S*", text)
+    named = set(re.findall(r"-m benchmarks\.(\w+)", text))
+    assert {"bench_cpu", "bench_attention", "sweep_models"} <= named
+    assert [name for name in named if not (ROOT / "benchmarks" / f"{name}.py").exists()] == []

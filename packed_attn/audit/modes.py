@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from packed_attn.errors import first_line
+
 # A model's own checkpointing may be the reentrant kind, which autograd.grad cannot walk.
 _CHECKPOINT = partial(checkpoint, use_reentrant=False)
 _STATE = ("training", "gradient_checkpointing", "_gradient_checkpointing_func")
@@ -74,7 +76,7 @@ def _checkpointed(model: nn.Module) -> None:
     try:
         enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     except ValueError as error:
-        raise NotOffered(str(error).splitlines()[0]) from error
+        raise NotOffered(first_line(error)) from error
 
 
 def _without_dropout(model: nn.Module) -> None:

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packed_attn.errors import first_line
+
 if TYPE_CHECKING:
     from packed_attn.audit.matrix import Matrix
 
@@ -212,9 +214,5 @@ def load_model(name: str, dtype: str, device: str = "cpu") -> Any:
             model = AutoModelForCausalLM.from_pretrained(name, dtype=torch_dtype)
         return model.to(device)
     except Exception as error:  # whatever is wrong with a model or a config is one line here
-        raise ValueError(f"cannot load {name!r}: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{type(error).__name__}: {lines[0]}"
+        said = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"cannot load {name!r}: {said}") from error

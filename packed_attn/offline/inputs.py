@@ -15,6 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, SupportsInt
 
+from packed_attn.errors import first_line
 from packed_attn.offline.files import CHUNK_BYTES
 
 ROWS_PER_BATCH = 1000
@@ -187,7 +188,7 @@ def _read_row_groups(part: Part) -> Iterator[tuple[Place, Any]]:
                 row += 1
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
-            f"{part.path} is damaged: row group {part.start} cannot be read: {_first_line(error)}"
+            f"{part.path} is damaged: row group {part.start} cannot be read: {first_line(error)}"
         ) from error
 
 
@@ -206,7 +207,7 @@ def _parquet(path: str) -> Any:
     except (pa.ArrowException, OSError) as error:
         raise ValueError(
             f"{path} is not a whole Parquet file ({os.path.getsize(path)} bytes): "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
 
 
@@ -216,8 +217,4 @@ def _saved_dataset(path: str) -> Any:
     try:
         return load_from_disk(path).with_format(None)
     except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a whole saved data set: {_first_line(error)}") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is not a whole saved data set: {first_line(error)}") from error
