@@ -55,8 +55,7 @@ gpu-test: $(READY)
 
 # Within 8 minutes; writes attention.json and training_step_gpu.json under benchmarks/results/.
 gpu-bench: $(READY)
-	$(PY) -m benchmarks.bench_attention
-	$(PY) -m benchmarks.bench_training_step --model llama3-8b-layers qwen3-0.6b --capacities 8192 --json benchmarks/results/training_step_gpu.json
+	$(PY) -m benchmarks.suite attention training_step_gpu
 
 $(READY): pyproject.toml constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
@@ -71,4 +70,4 @@ $(OLDEST)/.ready: constraints-cpu.txt
 	touch $(OLDEST)/.ready
 
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info demo-output
+	rm -rf $(VENV) $(OLDEST) build dist *.egg-info demo-output bench-report

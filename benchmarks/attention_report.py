@@ -78,7 +78,7 @@ class Report:
         """What a run before this one has written, to go on from."""
         told = json.loads(path.read_text())
         report = Report(path, told["toy"])
-        report.ceilings = None if told["ceilings"] is None else Ceilings(**told["ceilings"])
+        report.ceilings = Ceilings(**told["ceilings"]) if told.get("ceilings") else None
         report.cases, report._rows = told["cases"], told["rows"]
         report.rows = [row_of(row) for row in report._rows]
         report.without, running = told["without"], told["running"]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 
 # In the order in which help lists them.
-COMMANDS = ("demo", "audit", "pack", "inspect", "verify", "equivalence", "doctor")
+COMMANDS = ("demo", "audit", "pack", "inspect", "verify", "equivalence", "doctor", "bench")
 EXIT_REFUSED = 2
 
 
