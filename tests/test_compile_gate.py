@@ -62,8 +62,9 @@ from benchmarks.sm90_resources import (
 
 WORKERS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2
 OTHERS = [job for job in all_jobs() if job not in default_jobs()]
-# Bytes of stack that a version of triton spills in the Hopper forward; others spill nothing.
-HOPPER_SPILLS = {"3.9": 224}
+# Bytes of stack that a version of triton spills in the Hopper forward or, True, in its repair, which
+# runs where a NaN is; others spill nothing.
+HOPPER_SPILLS = {("3.6", True): 48, ("3.9", False): 168, ("3.9", True): 216}
 CLEAN = Resources(registers=128, stack=0, shared_memory=1024, spills=0, wgmma=8)
 
 
@@ -117,8 +118,8 @@ def test_machine_code_of_hopper_forward(head_dim: int, confined: bool) -> None:
         pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
     problem = Problem(head_dim, head_dim, 4, 2, "either", has_softcap=False, has_sinks=False)
     found = compile_hopper_forward(problem, "bf16", confined=confined)
-    if installed_version() in HOPPER_SPILLS:
-        assert found.stack <= HOPPER_SPILLS[installed_version()], found
+    if (installed_version(), confined) in HOPPER_SPILLS:
+        assert found.stack <= HOPPER_SPILLS[installed_version(), confined], found
         found = replace(found, stack=0, spills=0)
     assert not found.faults(needs_wgmma=True), found
     assert found.tensor_copies > 0, "blocks are copied by TMA"

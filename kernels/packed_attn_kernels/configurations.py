@@ -34,19 +34,15 @@ class Configuration:
 
 @dataclass(frozen=True)
 class HopperConfiguration:
-    """Keys of a block, slots of its ring, and how two warpgroups share the multiprocessor.
+    """Keys of a block and slots of its ring.
 
     Registers are those of a thread; twice the consumers' and the producer's make at most 504.
-    take_turns: the two consumers start their products in turns. persistent: a program for each
-    multiprocessor goes through many tiles, instead of one for each tile.
     """
 
     BLOCK_N: int
     stages: int
     producer_registers: int = 24
     consumer_registers: int = 240
-    take_turns: bool = False
-    persistent: bool = False
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,10 @@ class Problem:
 
     @property
     def block_dv(self) -> int:
-        return padded(self.value_dim)
+        # Where v's blocks are 16 or 32 columns wide beside wider ones of k, triton 3.6 miscompiles
+        # the forward's walk without NaNs: on an H200 the first 16 rows of a tile alone are right.
+        narrowest = min(64, self.block_d) if self.itemsize == 2 else 16
+        return max(padded(self.value_dim), narrowest)
 
     @property
     def keys_kernels(self) -> tuple[KernelName, ...]:
@@ -199,26 +198,22 @@ FUSED_IS_FASTER: frozenset[tuple[int, int]] = frozenset()
 
 # Largest padded head_dim: configuration of the Hopper forward, which is for half precision.
 HOPPER: dict[int, HopperConfiguration] = {
-    64: HopperConfiguration(128, 3, take_turns=True, persistent=True),
-    128: HopperConfiguration(128, 2, take_turns=True, persistent=True),
+    64: HopperConfiguration(128, 3),
+    128: HopperConfiguration(128, 2),
 }
 
 # (largest padded head_dim, bytes an element) for which a Hopper GPU takes that forward: 1.2 to 1.9
 # times as fast as the portable one (benchmarks/notes.md).
 HOPPER_FORWARD: frozenset[tuple[int, int]] = frozenset({(64, 2), (128, 2)})
 
-# The same of the Hopper backward. A block's dq has two shares of 64 rows and columns.
+# Queries of a block of the Hopper backward: its dq has two shares of 64 rows and columns.
 HOPPER_BACKWARD_TABLE: dict[int, HopperBackwardConfiguration] = {
     64: HopperBackwardConfiguration(128, 2),
     128: HopperBackwardConfiguration(64, 2),
 }
 
-# For which a Hopper GPU takes that backward, where documents are long: what it pays for every token
-# (clearing, adding and converting float32 sums) it wins back with their length. One document of 32k
-# tokens takes 0.68 of the split backward's time (benchmarks/notes.md); by that figure and the cost
-# of the sums the two are level near a mean of 500 tokens. Shorter ones are not timed yet.
-HOPPER_BACKWARD: frozenset[tuple[int, int]] = frozenset({(128, 2)})
-LONG_DOCUMENT = 2048
+# The same of the Hopper backward: 0.5 to 0.8 of the split one's time, however long documents are.
+HOPPER_BACKWARD: frozenset[tuple[int, int]] = frozenset({(64, 2), (128, 2)})
 
 
 def configuration(kernel: KernelName, problem: Problem) -> Configuration:

@@ -426,7 +426,6 @@ def _step(
     dv = warpgroup_mma(weights, dout, dv, is_async=True)
     fence_async_shared()
     mbarrier.arrive(ds_full.index(pair))
-    dk = warpgroup_mma(gl.convert_layout(slope, OPERAND), q, dk, is_async=True)
     mbarrier.wait(ds_full.index(pair), (n // 2) & 1)
     none = gl.full([ROWS, ROWS], 0.0, gl.float32, SHARE)
     MINE: gl.constexpr = HALF if MORE == 2 else 0
@@ -435,11 +434,11 @@ def _step(
     lower = ds.index((2 * pair + 1) * MORE + MINE).permute((1, 0))
     share = warpgroup_mma(upper, k.index(PART + zero), none, use_acc=False, is_async=True)
     share = warpgroup_mma(lower, k.index(PARTS + PART + zero), share, is_async=True)
+    # Last, so that the tensor cores work while the share is written.
+    dk = warpgroup_mma(gl.convert_layout(slope, OPERAND), q, dk, is_async=True)
     dv = warpgroup_mma_wait(3, deps=[dv])
     mbarrier.arrive(dout_empty.index(slot))
-    dk = warpgroup_mma_wait(2, deps=[dk])
-    mbarrier.arrive(q_empty.index(slot))
-    share = warpgroup_mma_wait(0, deps=[share])
+    share = warpgroup_mma_wait(1, deps=[share])
     tma.store_wait(0)
     _barrier()
     shares.index(HALF).store(_share(share))
@@ -447,6 +446,8 @@ def _step(
     _barrier()
     row = ((number + g * padded_queries + at) // ROWS * PARTS + HALF) * (2 * ROWS)
     _add(sums_desc, [row, 0], shares.index(HALF))
+    dk = warpgroup_mma_wait(0, deps=[dk])
+    mbarrier.arrive(q_empty.index(slot))
     return dk, dv
 
 

@@ -14,7 +14,13 @@ from packed_attn_kernels.backward_repair import (
     shares_cast_kernel,
 )
 from packed_attn_kernels.configurations import HopperBackwardConfiguration, KernelName, Problem
-from packed_attn_kernels.hopper_launch import HOPPER_OPTIONS, ROWS, described, split_problem
+from packed_attn_kernels.hopper_launch import (
+    HOPPER_OPTIONS,
+    ROWS,
+    copyable,
+    described,
+    split_problem,
+)
 
 if TYPE_CHECKING:
     from packed_attn_kernels.launch import Inputs
@@ -54,7 +60,7 @@ def _launch_gradients(inputs: Inputs, arguments: dict[str, Any], sums: Tensor) -
     chosen = configurations.HOPPER_BACKWARD_TABLE[problem.head_dim]
     views = {}
     for name, rows in (("q", chosen.BLOCK_M), ("k", ROWS), ("v", ROWS), ("dout", chosen.BLOCK_M)):
-        views |= described(name, arguments[f"{name}_ptr"], rows)
+        views |= described(name, copyable(arguments[f"{name}_ptr"]), rows)
     for name in ("row_lse", "delta"):
         views[f"{name}_desc"] = _line(arguments[f"{name}_ptr"], chosen.BLOCK_M)
     shared = (

@@ -4,12 +4,13 @@ Shah et al., "FlashAttention-3: Fast and Accurate Attention with Asynchrony and 
 (2024). One warp copies q and blocks of k and v into shared memory (TMA); two warpgroups of 64
 query rows each multiply (`hopper_walk.py`) and fill each other's gaps.
 
-A program goes through items, each a tile of one head: one, or, if programs are few, many. The
-producer finds them, and is ahead of the consumers: it tells them of each by a message in shared
-memory, and of the end. The mask is the interval rule with the query's half alone: all roles walk
-the tile's hull, ascending. Every role counts the items and blocks that it has done, and a barrier's
-phase is that count (of rounds of its ring): consumers wait for `*_full` of their phase, the
-producer for `*_empty` of the phase before, which a fresh barrier counts as complete.
+A program goes through items, each a tile of one head: heavy ones first, the next one whenever it is
+done with one, by a counter. The producer finds them, and is ahead of the consumers: it tells them
+of each by a message in shared memory, and of the end. The mask is the interval rule with the
+query's half alone: all roles walk the tile's hull, ascending. Every role counts the items and
+blocks that it has done, and a barrier's phase is that count (of rounds of its ring): consumers wait
+for `*_full` of their phase, the producer for `*_empty` of the phase before, which a fresh barrier
+counts as complete.
 
 A NaN that leaked between documents of a tile (see `forward.py`) is not repaired at once: a flag
 says whether an accumulator of the item is not finite. The same kernel, CONFINED, then does flagged
@@ -36,6 +37,8 @@ from packed_attn_kernels.rules import FAR, LN2, LOG2E, LOWEST
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 # Of the message: item, first and last row, hull's start, blocks, two numbers for each half.
 WORDS: gl.constexpr = gl.constexpr(9)
+# Of the flags: whether any item is flagged, and how many items were taken; then one of each item.
+ITEMS: gl.constexpr = gl.constexpr(2)
 
 
 @gluon.jit(
@@ -82,7 +85,6 @@ def hopper_forward_kernel(
     STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
     CONFINED: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
@@ -91,7 +93,8 @@ def hopper_forward_kernel(
 
     Item x is tile x // heads of head x % heads: heavy tiles come first, empty ones last. A
     descriptor shows a tensor as a matrix; head h begins at row h * row_step, column
-    h * column_step. flags: [0] whether any item is flagged, [1 + x] whether item x is.
+    h * column_step. flags: [0] whether any item is flagged, [1] how many items were taken beyond
+    the first of each program, [ITEMS + x] whether item x is flagged.
     CONFINED does flagged items alone, and reads flags where otherwise they are written.
     """
     if CONFINED:  # noqa: SIM102 - only what a constant alone decides is left out of the kernel
@@ -105,34 +108,36 @@ def hopper_forward_kernel(
     if CONFINED:
         clean = gl.allocate_shared_memory(v_desc.dtype, [2, BLOCK_N, HEAD_DIM], v_desc.layout)
     message = gl.allocate_shared_memory(gl.int32, [WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    intervals = gl.allocate_shared_memory(
+        gl.int32, [4, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0])
+    )
     q_full = _barriers(2, 1)
     k_full = _barriers(STAGES, 1)
     v_full = _barriers(STAGES, 1)
     q_empty = _barriers(2, 1)
     k_empty = _barriers(STAGES, 2)
     v_empty = _barriers(STAGES, 2)
-    turns = _barriers(2, 1)
     fence_async_shared()
 
     rings = (q, k, v, q_full, k_full, v_full, q_empty, k_empty, v_empty)
-    own = (staged, clean, turns)
+    own = (staged, clean)
     results = (out_ptr, lse_ptr, flags_ptr, out_stride_t, out_stride_h, total_queries)
-    rows = (key_start_ptr, key_stop_ptr, sinks_ptr, heads)
+    rows = (intervals, sinks_ptr, heads)
     numbers = (softmax_scale, softcap)
     descriptors = (q_desc, k_desc, v_desc)
     steps = (q_row_step, q_column_step, k_row_step, k_column_step, v_row_step, v_column_step)
-    lists = (tiles_ptr, flags_ptr, key_start_ptr, key_stop_ptr, group, heads, items)
+    lists = (tiles_ptr, flags_ptr, key_start_ptr, key_stop_ptr, intervals, group, heads, items)
     gl.warp_specialize(
         [
             (
                 _consume_upper,
-                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
-                 CONFINED, HAS_SOFTCAP, HAS_SINKS),
+                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, CONFINED,
+                 HAS_SOFTCAP, HAS_SINKS),
             ),
             (
                 _consume_lower,
-                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
-                 CONFINED, HAS_SOFTCAP, HAS_SINKS),
+                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, CONFINED,
+                 HAS_SOFTCAP, HAS_SINKS),
             ),
             (_produce, (rings, message, descriptors, steps, lists, BLOCK_N, STAGES, CONFINED)),
         ],
@@ -160,16 +165,17 @@ def _intervals(key_start_ptr, key_stop_ptr, i, stop):
 
 @gluon.jit
 def _full_blocks(start, end, live, hull_start, hull_stop, blocks, BLOCK_N: gl.constexpr):
-    """From block 1 on: the first block that all live rows see, the first after it that not all do.
+    """The first block that all live rows see, and the first after it that not all do.
 
-    Both are at most `blocks`, in order; block 0 counts as an edge, unless there is none.
+    Both are less than `blocks`, in order: the last block counts as an edge, unless there is none.
     """
     full_start = gl.max(gl.where(live, start, 0), 0)
     full_stop = gl.minimum(gl.min(gl.where(live, end, FAR), 0), hull_stop)
     left = (gl.maximum(full_start - hull_start, 0) + BLOCK_N - 1) // BLOCK_N
     through = gl.maximum(full_stop - hull_start, 0) // BLOCK_N
-    edge = gl.maximum(gl.minimum(left, blocks), 1)
-    return edge, gl.maximum(gl.minimum(through, blocks), edge)
+    last = gl.maximum(blocks - 1, 0)
+    edge = gl.minimum(left, last)
+    return edge, gl.maximum(gl.minimum(through, last), edge)
 
 
 @gluon.jit
@@ -177,25 +183,38 @@ def _produce(
     rings, message, descriptors, steps, lists, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     CONFINED: gl.constexpr,
 ):  # fmt: skip
-    """Finds the items of this program, says which they are, and copies what they read.
-
-    Rounds of items alternate in direction, so no program gets the heaviest of every round.
-    """
+    """Finds the items of this program, says which they are, and copies what they read."""
     q, k, v, q_full, k_full, v_full, q_empty, k_empty, v_empty = rings
     q_desc, k_desc, v_desc = descriptors
     q_row_step, q_column_step, k_row_step, k_column_step, v_row_step, v_column_step = steps
-    tiles_ptr, flags_ptr, key_start_ptr, key_stop_ptr, group, heads, items = lists
+    tiles_ptr, flags_ptr, key_start_ptr, key_stop_ptr, intervals, group, heads, items = lists
     row = gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [1], [0]))
     item = gl.program_id(0)
-    step = 2 * (gl.num_programs(0) - item) - 1
+    lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+    count = flags_ptr + 1 + lane * 0
+    first = gl.load(tiles_ptr + item // heads * 2)
+    stop = gl.load(tiles_ptr + item // heads * 2 + 1)
+    taken = lane * 0
+    if not CONFINED:
+        taken = gl.atomic_add(count, lane * 0 + 1, lane == 0, sem="relaxed")
     done = 0
     before = 0
     while item < items:
-        first = gl.load(tiles_ptr + item // heads * 2)
-        stop = gl.load(tiles_ptr + item // heads * 2 + 1)
+        following = item + gl.num_programs(0)
+        if not CONFINED:
+            following = gl.num_programs(0) + gl.max(gl.where(lane == 0, taken, 0), 0)
+        # What comes after this item is asked for before its blocks are copied, and waited for
+        # when they are on their way.
+        ends = gl.load(
+            tiles_ptr + following // heads * 2 + lane,
+            mask=(following < items) & (lane < 2),
+            other=0,
+        )
         wanted = first < stop
         if CONFINED:
-            wanted = wanted & (gl.load(flags_ptr + 1 + item) != 0)
+            wanted = wanted & (gl.load(flags_ptr + ITEMS + item) != 0)
+        else:
+            taken = gl.atomic_add(count, lane * 0 + 1, lane == 0, sem="relaxed")
         if wanted:
             start_0, end_0, live_0 = _intervals(key_start_ptr, key_stop_ptr, first + row, stop)
             start_1, end_1, live_1 = _intervals(
@@ -210,6 +229,10 @@ def _produce(
             lower = _full_blocks(start_1, end_1, live_1, hull_start, hull_stop, blocks, BLOCK_N)
             for half in gl.static_range(2):
                 mbarrier.wait(q_empty.index(half), (done + 1) & 1)
+            intervals.index(0).store(start_0)
+            intervals.index(1).store(end_0)
+            intervals.index(2).store(start_1)
+            intervals.index(3).store(end_1)
             _say(message, 0, item)
             _say(message, 1, first)
             _say(message, 2, stop)
@@ -243,10 +266,10 @@ def _produce(
                 _load(v_desc, [v_row + y * BLOCK_N, v_column], v_full.index(slot), v.index(slot))
             done += 1
             before += blocks
-        item += step
-        step = 2 * gl.num_programs(0) - step
-        if first == stop:
-            item = items
+        # Empty tiles come last.
+        item = gl.where(first < stop, following, items)
+        first = gl.max(gl.where(lane == 0, ends, 0), 0)
+        stop = gl.max(gl.where(lane == 1, ends, 0), 0)
     for half in gl.static_range(2):
         mbarrier.wait(q_empty.index(half), (done + 1) & 1)
     _say(message, 0, -1)
@@ -272,26 +295,26 @@ def _hear(message, AT: gl.constexpr):
 @gluon.jit
 def _consume_upper(
     rings, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, TAKE_TURNS: gl.constexpr, CONFINED: gl.constexpr,
-    HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
+    STAGES: gl.constexpr, CONFINED: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The first 64 rows."""
     _consume(
-        0, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
-        CONFINED, HAS_SOFTCAP, HAS_SINKS,
+        0, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, CONFINED,
+        HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
 
 
 @gluon.jit
 def _consume_lower(
     rings, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, TAKE_TURNS: gl.constexpr, CONFINED: gl.constexpr,
-    HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
+    STAGES: gl.constexpr, CONFINED: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The last 64 rows."""
     _consume(
-        1, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, TAKE_TURNS,
-        CONFINED, HAS_SOFTCAP, HAS_SINKS,
+        1, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, CONFINED,
+        HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
 
 
@@ -307,20 +330,18 @@ def _consume(
     HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
     CONFINED: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
 ):
     """Softmax over all blocks for 64 rows of each item, and their results."""
     q_full, q_empty = rings[3], rings[6]
-    key_start_ptr, key_stop_ptr, sinks_ptr, heads = rows
+    intervals, sinks_ptr, heads = rows
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     done = 0
     before = 0
-    turn = 0
     mbarrier.wait(q_full.index(HALF), 0)
     item = _hear(message, 0)
     while item >= 0:
@@ -331,7 +352,9 @@ def _consume(
         edge = _hear(message, 5 + 2 * HALF)
         through = _hear(message, 6 + 2 * HALF)
         i = first + gl.arange(0, ROWS, ROW)
-        start, end, live = _intervals(key_start_ptr, key_stop_ptr, i, stop)
+        start = intervals.index(2 * HALF).load(ROW)
+        end = intervals.index(2 * HALF + 1).load(ROW)
+        live = end > start
         m = gl.full([ROWS], LOWEST, gl.float32, ROW)
         l = gl.full([ROWS], 0.0, gl.float32, ROW)
         if HAS_SINKS:
@@ -349,8 +372,8 @@ def _consume(
             mbarrier.arrive(q_empty.index(HALF))
         else:
             acc, m, l = walk(
-                HALF, acc, m, l, rings, own, hull_start, start, end, blocks, edge, through, before,
-                turn, numbers, BLOCK_N, STAGES, TAKE_TURNS, HAS_SOFTCAP, SCORES, SUMS,
+                HALF, acc, m, l, rings, hull_start, start, end, blocks, edge, through, before,
+                numbers, BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
         _finish(
             HALF, acc, m, l, live, i, own, results, item, item % heads, first, stop, HEAD_DIM, SUMS,
@@ -358,7 +381,6 @@ def _consume(
         )  # fmt: skip
         done += 1
         before += blocks
-        turn += gl.maximum(blocks - 1, 0)
         mbarrier.wait(q_full.index(HALF), done & 1)
         item = _hear(message, 0)
 
@@ -393,7 +415,7 @@ def _finish(
         broken = gl.convert_layout(live, SUM_ROW) & (row != row)
         zero = gl.full([ROWS], 0, gl.int32, SUM_ROW)
         gl.store(flags_ptr + zero, 1, mask=broken)
-        gl.store(flags_ptr + (1 + item) + zero, 1, mask=broken)
+        gl.store(flags_ptr + (ITEMS + item) + zero, 1, mask=broken)
     factor = gl.where(blind, 0.0, 1.0 / gl.where(blind, 1.0, l))
     out = gl.where(
         gl.convert_layout(blind, SUM_ROW)[:, None],

@@ -32,18 +32,24 @@ def reasons_against_hopper(inputs: Inputs) -> list[str]:
     problem = inputs.problem
     if (problem.width, problem.itemsize) not in configurations.HOPPER_FORWARD:
         return ["HOPPER_FORWARD does not name this head_dim and element size"]
-    reasons = _reasons_against(inputs, q=inputs.q, k=inputs.k, v=inputs.v)
+    reasons = _reasons_against(inputs)
+    for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v)):
+        if x.data_ptr() % ALIGNMENT:
+            reasons.append(f"{name} does not begin at a multiple of {ALIGNMENT} bytes")
     if configurations.tile_rows(problem)[0] != 2 * ROWS:
         reasons.append(f"it needs tiles of {2 * ROWS} rows")
     return reasons
 
 
-def reasons_against_hopper_backward(inputs: Inputs, dout: Tensor) -> list[str]:
-    """Why a portable backward must run; empty where the Hopper kernel may."""
+def reasons_against_hopper_backward(inputs: Inputs) -> list[str]:
+    """Why a portable backward must run; empty where the Hopper kernel may.
+
+    Nothing but what `faster_backward` knows too decides, unless "fused" was asked for by name.
+    """
     problem = inputs.problem
     if (problem.width, problem.itemsize) not in configurations.HOPPER_BACKWARD:
         return ["HOPPER_BACKWARD does not name this head_dim and element size"]
-    reasons = _reasons_against(inputs, q=inputs.q, k=inputs.k, v=inputs.v, dout=dout)
+    reasons = _reasons_against(inputs)
     if not problem.fused:
         reasons.append("it adds dq in any order")
     if problem.has_softcap:
@@ -74,13 +80,19 @@ def reasons_against_hopper_kernels(problem: Problem, capability: tuple[int, int]
     return reasons
 
 
-def _reasons_against(inputs: Inputs, **tensors: Tensor) -> list[str]:
+def _reasons_against(inputs: Inputs) -> list[str]:
     device = inputs.q.device
     on_gpu = device.type == "cuda"
     capability = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
     reasons = reasons_against_hopper_kernels(inputs.problem, capability)
-    if inputs.softmax_scale <= 0.0:
-        reasons.append("it needs a positive softmax_scale")
+    return reasons + reasons_against_hopper_inputs(
+        inputs.softmax_scale, q=inputs.q, k=inputs.k, v=inputs.v
+    )
+
+
+def reasons_against_hopper_inputs(softmax_scale: float, **tensors: Tensor) -> list[str]:
+    """What a scale or named tensors have that neither Hopper kernel takes; reads strides alone."""
+    reasons = [] if softmax_scale > 0.0 else ["it needs a positive softmax_scale"]
     for name, x in tensors.items():
         if _matrix(x) is None:
             reasons.append(f"the strides {x.stride()} of {name} show no matrix that can be copied")
@@ -106,12 +118,11 @@ def launch_hopper_forward(inputs: Inputs, arguments: dict[str, Any]) -> None:
     )  # fmt: skip
     views |= {name: arguments[name] for name in shared}
     views |= {"group": problem.group, "heads": heads, "items": items}
-    views["flags_ptr"] = inputs.q.new_zeros(1 + items, dtype=torch.int32)
-    few = min(items, _multiprocessors(inputs.q.device))
+    views["flags_ptr"] = inputs.q.new_zeros(2 + items, dtype=torch.int32)
+    grid = (min(items, _multiprocessors(inputs.q.device)),)
     for confined in (False, True):
-        grid = few if chosen.persistent or confined else items
         constants = hopper_constants(problem, chosen, confined)
-        hopper_forward_kernel[(grid,)](**views, **constants, **HOPPER_OPTIONS)
+        hopper_forward_kernel[grid](**views, **constants, **HOPPER_OPTIONS)
 
 
 def hopper_constants(
@@ -125,7 +136,6 @@ def hopper_constants(
         "STAGES": 1 if confined else chosen.stages,
         "PRODUCER_REGISTERS": chosen.producer_registers,
         "CONSUMER_REGISTERS": chosen.consumer_registers,
-        "TAKE_TURNS": chosen.take_turns and not confined,
         "CONFINED": confined,
         "HAS_SOFTCAP": problem.has_softcap,
         "HAS_SINKS": problem.has_sinks,
@@ -135,6 +145,13 @@ def hopper_constants(
 @lru_cache
 def _multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def copyable(x: Tensor) -> Tensor:
+    """The tensor, or a copy of it where its place or strides keep TMA from copying blocks."""
+    if _matrix(x) is not None and x.data_ptr() % ALIGNMENT == 0:
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def block_layout(block: list[int]) -> Any:
@@ -167,12 +184,13 @@ def _matrix(x: Tensor) -> tuple[list[int], int, int] | None:
 
     Returns (its shape, the rows and the columns from one head to the next): heads stand beside
     each other in a token's row, or below each other; None where neither is so or the hardware
-    could not copy it. Rows past the last token of a head are zeros or the next head's.
+    could not copy it wherever it begins. Rows past the last token of a head are zeros or the next
+    head's.
     """
     tokens, heads, head_dim = x.shape
     row, head, _ = x.stride()
     size = x.itemsize
-    if tokens == 0 or x.data_ptr() % ALIGNMENT or row * size % ALIGNMENT or row < head_dim:
+    if tokens == 0 or row * size % ALIGNMENT or row < head_dim:
         return None
     columns = (heads - 1) * head + head_dim
     if columns <= row:

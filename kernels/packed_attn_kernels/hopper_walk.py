@@ -1,8 +1,9 @@
 """What the consumers of `hopper_forward.py` do with the blocks of an item: online softmax.
 
-A warpgroup starts q.k of the next block before it exponentiates this one, so its tensor cores work
-meanwhile. Block y of an item is the at-th of its program: it stands in slot at % STAGES, and the
-phase of the barriers there is at // STAGES.
+A warpgroup starts q.k of the next block before it exponentiates this one: the tensor cores work
+meanwhile, and the next block's scores are there when it comes to them. Block y of an item is the
+at-th of its program: it stands in slot at % STAGES, and the phase of the barriers there is
+at // STAGES.
 """
 
 # Gluon's language is not Python's: its stubs know neither constexpr arguments nor tensors.
@@ -35,7 +36,6 @@ def walk(
     m,
     l,
     rings,
-    own,
     hull_start,
     start,
     end,
@@ -43,18 +43,15 @@ def walk(
     edge,
     through,
     before,
-    turn,
     numbers,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     SCORES: gl.constexpr,
     SUMS: gl.constexpr,
 ):
-    """All blocks of an item: the products of one while the one before is exponentiated."""
+    """All blocks of an item; those from `edge` to `through` are seen by all of its rows."""
     q, k, v, _, k_full, v_full, q_empty, k_empty, v_empty = rings
-    softmax_scale, softcap = numbers
     if blocks > 0:
         slot = before % STAGES
         mbarrier.wait(k_full.index(slot), (before // STAGES) & 1)
@@ -64,32 +61,31 @@ def walk(
         )
         s = warpgroup_mma_wait(0, deps=[products])
         mbarrier.arrive(k_empty.index(slot))
-        s, factor = _logits(s, softmax_scale, softcap, HAS_SOFTCAP)
-        s = _visible(s, hull_start, start, end, BLOCK_N, SCORES)
-        weights, m, l, _alpha = _softmax_step(s, factor, m, l)
-        p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, SUMS, 2))
-        after = before + 1
-        mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=blocks > 1)
-        # Three loops: a branch between a product and its wait would make the wait come first.
-        for y in range(1, edge):
-            p, acc, m, l = _step(
-                y, True, HALF, p, acc, m, l, rings, own, hull_start, start, end, blocks, before,
-                turn, numbers, BLOCK_N, STAGES, TAKE_TURNS, HAS_SOFTCAP, SCORES, SUMS,
+        for y in range(0, edge):
+            s, acc, m, l = _step(
+                y, True, HALF, s, acc, m, l, rings, hull_start, start, end, before, numbers,
+                BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
-        for y in range(edge, through):
-            p, acc, m, l = _step(
-                y, False, HALF, p, acc, m, l, rings, own, hull_start, start, end, blocks, before,
-                turn, numbers, BLOCK_N, STAGES, TAKE_TURNS, HAS_SOFTCAP, SCORES, SUMS,
-            )  # fmt: skip
-        for y in range(through, blocks):
-            p, acc, m, l = _step(
-                y, True, HALF, p, acc, m, l, rings, own, hull_start, start, end, blocks, before,
-                turn, numbers, BLOCK_N, STAGES, TAKE_TURNS, HAS_SOFTCAP, SCORES, SUMS,
+        # Two at a time: the scores of one block stand where those of the next but one will.
+        pairs = (through - edge) // 2
+        for pair in range(0, pairs):
+            for which in gl.static_range(2):
+                s, acc, m, l = _step(
+                    edge + 2 * pair + which, False, HALF, s, acc, m, l, rings, hull_start, start,
+                    end, before, numbers, BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
+                )  # fmt: skip
+        for y in range(edge + 2 * pairs, blocks - 1):
+            s, acc, m, l = _step(
+                y, True, HALF, s, acc, m, l, rings, hull_start, start, end, before, numbers,
+                BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
         mbarrier.arrive(q_empty.index(HALF))
         last = before + blocks - 1
         mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
-        sums = warpgroup_mma(p, v.index(last % STAGES), acc, is_async=True)
+        s, factor = _seen(
+            blocks - 1, True, s, hull_start, start, end, numbers, BLOCK_N, HAS_SOFTCAP, SCORES
+        )
+        sums, m, l = _weighted(s, factor, acc, m, l, v.index(last % STAGES), SUMS)
         acc = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(v_empty.index(last % STAGES))
     else:
@@ -102,57 +98,62 @@ def _step(
     y,
     MASKED: gl.constexpr,
     HALF: gl.constexpr,
-    p,
+    s,
     acc,
     m,
     l,
     rings,
-    own,
     hull_start,
     start,
     end,
-    blocks,
     before,
-    turn,
     numbers,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    TAKE_TURNS: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     SCORES: gl.constexpr,
     SUMS: gl.constexpr,
 ):
-    """The weights of block y, whose k has come; meanwhile p, those of the block before, times v."""
+    """Adds block y, whose products with q are s, and returns those of the block after it."""
     q, k, v, _, k_full, v_full, _, k_empty, v_empty = rings
-    softmax_scale, softcap = numbers
-    turns = own[2]
     at = before + y
-    slot = at % STAGES
-    last = (at - 1) % STAGES
-    mbarrier.wait(v_full.index(last), ((at - 1) // STAGES) & 1)
-    if TAKE_TURNS:
-        # The upper half goes first: its turn n waits for the lower half's turn n - 1.
-        mbarrier.wait(turns.index(HALF), (turn + y + HALF) & 1)
+    after = at + 1
+    # Before the waits, or its comparisons would be kept in registers across them.
+    s, factor = _seen(y, MASKED, s, hull_start, start, end, numbers, BLOCK_N, HAS_SOFTCAP, SCORES)
+    mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1)
     none = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
     products = warpgroup_mma(
-        q.index(HALF), k.index(slot).permute((1, 0)), none, use_acc=False, is_async=True
+        q.index(HALF), k.index(after % STAGES).permute((1, 0)), none, use_acc=False, is_async=True
     )
-    sums = warpgroup_mma(p, v.index(last), acc, is_async=True)
-    if TAKE_TURNS:
-        mbarrier.arrive(turns.index(1 - HALF))
+    # No instruction passes this wait: the products are on their way before the exponentials.
+    mbarrier.wait(v_full.index(at % STAGES), (at // STAGES) & 1)
+    sums, m, l = _weighted(s, factor, acc, m, l, v.index(at % STAGES), SUMS)
     s = warpgroup_mma_wait(1, deps=[products])
-    mbarrier.arrive(k_empty.index(slot))
-    s, factor = _logits(s, softmax_scale, softcap, HAS_SOFTCAP)
+    mbarrier.arrive(k_empty.index(after % STAGES))
+    acc = warpgroup_mma_wait(0, deps=[sums])
+    mbarrier.arrive(v_empty.index(at % STAGES))
+    return s, acc, m, l
+
+
+@gluon.jit
+def _seen(
+    y, MASKED: gl.constexpr, s, hull_start, start, end, numbers, BLOCK_N: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr, SCORES: gl.constexpr,
+):  # fmt: skip
+    """The scores of block y, and what makes them logits; see `_logits`."""
+    s, factor = _logits(s, numbers[0], numbers[1], HAS_SOFTCAP)
     if MASKED:
         s = _visible(s, hull_start + y * BLOCK_N, start, end, BLOCK_N, SCORES)
+    return s, factor
+
+
+@gluon.jit
+def _weighted(s, factor, acc, m, l, v, SUMS: gl.constexpr):
+    """Starts the weights times v, on top of the sums so far by the new maximum."""
     weights, m, l, alpha = _softmax_step(s, factor, m, l)
-    # Waiting for the next k here keeps ptxas from moving the next wait before the exponentials.
-    after = at + 1
-    mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1, pred=y + 1 < blocks)
-    acc = warpgroup_mma_wait(0, deps=[sums])
-    mbarrier.arrive(v_empty.index(last))
-    p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, SUMS, 2))
-    return p, acc * gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None], m, l
+    acc *= gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
+    p = gl.convert_layout(weights.to(v.dtype), gl.DotOperandLayout(0, SUMS, 2))
+    return warpgroup_mma(p, v, acc, is_async=True), m, l
 
 
 @gluon.jit
@@ -180,7 +181,6 @@ def confined_step(
     A row that sees one becomes NaN; the others have the products of `_step`, bit by bit.
     """
     q, k, v, _, k_full, v_full, _, k_empty, v_empty = rings
-    softmax_scale, softcap = numbers
     clean = own[1].index(HALF)
     slot = at % STAGES
     phase = (at // STAGES) & 1
@@ -189,7 +189,10 @@ def confined_step(
     block = v.index(slot).load(COPY)
     mbarrier.arrive(v_empty.index(slot))
     broken = gl.max(gl.where(gl.abs(block.to(gl.float32)) < float("inf"), 0, 1), 1)
-    hurt = gl.where(gl.convert_layout(broken, gl.SliceLayout(0, SCORES)) != 0, float("nan"), 0.0)
+    column = gl.convert_layout(broken, gl.SliceLayout(0, SCORES)) != 0
+    j = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
+    sees = (start[:, None] <= j[None, :]) & (j[None, :] < end[:, None])
+    hurt = gl.max((sees & column[None, :]).to(gl.int32), 1)
     clean.store(gl.where(broken[:, None] != 0, 0.0, block.to(gl.float32)).to(block.dtype))
     fence_async_shared()
     barrier()
@@ -200,13 +203,10 @@ def confined_step(
     )
     s = warpgroup_mma_wait(0, deps=[products])
     mbarrier.arrive(k_empty.index(slot))
-    s, factor = _logits(s, softmax_scale, softcap, HAS_SOFTCAP)
-    s = _visible(s, n, start, end, BLOCK_N, SCORES)
+    s, factor = _seen(0, True, s, n, start, end, numbers, BLOCK_N, HAS_SOFTCAP, SCORES)
     weights, m, l, alpha = _softmax_step(s, factor, m, l)
-    j = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-    sees = (start[:, None] <= j[None, :]) & (j[None, :] < end[:, None])
-    weights = gl.where(sees, weights + hurt[None, :], 0.0)
     p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, SUMS, 2))
+    alpha = gl.where(hurt != 0, float("nan"), alpha)
     acc *= gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
     sums = warpgroup_mma(p, clean, acc, is_async=True)
     acc = warpgroup_mma_wait(0, deps=[sums])

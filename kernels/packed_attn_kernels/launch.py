@@ -126,7 +126,7 @@ def launch_backward(
         "padded_queries": row_lse.shape[1],
         **_strides(dout=dout),
     }
-    if not reasons_against_hopper_backward(inputs, dout):
+    if not reasons_against_hopper_backward(inputs):
         with on_device(inputs.q.device):
             dq, dk, dv = launch_hopper_backward(inputs, arguments)
         return dq, dk, dv, dsinks

@@ -14,11 +14,13 @@ from packed_attn_kernels.configurations import (
     FUSED_IS_FASTER,
     HOPPER_BACKWARD,
     LARGEST_TOKEN_STRIDE,
-    LONG_DOCUMENT,
     Problem,
     tile_rows,
 )
-from packed_attn_kernels.hopper_launch import reasons_against_hopper_kernels
+from packed_attn_kernels.hopper_launch import (
+    reasons_against_hopper_inputs,
+    reasons_against_hopper_kernels,
+)
 from packed_attn_kernels.launch import Inputs, launch_backward, launch_forward
 from packed_attn_kernels.tiles import Tiles, plan_tiles
 
@@ -138,7 +140,7 @@ def faster_backward(
     v: Tensor,
     capability: tuple[int, int],
     *,
-    documents: int,
+    softmax_scale: float,
     halves: Literal["either", "query", "both"],
     has_softcap: bool,
     has_alibi: bool,
@@ -148,7 +150,6 @@ def faster_backward(
 
     Args:
         capability: compute capability of q's GPU.
-        documents: how many there are, empty ones included; their mean length decides.
     """
     problem = tile_problem(
         q,
@@ -161,9 +162,9 @@ def faster_backward(
         has_dropout=has_dropout,
     )
     size = problem.width, problem.itemsize
-    by_hopper = size in HOPPER_BACKWARD and not reasons_against_hopper_kernels(problem, capability)
-    is_long = q.shape[0] >= LONG_DOCUMENT * documents
-    by_hopper = by_hopper and is_long and not has_softcap
+    reasons = reasons_against_hopper_kernels(problem, capability)
+    reasons += reasons_against_hopper_inputs(softmax_scale, q=q, k=k, v=v)
+    by_hopper = size in HOPPER_BACKWARD and not reasons and not has_softcap
     return "fused" if by_hopper or size in FUSED_IS_FASTER else "split"
 
 

@@ -72,7 +72,7 @@ def _backward(request: AttentionRequest, visibility: Visibility) -> Literal["spl
         request.k,
         request.v,
         machine.capability(request.q.device),
-        documents=request.layout.num_documents,
+        softmax_scale=request.softmax_scale,
         halves=visibility.halves,
         has_softcap=request.softcap is not None,
         has_alibi=request.alibi_slopes is not None,
