@@ -62,8 +62,8 @@ from benchmarks.sm90_resources import (
 
 WORKERS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2
 OTHERS = [job for job in all_jobs() if job not in default_jobs()]
-# Bytes of stack that a version of triton spills in the Hopper forward or, True, in its repair, which
-# runs where a NaN is; others spill nothing.
+# Bytes of stack that a version of triton spills in the Hopper forward or, True, in its repair,
+# which runs where a NaN is; others spill nothing.
 HOPPER_SPILLS = {("3.6", True): 48, ("3.9", False): 168, ("3.9", True): 216}
 CLEAN = Resources(registers=128, stack=0, shared_memory=1024, spills=0, wgmma=8)
 

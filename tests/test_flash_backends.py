@@ -502,3 +502,21 @@ def test_gpu_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_cases_of_the_fast_run_exist() -> None:
     assert set(FEW.split()) <= set(BY_NAME)
+
+
+def test_a_build_of_flash3_without_softcap_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says so only by raising, and not where a softcap is all that the request lacks."""
+    asks = flash3._has_softcap.__wrapped__
+    recorder = install("flash3", monkeypatch)
+    assert asks(torch.device("cpu"))
+    assert [call["softcap"] for call in recorder.calls] == [1.0]
+
+    def without(*_: Any, **__: Any) -> Tensor:
+        raise RuntimeError("This flash attention build does not support softcap")
+
+    monkeypatch.setattr(sys.modules[flash3.MODULE], flash3.FUNCTION, without)
+    assert not asks(torch.device("cpu"))
+    monkeypatch.setattr(flash3, "_has_softcap", lambda _: False)
+    capped = _request(_inputs(), softcap=5.0)
+    assert flash3.reasons_against(capped) == ["this build of flash-attn 3 has no softcap"]
+    assert flash3.reasons_against(replace(capped, softcap=None)) == []

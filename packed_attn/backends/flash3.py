@@ -2,11 +2,14 @@
 
 Matched to the `hopper` folder of flash-attn 2.8 and later. Its function answers with lse since it
 takes `return_attn_probs`; before, a request for lse is refused. Run on an H100. A build without
-softcap (xformers ships one) does not say so beforehand: it raises.
+softcap (xformers ships one) says so only when it is called, so it is asked once.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor
 
 from packed_attn.backends import flash, machine
@@ -26,7 +29,10 @@ def reasons_against(request: AttentionRequest) -> list[str]:
     reasons += flash.modifier_reasons(request, softcap=True)
     reasons += flash.head_dim_reasons(request, one_size=False)
     reasons += flash.grid_reasons(request)
-    return reasons + _head_dim_reasons(request)
+    reasons += _head_dim_reasons(request)
+    if not reasons and request.softcap is not None and not _has_softcap(request.q.device):
+        reasons.append("this build of flash-attn 3 has no softcap")
+    return reasons
 
 
 def run(request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
@@ -55,6 +61,19 @@ def _attend(request: AttentionRequest, call: flash.Call) -> tuple[Tensor, Tensor
 
 def _returns_lse() -> bool:
     return machine.takes(MODULE, FUNCTION, "return_attn_probs")
+
+
+@machine.constant
+@lru_cache
+def _has_softcap(device: torch.device) -> bool:
+    """Whether one token can be attended to with a softcap."""
+    x = torch.zeros(1, 1, 64, dtype=torch.bfloat16, device=device)
+    bounds = torch.tensor([0, 1], dtype=torch.int32, device=device)
+    try:
+        machine.function(MODULE, FUNCTION)(x, x, x, bounds, bounds, 1, 1, causal=True, softcap=1.0)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _head_dim_reasons(request: AttentionRequest) -> list[str]:
