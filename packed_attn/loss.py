@@ -153,11 +153,15 @@ class _LatestBatch:
         self.paths: Tensor | None = None
         self.weighting: Literal["token", "document"] = "token"
 
-    def arrives(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def arrives(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         counted = kwargs.get("shift_labels")
         by_document = isinstance(counted, Tensor) and counted.ndim == 1
         self.weighting = "document" if by_document else "token"
         self.paths = kwargs.get("document_paths")
+        # Trainer asks Liger to leave the logits out of an evaluation; the loss needs them.
+        return args, {name: value for name, value in kwargs.items() if name != "skip_logits"}
 
     def is_packed(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any

@@ -10,7 +10,7 @@ attention, positions and the shift of labels to decoder inputs never see a neigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -162,9 +162,8 @@ class PairedForward(UnpackedForward):
         decoder_layout: DocumentLayout | None = None,
         **kwargs: Any,
     ) -> Any:
-        forward: Callable[..., Any] = type(self.model).forward
         if layout is None or decoder_layout is None:
-            return forward(self.model, *args, **kwargs)
+            return self.function(self.model, *args, **kwargs)
         return self.run(_Pairs.of(self, layout, decoder_layout, kwargs), kwargs)
 
 

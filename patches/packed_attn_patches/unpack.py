@@ -57,7 +57,7 @@ class UnpackedForward:
     Set as the instance's `forward`; picklable, and a deepcopy of the model holds a copy of it.
 
     Args:
-        model: the model whose class's forward does the work.
+        model: the model whose class's forward does the work, or what has replaced it.
         route: one of the unpacking routes: whether and how batches are padded.
         head: what its outputs are of.
     """
@@ -66,15 +66,18 @@ class UnpackedForward:
         self.model = model
         self.route = route
         self.head = head
-        # Trainer reads the names of a model's columns from here.
-        self.__signature__ = inspect.signature(type(model).forward.__get__(model))
+        # What stood on the instance in place of its class's forward.
+        self.replaced: Callable[..., Any] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "route": self.route, "head": self.head}
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What runs a batch, given the model."""
+        return type(self.model).forward if self.replaced is None else self.replaced
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__signature__ = inspect.signature(type(self.model).forward.__get__(self.model))
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Trainer reads the names of a model's columns from here."""
+        return inspect.signature(self.function.__get__(self.model))
 
     def pad_token_id(self) -> int | None:
         """What the model's config says that padding is made of."""
@@ -82,15 +85,15 @@ class UnpackedForward:
         return getattr(config.get_text_config(), "pad_token_id", None)
 
     def __call__(self, *args: Any, layout: DocumentLayout | None = None, **kwargs: Any) -> Any:
-        forward: Callable[..., Any] = type(self.model).forward
         if layout is None:
-            return forward(self.model, *args, **kwargs)
+            return self.function(self.model, *args, **kwargs)
         return self.run(_Unpacked.of(self, layout, kwargs), kwargs)
 
     def run(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
         """The calls of a packed batch, and what they give put together."""
-        forward: Callable[..., Any] = type(self.model).forward
-        output = batch.joined([(b, forward(self.model, **inputs)) for b, inputs in batch.calls()])
+        output = batch.joined(
+            [(b, self.function(self.model, **inputs)) for b, inputs in batch.calls()]
+        )
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
 
