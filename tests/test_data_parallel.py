@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from typing import Any
 
@@ -82,40 +83,57 @@ def test_two_ranks_equal_one_process(family: str, wrapper: str, checkpointing: b
             torch.testing.assert_close(got, parameter.grad, msg=name, rtol=1e-4, atol=1e-6)
 
 
-def batches_of_rank() -> list[tuple[int, ...]]:
+def batches_of_rank(dispatch: bool | None, **ranks: int) -> list[tuple[int, ...]]:
     """Lengths of the documents of each batch that accelerate gives this rank from a stream."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import DataLoaderConfiguration
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(stream(), batch_size=1, collate_fn=PackedCollator(capacity=CAPACITY))
-    config = DataLoaderConfiguration(**packed_sft_arguments()["accelerator_config"])
-    prepared: Any = Accelerator(cpu=True, dataloader_config=config).prepare_data_loader(loader)
+    # A Trainer of an earlier test has left its state of one process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    rank = str(dist.get_rank())
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # the processes have met already
+    os.environ |= {**address, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(RANKS)}
+    stream = PackedIterableDataset(documents(), CAPACITY, **ranks)
+    loader = DataLoader(stream, batch_size=1, collate_fn=PackedCollator(capacity=CAPACITY))
+    config = DataLoaderConfiguration(dispatch_batches=dispatch)
+    accelerator = Accelerator(cpu=True, dataloader_config=config)
+    assert accelerator.num_processes == RANKS
+    prepared: Any = accelerator.prepare_data_loader(loader)
     return [batch["layout"].lengths for batch in prepared]
-
-
-def stream() -> PackedIterableDataset:
-    """One that leaves the division among ranks to accelerate."""
-    return PackedIterableDataset(documents(), CAPACITY, rank=0, world_size=1)
 
 
 @pytest.mark.slow
 def test_every_rank_fetches_its_own_packs() -> None:
     """With dispatch_batches off, accelerate divides a stream's packs and loses none."""
+    dispatch = packed_sft_arguments()["accelerator_config"]["dispatch_batches"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = in_processes(RANKS, batches_of_rank)
+        found = in_processes(RANKS, rows_of_all, dispatch)
     collate = PackedCollator(capacity=CAPACITY)
-    assert {n for rank in found for n in rank} == {
-        collate([row])["layout"].lengths for row in stream()
-    }
-    assert len(found[0]) == len(found[1])
+    every = [
+        collate([row])["layout"].lengths for row in PackedIterableDataset(documents(), CAPACITY)
+    ]
+    # The first row comes again where ranks would have unlike numbers of rows.
+    assert found[0] == every[::2]
+    assert found[1] == (every + every[:1])[1::2][: len(found[0])]
 
 
-def test_packs_are_never_stacked() -> None:
-    """accelerate stacks the batches that it dispatches; those of packs stop it."""
-    from accelerate.utils import concatenate
+def rows_of_all(dispatch: bool) -> list[tuple[int, ...]]:
+    """The division is left to accelerate."""
+    return batches_of_rank(dispatch, rank=0, world_size=1)
 
-    batch = batches()[0]
-    with pytest.raises(TypeError, match="Can only concatenate tensors"):
-        concatenate([batch, batch])
+
+def refusals() -> None:
+    """In every rank, before the first batch: none waits for another."""
+    with pytest.raises(ValueError, match=r"let every process fetch its own, .*dispatch_batches"):
+        batches_of_rank(None, rank=0, world_size=1)
+    with pytest.raises(ValueError, match=r"divided among ranks once, .* use rank=0, world_size=1"):
+        batches_of_rank(False, rank=dist.get_rank(), world_size=RANKS)
+
+
+def test_packs_are_neither_stacked_nor_divided_twice() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        in_processes(RANKS, refusals)

@@ -415,7 +415,7 @@ def _shift_labels(
 ) -> dict[str, Tensor | None]:
     """Labels that were shifted already, or the collator's counts of documents, which a model that
     computes the loss itself would take for its divisor."""
-    if shift_labels.ndim > 1:
+    if shift_labels.ndim < 3:
         return {"shift_labels": _without_last_labels(shift_labels, layout)}
     if labels is not None:
         raise ValueError(
