@@ -1,15 +1,17 @@
-"""DDP and FSDP2 on two processes: losses and gradients of one process on the same packs."""
+"""DDP, FSDP2 and DeepSpeed ZeRO-3 on two processes: losses and gradients of one process on the same
+packs."""
 
 from __future__ import annotations
 
 import os
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from packed_attn import PackedCollator, PackedIterableDataset, pack_dataset, patch_model
 from packed_attn.trl import packed_sft_arguments
@@ -39,23 +41,44 @@ def gradients_of_rank(family: str, wrapper: str, checkpointing: bool) -> dict[st
     batch = batches()[dist.get_rank()]
     # Gradients are averaged over ranks.
     loss = run(**batch, num_items_in_batch=targets()).loss * RANKS
-    loss.backward()
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad
-        full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-        gradients[name] = full.detach()
+    backward = run.backward if wrapper == "zero3" else torch.Tensor.backward
+    backward(loss)
+    gradients = {name: _whole_gradient(p, wrapper) for name, p in model.named_parameters()}
     return {"loss": loss.detach() / RANKS, "gradients": gradients}
 
 
-def _wrapped(model: Any, wrapper: str) -> nn.Module:
+def as_launched() -> None:
+    """What accelerate and DeepSpeed read of a process that torchrun has started."""
+    rank = str(dist.get_rank())
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # the processes have met already
+    os.environ |= {**address, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(RANKS)}
+
+
+def _whole_gradient(parameter: Any, wrapper: str) -> Tensor:
+    if wrapper == "zero3":
+        from deepspeed.utils import safe_get_full_grad  # pyright: ignore[reportMissingImports]
+
+        return safe_get_full_grad(parameter)
+    gradient = parameter.grad
+    return (gradient.full_tensor() if wrapper == "fsdp2" else gradient).detach()
+
+
+def _wrapped(model: Any, wrapper: str) -> Any:
     if wrapper == "ddp":
         return nn.parallel.DistributedDataParallel(model)
+    if wrapper == "zero3":
+        as_launched()
+        import deepspeed  # pyright: ignore[reportMissingImports]
+
+        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        optimizer = torch.optim.SGD(model.parameters())
+        settings["zero_allow_untested_optimizer"] = True
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (RANKS,))
-    for layer in model.model.layers:
+    for layer in model.base_model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
@@ -63,9 +86,19 @@ def _wrapped(model: Any, wrapper: str) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("family", "wrapper", "checkpointing"),
-    [("llama", "ddp", False), ("llama", "fsdp2", True), ("gpt_oss", "fsdp2", False)],
+    [
+        ("llama", "ddp", False),
+        pytest.param("mamba", "ddp", False, marks=pytest.mark.slow),
+        ("llama", "fsdp2", True),
+        ("gpt_oss", "fsdp2", False),
+        pytest.param("llama", "zero3", True, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "zero3", False, marks=pytest.mark.slow),
+    ],
 )
-def test_two_ranks_equal_one_process(family: str, wrapper: str, checkpointing: bool) -> None:
+def test_two_ranks_equal_one_process(
+    family: str, wrapper: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need(wrapper, monkeypatch)
     model = patch_model(tiny_model(family)).train()
     total = torch.zeros(())
     for batch in batches():
@@ -83,6 +116,29 @@ def test_two_ranks_equal_one_process(family: str, wrapper: str, checkpointing: b
             torch.testing.assert_close(got, parameter.grad, msg=name, rtol=1e-4, atol=1e-6)
 
 
+def refused_shards(wrapper: str) -> None:
+    model: Any = patch_model(tiny_model("mamba")).train()
+    with pytest.raises(NotImplementedError, match=r"MambaForCausalLM runs packs .* use DDP"):
+        _wrapped(model, wrapper)(**batches()[dist.get_rank()])
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_shards_of_unpacked_models_are_refused(
+    wrapper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks would run unlike numbers of batches, and wait for each other without end."""
+    need(wrapper, monkeypatch)
+    in_processes(RANKS, refused_shards, wrapper)
+
+
+def need(wrapper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skips where it is not installed."""
+    if wrapper == "zero3":
+        if find_spec("deepspeed") is None:
+            pytest.skip("deepspeed is not installed")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
 def batches_of_rank(dispatch: bool | None, **ranks: int) -> list[tuple[int, ...]]:
     """Lengths of the documents of each batch that accelerate gives this rank from a stream."""
     from accelerate import Accelerator
@@ -92,9 +148,7 @@ def batches_of_rank(dispatch: bool | None, **ranks: int) -> list[tuple[int, ...]
 
     # A Trainer of an earlier test has left its state of one process.
     AcceleratorState._reset_state(reset_partial_state=True)
-    rank = str(dist.get_rank())
-    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # the processes have met already
-    os.environ |= {**address, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(RANKS)}
+    as_launched()
     stream = PackedIterableDataset(documents(), CAPACITY, **ranks)
     loader = DataLoader(stream, batch_size=1, collate_fn=PackedCollator(capacity=CAPACITY))
     config = DataLoaderConfiguration(dispatch_batches=dispatch)

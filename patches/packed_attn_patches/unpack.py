@@ -91,6 +91,7 @@ class UnpackedForward:
 
     def run(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
         """The calls of a packed batch, and what they give put together."""
+        _refuse_shards(self.model)
         output = batch.joined(
             [(b, self.function(self.model, **inputs)) for b, inputs in batch.calls()]
         )
@@ -271,6 +272,25 @@ class _Unpacked:
             return (inputs["shift_labels"] != IGNORE_INDEX).sum()
         labels = inputs["labels"][:, 1:] if self.forward.head.shifts else inputs["labels"]
         return (labels != IGNORE_INDEX).sum()
+
+
+def _refuse_shards(model: nn.Module) -> None:
+    """Ranks gather a module's parameters together each time that it runs, and so have to run it as
+    often as each other."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_world_size() == 1:
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    kinds = (FSDPModule, FullyShardedDataParallel)
+    inside = any(isinstance(m, kinds) for m in model.modules() if m is not model)
+    if inside or any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise NotImplementedError(
+            f"{type(model).__name__} runs packs on documents batched by length, in more batches on "
+            "one rank than on another, while FSDP or ZeRO-3 makes ranks wait for each other at "
+            "every layer: use DDP, or ZeRO up to stage 2"
+        )
 
 
 def in_stream(name: str, parts: list[tuple[Bucket, Tensor]], total_tokens: int) -> Tensor:
