@@ -41,7 +41,7 @@ def gradients_of_rank(family: str, wrapper: str, checkpointing: bool) -> dict[st
     batch = batches()[dist.get_rank()]
     # Gradients are averaged over ranks.
     loss = run(**batch, num_items_in_batch=targets()).loss * RANKS
-    backward = run.backward if wrapper == "zero3" else torch.Tensor.backward
+    backward = run.backward if wrapper.startswith("zero") else torch.Tensor.backward
     backward(loss)
     gradients = {name: _whole_gradient(p, wrapper) for name, p in model.named_parameters()}
     return {"loss": loss.detach() / RANKS, "gradients": gradients}
@@ -55,7 +55,7 @@ def as_launched() -> None:
 
 
 def _whole_gradient(parameter: Any, wrapper: str) -> Tensor:
-    if wrapper == "zero3":
+    if wrapper.startswith("zero"):
         from deepspeed.utils import safe_get_full_grad  # pyright: ignore[reportMissingImports]
 
         return safe_get_full_grad(parameter)
@@ -66,11 +66,14 @@ def _whole_gradient(parameter: Any, wrapper: str) -> Tensor:
 def _wrapped(model: Any, wrapper: str) -> Any:
     if wrapper == "ddp":
         return nn.parallel.DistributedDataParallel(model)
-    if wrapper == "zero3":
+    if wrapper.startswith("zero"):
         as_launched()
         import deepspeed  # pyright: ignore[reportMissingImports]
 
-        settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": int(wrapper[-1])},
+        }
         optimizer = torch.optim.SGD(model.parameters())
         settings["zero_allow_untested_optimizer"] = True
         return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
@@ -93,6 +96,7 @@ def _wrapped(model: Any, wrapper: str) -> Any:
         ("gpt_oss", "fsdp2", False),
         pytest.param("llama", "zero3", True, marks=pytest.mark.slow),
         pytest.param("gpt_oss", "zero3", False, marks=pytest.mark.slow),
+        pytest.param("mamba", "zero2", False, marks=pytest.mark.slow),
     ],
 )
 def test_two_ranks_equal_one_process(
@@ -133,7 +137,7 @@ def test_shards_of_unpacked_models_are_refused(
 
 def need(wrapper: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Skips where it is not installed."""
-    if wrapper == "zero3":
+    if wrapper.startswith("zero"):
         if find_spec("deepspeed") is None:
             pytest.skip("deepspeed is not installed")
         monkeypatch.setenv("DS_ACCELERATOR", "cpu")
