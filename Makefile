@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 CONSTRAINTS := $(if $(HAS_GPU),,--constraint constraints-cpu.txt)
 # Tests that need triton's interpreter run in a process of their own: it is chosen at import.
-INTERPRETED := tests/test_kernels_interpreter.py tests/test_triton_backend.py tests/test_bug_classes.py tests/test_tune.py tests/test_bookkeeping.py tests/test_hopper_backward.py
+INTERPRETED := tests/test_kernels_interpreter.py tests/test_triton_backend.py tests/test_bug_classes.py tests/test_tune.py tests/test_bookkeeping.py tests/test_hopper_backward.py tests/test_liger.py
 
 # Tests compute on tiny tensors: more threads only wait for each other.
 test test-all: export OMP_NUM_THREADS ?= 1

@@ -10,7 +10,8 @@ Trainer gives its callbacks no way of their own to do so, hence the argument.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -71,7 +72,8 @@ class IsolationCallback(TrainerCallback):
     def _largest(self, step: int, batch: Mapping[str, Any]) -> float:
         model: nn.Module = self._trainer.model  # type: ignore[assignment]
         try:
-            leak = leaks_between_documents(model, batch)
+            with _uncounted(self._trainer):
+                leak = leaks_between_documents(model, batch)
         except OneDocument:
             return 0.0
         except ValueError as error:
@@ -92,6 +94,8 @@ class PackingCallback(TrainerCallback):
         packing/attention_teraflop       of attention alone in one step, forward and backward
         packing/mfu                      model FLOPs / peak FLOPs, on a GPU whose peak is known
 
+    The probes of an `IsolationCallback` count neither as tokens nor as time.
+
     Args:
         trainer: whose run is measured.
     """
@@ -99,6 +103,7 @@ class PackingCallback(TrainerCallback):
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
         self._batch = _watched(trainer, self._count)
+        self._counts = True
         self._parameters = sum(p.numel() for p in trainer.model.parameters())  # type: ignore[union-attr]
         self._reset()
 
@@ -113,13 +118,26 @@ class PackingCallback(TrainerCallback):
             _log(self._trainer, control, self._figures())
             self._reset()
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Inside, neither tokens nor time count."""
+        device: Any = self._trainer.model.device  # type: ignore[union-attr]
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # the step that is still running does count
+        began, self._counts = time.perf_counter(), False
+        try:
+            yield
+        finally:
+            self._counts = True
+            self._since += time.perf_counter() - began
+
     def _reset(self) -> None:
         self._since = time.perf_counter()
         self._steps = self._real = self._tokens = self._documents = self._padded = self._squares = 0
 
     def _count(self, batch: Mapping[str, Any]) -> None:
         layout = batch.get("layout")
-        if not isinstance(layout, DocumentLayout):
+        if not self._counts or not isinstance(layout, DocumentLayout):
             return
         padding = (False,) * layout.num_documents
         if layout.padding is not None:
@@ -131,7 +149,7 @@ class PackingCallback(TrainerCallback):
         if layout.is_forest:
             before = layout.forest_tensors().path_offset.tolist()
             self._squares += sum(2 * n * k for n, k in zip(layout.lengths, before))
-            documents = _whole_lengths(batch["document_paths"], layout)
+            documents = _whole_lengths(batch["document_paths"][0], layout)
         self._documents += len(documents)
         self._padded += len(documents) * max(documents, default=0)
 
@@ -161,6 +179,16 @@ class PackingCallback(TrainerCallback):
         width = getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
         products = 2 + 4
         return products * 2 * heads * width * config.num_hidden_layers / 2
+
+
+@contextmanager
+def _uncounted(trainer: Trainer) -> Iterator[None]:
+    """What runs inside is not the training that this trainer's callbacks measure."""
+    with ExitStack() as stack:
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, PackingCallback):
+                stack.enter_context(callback.paused())
+        yield
 
 
 def _whole_lengths(paths: Tensor, layout: DocumentLayout) -> list[int]:

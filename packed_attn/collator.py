@@ -33,8 +33,8 @@ class PackedCollator:
         capacity: pad the row to this many tokens per feature, so that every batch has one shape.
         pad_token_id: what padding is made of.
         loss_weighting: what the loss is a mean over. `"document"` adds `shift_labels`, int64
-            `[num_documents]`, 1 where a document has something to learn and else -100, by which
-            Trainer counts documents instead of tokens; `PackedLoss` then weighs them.
+            `[1, 1, num_documents]`, 1 where a document has something to learn and else -100, by
+            which Trainer counts documents instead of tokens; `PackedLoss` then weighs them.
         align: give each document a multiple of this many tokens as room, padding behind it; packs
             planned with `pack_lengths(align=...)` stay within capacity.
         encoder_decoder: `labels` are documents of a decoder, one for each of `input_ids`, of any
@@ -52,7 +52,10 @@ class PackedCollator:
     Returns (from a call with a list of mappings):
         `input_ids`, `labels`, `position_ids` int64 `[1, T]`; `cu_seq_lens_q`, `cu_seq_lens_k`
         int32 `[num_documents + 1]`; `max_length_q`, `max_length_k` int; `seq_idx` int32 `[1, T]`;
-        `layout`, a `DocumentLayout`. There is no attention_mask: one of ones beside packed
+        `layout`, a `DocumentLayout`. With shared prefixes `document_paths`, int64
+        `[1, 2, num_pairs]`, in place of the boundaries that stock attention reads. What only
+        `layout` does not say has a first dimension of 1: accelerate cuts every tensor of a stream's
+        batch there, also in one process. There is no attention_mask: one of ones beside packed
         positions makes stock transformers leak. Of an encoder-decoder, `labels` int64 `[1, S]`
         keep the first of each document, because a model shifts none of them away, and
         `decoder_layout` says where their documents are.
@@ -117,8 +120,12 @@ class PackedCollator:
             counts = _path_counts(paths, labels[0], layout)
             by_document = counts.new_ones(counts.numel()).masked_fill(counts == 0, IGNORE_INDEX)
             every = counts.new_ones(1, int(counts.sum()))
-            counted = by_document if self.loss_weighting == "document" else every
-            return {**batch, "layout": layout, "document_paths": paths, "shift_labels": counted}
+            counted = by_document[None, None] if self.loss_weighting == "document" else every
+            return batch | {
+                "layout": layout,
+                "document_paths": paths[None],
+                "shift_labels": counted,
+            }
         longest = layout.max_seqlen
         batch |= {
             "cu_seq_lens_q": layout.cu_seqlens,
@@ -129,7 +136,7 @@ class PackedCollator:
             "layout": layout,
         }
         if self.loss_weighting == "document":
-            batch["shift_labels"] = _document_counts(labels[0], layout)
+            batch["shift_labels"] = _document_counts(labels[0], layout)[None, None]
         return batch
 
     def _tokens(self, rows: Sequence[_Row], layout: DocumentLayout) -> tuple[Tensor, Tensor]:

@@ -121,8 +121,8 @@ def document_losses(
             document precedes is not predicted, whatever its label.
         layout: the documents of the `B * T` tokens.
         paths: int64 `[2, num_pairs]`, (document, piece) pairs: which documents of the layout are
-            the pieces of a document that shares some (`document_paths` of the collator). None:
-            each is a document.
+            the pieces of a document that shares some (`document_paths[0]` of the collator's batch).
+            None: each is a document.
 
     Returns:
         float32 `[num_documents]`, in nats, differentiable, and int64 `[num_documents]`. With paths
@@ -153,11 +153,16 @@ class _LatestBatch:
         self.paths: Tensor | None = None
         self.weighting: Literal["token", "document"] = "token"
 
-    def arrives(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    def arrives(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         counted = kwargs.get("shift_labels")
-        by_document = isinstance(counted, Tensor) and counted.ndim == 1
+        by_document = isinstance(counted, Tensor) and counted.ndim == 3
         self.weighting = "document" if by_document else "token"
-        self.paths = kwargs.get("document_paths")
+        paths = kwargs.get("document_paths")
+        self.paths = None if paths is None else paths[0]
+        # Trainer asks Liger to leave the logits out of an evaluation; the loss needs them.
+        return args, {name: value for name, value in kwargs.items() if name != "skip_logits"}
 
     def is_packed(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any

@@ -177,6 +177,40 @@ def test_packing_figures_are_those_of_the_data(tmp_path: Path) -> None:
     assert not logged(run, "packing/mfu"), "no peak is known for a CPU"
 
 
+@pytest.mark.parametrize("first", [IsolationCallback, PackingCallback])
+def test_a_probe_is_no_training(
+    tmp_path: Path, first: type[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its tokens, FLOPs and seconds are not in the figures, whichever callback was added first."""
+    now = 0.0
+
+    def probe(model: nn.Module, batch: dict[str, Any]) -> Any:
+        nonlocal now
+        now += 1000.0
+        return leaks_between_documents(model, batch)
+
+    def clock() -> float:
+        nonlocal now
+        now += 1.0
+        return now
+
+    monkeypatch.setattr("packed_attn.callbacks.leaks_between_documents", probe)
+    monkeypatch.setattr("packed_attn.callbacks.time.perf_counter", clock)
+    found = []
+    for watch in (False, True):
+        run = trainer(tmp_path, patch_model(tiny_model("llama")), PackedCollator())
+        callbacks = {IsolationCallback, PackingCallback} if watch else {PackingCallback}
+        for kind in sorted(callbacks, key=lambda kind: kind is not first):
+            run.add_callback(kind(run))
+        run.train()
+        assert min(logged(run, "packing/tokens_per_second")) > 1
+        found.append([logged(run, f"packing/{name}") for name in FIGURES])
+    assert found[0] == found[1]
+
+
+FIGURES = ("fill", "padding_saved", "documents_per_step", "attention_teraflop")
+
+
 @pytest.mark.parametrize("every", [0, -1, 2.5, True])
 def test_every_must_be_a_number_of_steps(tmp_path: Path, every: Any) -> None:
     run = trainer(tmp_path, patch_model(tiny_model("llama")), PackedCollator())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,32 @@ def assert_few(compilations: list[int]) -> None:
     padding or without for the hook, a single document for the model)."""
     assert compilations[-1] <= 3 * compilations[0]
     assert not counters["graph_break"]
+
+
+@slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler")
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "mistral", "phi3"])
+def test_inductor_is_exact(family: str) -> None:
+    """Code made by torch's own compiler: loss and gradients of the documents one by one, for any
+    boundaries."""
+    model = tiny_model(family, num_hidden_layers=2 if family == "gemma2" else 1).train()
+    stock = copy.deepcopy(model)
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(patch_model(model), backend=counter, fullgraph=True)
+    generator = torch.Generator().manual_seed(0)
+    compilations = []
+    for lengths in BOUNDARIES:
+        batch = batch_of(lengths, generator)
+        got = results(compiled, model, batch)
+        compilations.append(counter.frame_count)
+        if max(lengths) == 1:
+            continue  # nothing to learn
+        stock.zero_grad()
+        loss = token_mean(stock, list(batch["input_ids"][0, : sum(lengths)].split(lengths)))
+        loss.backward()
+        assert got.pop("loss").item() == pytest.approx(loss.item(), rel=1e-6)
+        assert relative(got, gradients(stock)) <= 1e-5
+    assert_few(compilations)
 
 
 @slow

@@ -1,14 +1,17 @@
-"""DDP and FSDP2 on two processes: losses and gradients of one process on the same packs."""
+"""DDP, FSDP2 and DeepSpeed ZeRO-3 on two processes: losses and gradients of one process on the same
+packs."""
 
 from __future__ import annotations
 
+import os
 import warnings
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 
 from packed_attn import PackedCollator, PackedIterableDataset, pack_dataset, patch_model
 from packed_attn.trl import packed_sft_arguments
@@ -38,23 +41,47 @@ def gradients_of_rank(family: str, wrapper: str, checkpointing: bool) -> dict[st
     batch = batches()[dist.get_rank()]
     # Gradients are averaged over ranks.
     loss = run(**batch, num_items_in_batch=targets()).loss * RANKS
-    loss.backward()
-    gradients = {}
-    for name, parameter in model.named_parameters():
-        gradient = parameter.grad
-        full = gradient.full_tensor() if hasattr(gradient, "full_tensor") else gradient
-        gradients[name] = full.detach()
+    backward = run.backward if wrapper.startswith("zero") else torch.Tensor.backward
+    backward(loss)
+    gradients = {name: _whole_gradient(p, wrapper) for name, p in model.named_parameters()}
     return {"loss": loss.detach() / RANKS, "gradients": gradients}
 
 
-def _wrapped(model: Any, wrapper: str) -> nn.Module:
+def as_launched() -> None:
+    """What accelerate and DeepSpeed read of a process that torchrun has started."""
+    rank = str(dist.get_rank())
+    address = {"MASTER_ADDR": "localhost", "MASTER_PORT": "0"}  # the processes have met already
+    os.environ |= {**address, "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": str(RANKS)}
+
+
+def _whole_gradient(parameter: Any, wrapper: str) -> Tensor:
+    if wrapper.startswith("zero"):
+        from deepspeed.utils import safe_get_full_grad  # pyright: ignore[reportMissingImports]
+
+        return safe_get_full_grad(parameter)
+    gradient = parameter.grad
+    return (gradient.full_tensor() if wrapper == "fsdp2" else gradient).detach()
+
+
+def _wrapped(model: Any, wrapper: str) -> Any:
     if wrapper == "ddp":
         return nn.parallel.DistributedDataParallel(model)
+    if wrapper.startswith("zero"):
+        as_launched()
+        import deepspeed  # pyright: ignore[reportMissingImports]
+
+        settings = {
+            "train_micro_batch_size_per_gpu": 1,
+            "zero_optimization": {"stage": int(wrapper[-1])},
+        }
+        optimizer = torch.optim.SGD(model.parameters())
+        settings["zero_allow_untested_optimizer"] = True
+        return deepspeed.initialize(model=model, optimizer=optimizer, config=settings)[0]
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
     mesh = init_device_mesh("cpu", (RANKS,))
-    for layer in model.model.layers:
+    for layer in model.base_model.layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
     return model
@@ -62,9 +89,20 @@ def _wrapped(model: Any, wrapper: str) -> nn.Module:
 
 @pytest.mark.parametrize(
     ("family", "wrapper", "checkpointing"),
-    [("llama", "ddp", False), ("llama", "fsdp2", True), ("gpt_oss", "fsdp2", False)],
+    [
+        ("llama", "ddp", False),
+        pytest.param("mamba", "ddp", False, marks=pytest.mark.slow),
+        ("llama", "fsdp2", True),
+        ("gpt_oss", "fsdp2", False),
+        pytest.param("llama", "zero3", True, marks=pytest.mark.slow),
+        pytest.param("gpt_oss", "zero3", False, marks=pytest.mark.slow),
+        pytest.param("mamba", "zero2", False, marks=pytest.mark.slow),
+    ],
 )
-def test_two_ranks_equal_one_process(family: str, wrapper: str, checkpointing: bool) -> None:
+def test_two_ranks_equal_one_process(
+    family: str, wrapper: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need(wrapper, monkeypatch)
     model = patch_model(tiny_model(family)).train()
     total = torch.zeros(())
     for batch in batches():
@@ -82,40 +120,78 @@ def test_two_ranks_equal_one_process(family: str, wrapper: str, checkpointing: b
             torch.testing.assert_close(got, parameter.grad, msg=name, rtol=1e-4, atol=1e-6)
 
 
-def batches_of_rank() -> list[tuple[int, ...]]:
+def refused_shards(wrapper: str) -> None:
+    model: Any = patch_model(tiny_model("mamba")).train()
+    with pytest.raises(NotImplementedError, match=r"MambaForCausalLM runs packs .* use DDP"):
+        _wrapped(model, wrapper)(**batches()[dist.get_rank()])
+
+
+@pytest.mark.parametrize("wrapper", ["fsdp2", pytest.param("zero3", marks=pytest.mark.slow)])
+def test_shards_of_unpacked_models_are_refused(
+    wrapper: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks would run unlike numbers of batches, and wait for each other without end."""
+    need(wrapper, monkeypatch)
+    in_processes(RANKS, refused_shards, wrapper)
+
+
+def need(wrapper: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Skips where it is not installed."""
+    if wrapper.startswith("zero"):
+        if find_spec("deepspeed") is None:
+            pytest.skip("deepspeed is not installed")
+        monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+def batches_of_rank(dispatch: bool | None, **ranks: int) -> list[tuple[int, ...]]:
     """Lengths of the documents of each batch that accelerate gives this rank from a stream."""
     from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
     from accelerate.utils import DataLoaderConfiguration
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(stream(), batch_size=1, collate_fn=PackedCollator(capacity=CAPACITY))
-    config = DataLoaderConfiguration(**packed_sft_arguments()["accelerator_config"])
-    prepared: Any = Accelerator(cpu=True, dataloader_config=config).prepare_data_loader(loader)
+    # A Trainer of an earlier test has left its state of one process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    as_launched()
+    stream = PackedIterableDataset(documents(), CAPACITY, **ranks)
+    loader = DataLoader(stream, batch_size=1, collate_fn=PackedCollator(capacity=CAPACITY))
+    config = DataLoaderConfiguration(dispatch_batches=dispatch)
+    accelerator = Accelerator(cpu=True, dataloader_config=config)
+    assert accelerator.num_processes == RANKS
+    prepared: Any = accelerator.prepare_data_loader(loader)
     return [batch["layout"].lengths for batch in prepared]
-
-
-def stream() -> PackedIterableDataset:
-    """One that leaves the division among ranks to accelerate."""
-    return PackedIterableDataset(documents(), CAPACITY, rank=0, world_size=1)
 
 
 @pytest.mark.slow
 def test_every_rank_fetches_its_own_packs() -> None:
     """With dispatch_batches off, accelerate divides a stream's packs and loses none."""
+    dispatch = packed_sft_arguments()["accelerator_config"]["dispatch_batches"]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        found = in_processes(RANKS, batches_of_rank)
+        found = in_processes(RANKS, rows_of_all, dispatch)
     collate = PackedCollator(capacity=CAPACITY)
-    assert {n for rank in found for n in rank} == {
-        collate([row])["layout"].lengths for row in stream()
-    }
-    assert len(found[0]) == len(found[1])
+    every = [
+        collate([row])["layout"].lengths for row in PackedIterableDataset(documents(), CAPACITY)
+    ]
+    # The first row comes again where ranks would have unlike numbers of rows.
+    assert found[0] == every[::2]
+    assert found[1] == (every + every[:1])[1::2][: len(found[0])]
 
 
-def test_packs_are_never_stacked() -> None:
-    """accelerate stacks the batches that it dispatches; those of packs stop it."""
-    from accelerate.utils import concatenate
+def rows_of_all(dispatch: bool) -> list[tuple[int, ...]]:
+    """The division is left to accelerate."""
+    return batches_of_rank(dispatch, rank=0, world_size=1)
 
-    batch = batches()[0]
-    with pytest.raises(TypeError, match="Can only concatenate tensors"):
-        concatenate([batch, batch])
+
+def refusals() -> None:
+    """In every rank, before the first batch: none waits for another."""
+    with pytest.raises(ValueError, match=r"let every process fetch its own, .*dispatch_batches"):
+        batches_of_rank(None, rank=0, world_size=1)
+    with pytest.raises(ValueError, match=r"divided among ranks once, .* use rank=0, world_size=1"):
+        batches_of_rank(False, rank=dist.get_rank(), world_size=RANKS)
+
+
+def test_packs_are_neither_stacked_nor_divided_twice() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        in_processes(RANKS, refusals)

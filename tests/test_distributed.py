@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 
 from packed_attn import DocumentLayout, PackedCollator, attention, patch_model
 from packed_attn.distributed import ShardedLayout, context_parallel
+from tests.exactness import gradients, relative
 from tests.models import tiny_model
 from tests.processes import in_processes
 
@@ -72,6 +75,25 @@ def test_a_model_on_several_ranks_equals_one(
         if parameter.grad is not None:
             got = sum(share["gradients"][name] for share in shares)
             torch.testing.assert_close(got, parameter.grad, msg=name, rtol=1e-4, atol=1e-6)
+
+
+def of_the_training_page() -> tuple[Tensor, dict[str, Tensor]]:
+    """This rank's loss and gradients after what the page shows."""
+    page = (Path(__file__).parent.parent / "docs/training.md").read_text()
+    (block,) = re.findall(r"```python torchrun\n(.*?)```", page, re.DOTALL)
+    model = patch_model(tiny_model("llama")).train()
+    names: dict[str, Any] = {"model": model, "batch": batch(), "dp": 1, "cp": 2}
+    exec(compile(block.replace('"cuda"', '"cpu"'), "docs/training.md", "exec"), names)
+    return names["loss"].detach(), gradients(model)
+
+
+def test_the_training_page() -> None:
+    model = patch_model(tiny_model("llama")).train()
+    loss = model(**batch()).loss
+    loss.backward()
+    (one, some), (other, rest) = in_processes(2, of_the_training_page)
+    assert (one + other).item() == pytest.approx(loss.item(), rel=1e-6)
+    assert relative({n: some[n] + rest[n] for n in some}, gradients(model)) <= 1e-5
 
 
 MASKS: dict[str, dict[str, Any]] = {

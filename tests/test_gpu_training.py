@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Trainer, TrainingArguments
 
-from packed_attn import DocumentLayout, PackedCollator, attention, audit, patch_model
+from packed_attn import (
+    DocumentLayout,
+    PackedCollator,
+    attention,
+    audit,
+    patch_model,
+    unpatch_model,
+)
 from packed_attn.audit import leaks_between_documents
 from packed_attn.callbacks import IsolationCallback, IsolationError, PackingCallback
 from packed_attn.cli import main
@@ -29,6 +36,7 @@ from tests.exactness import (
     relative,
     token_mean,
 )
+from tests.liger import ORDERS, Order, both, keep_modeling
 from tests.models import tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -292,6 +300,56 @@ def test_padded_rows_without_their_padding(share_prefixes: bool, device: str) ->
         patch_model(model, backend=KERNELS, padding_free=True, share_prefixes=share_prefixes)
         got = model(input_ids=ids, attention_mask=mask).logits
     assert close(got[mask.bool()], want[mask.bool()])
+
+
+# Liger's kernels
+
+LIGER = "liger-kernel is not installed"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "gpt_oss"])
+def test_liger(family: str, order: Order, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused loss, RoPE, norms and MLPs: a pack is its documents with the same kernels, whichever
+    comes first, labels over boundaries taken out; and the model is as it was when unpatched."""
+    pytest.importorskip("liger_kernel", reason=LIGER)
+    model = tiny_model(family).to(device).train()
+    docs = [d.to(device) for d in documents()]
+    both(model, order, monkeypatch, backend=KERNELS)
+
+    def documents_alone() -> dict[str, Tensor]:
+        model.zero_grad()
+        loss = token_mean(model, docs)
+        loss.backward()
+        return {"loss": loss.detach(), **gradients(model)}
+
+    want = documents_alone()
+    batch = packed(docs)
+    assert model(**batch).logits is None, "the fused loss did not run"
+    got = step_of(model, {**batch, "labels": batch["input_ids"]})
+    assert got["loss"].item() == pytest.approx(want["loss"].item(), rel=1e-5)
+    assert relative(got, want) <= 1e-4
+    unpatch_model(model)
+    assert relative(documents_alone(), want) <= 1e-6
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_liger_in_a_trainer(
+    tmp_path: Path, checkpointing: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """use_liger_kernel=True: the losses of the documents one by one without it, under a watch."""
+    pytest.importorskip("liger_kernel", reason=LIGER)
+    exact = trainer(tmp_path, device, pack=False)
+    exact.train()
+    keep_modeling(type(exact.model), monkeypatch)
+    run = trainer(
+        tmp_path, device, pack=True, use_liger_kernel=True, gradient_checkpointing=checkpointing
+    )
+    assert "liger_kernel" in run.model.forward.__func__.__module__
+    run.add_callback(IsolationCallback(run, every=5))
+    run.train()
+    assert close(logged(run), logged(exact), 1e-4)
+    assert logged(run, "isolation/largest_gradient").tolist() == [0.0] * 3
 
 
 # In a Trainer, watched

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer
 
-from packed_attn import PackedCollator, PackedLoss, pack_dataset, patch_model
+from packed_attn import PackedCollator, PackedIterableDataset, PackedLoss, pack_dataset, patch_model
 from packed_attn.loss import document_losses
 from tests.exactness import packed
 from tests.models import tiny_model
@@ -44,8 +44,10 @@ def test_document_losses_equal_the_documents_alone() -> None:
     assert sums[2] == 0
 
 
-def trained(folder: Path, weighting: Any, docs: list[list[int]], **settings: Any) -> Trainer:
-    packs = pack_dataset(docs, CAPACITY, overflow="error")
+def trained(
+    folder: Path, weighting: Any, docs: list[list[int]], packs: Any = None, **settings: Any
+) -> Trainer:
+    packs = pack_dataset(docs, CAPACITY, overflow="error") if packs is None else packs
     model = patch_model(tiny_model("llama"))
     trainer = Trainer(
         model,
@@ -69,6 +71,20 @@ def test_accumulated_steps_equal_one_batch(tmp_path: Path, weighting: str) -> No
         means = token_means(tiny_model("llama"), docs)
     targets = torch.tensor([len(d) - 1.0 for d in docs])
     want = means.mean() if weighting == "document" else (means * targets).sum() / targets.sum()
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("share_prefixes", [False, True])
+def test_a_stream_counts_every_document(tmp_path: Path, share_prefixes: bool) -> None:
+    """accelerate keeps of a stream's tensors what it takes for their first row."""
+    docs = documents()
+    stream = PackedIterableDataset(
+        docs, CAPACITY, overflow="error", share_prefixes=share_prefixes, min_shared=1
+    )
+    steps = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": len(list(stream))}
+    trainer = trained(tmp_path, "document", docs, stream, remove_unused_columns=False, **steps)
+    with torch.no_grad():
+        want = token_means(tiny_model("llama"), docs).mean()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(want.item(), rel=1e-5)
 
 
@@ -112,7 +128,7 @@ def test_documents_without_targets_do_not_count() -> None:
     features = [{"input_ids": [5, 6, 7]}, {"input_ids": [8]}, {"input_ids": [9, 10]}]
     features[2]["completion_mask"] = [0, 0]
     batch = PackedCollator("documents", loss_weighting="document", capacity=8)(features)
-    assert batch["shift_labels"].tolist() == [1, -100, -100, -100]
+    assert batch["shift_labels"].tolist() == [[[1, -100, -100, -100]]]
 
 
 def test_a_collator_of_another_weighting_is_refused() -> None:

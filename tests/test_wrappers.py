@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from transformers import LlamaForCausalLM
+from transformers.modeling_outputs import CausalLMOutput
 
 from packed_attn import audit, patch_model, unpatch_model
 from tests.exactness import alone, close, documents, gradients, packed, relative, token_mean
@@ -83,6 +85,42 @@ def test_exact_whichever_comes_first(family: str, wrap: Callable[[Any], Any], fi
     unpatch_model(wrapped)
     report = audit(wrapped)
     assert not report.isolated, str(report)
+
+
+def fused_loss(model: Any, input_ids: Any = None, labels: Any = None, **kwargs: Any) -> Any:
+    """A forward as kernel libraries put it on an instance: logits are never made."""
+    hidden = model.backbone(input_ids=input_ids, **kwargs)[0]
+    targets = nn.functional.pad(labels, (0, 1), value=-100)[..., 1:].flatten()
+    logits = model.lm_head(hidden).flatten(0, 1)
+    return CausalLMOutput(loss=nn.functional.cross_entropy(logits, targets))
+
+
+@pytest.mark.parametrize("first", ["patch", "forward"])
+def test_a_forward_put_on_an_unpacked_model(first: str) -> None:
+    """It runs the documents; put over that of the patch it is refused until patched again."""
+    model: Any = tiny_model("mamba").train()
+    docs = documents()
+    want = token_mean(model, docs)
+    want.backward()
+    wanted = gradients(model)
+    batch = packed(docs)
+    batch["labels"] = batch["input_ids"]
+    if first == "patch":
+        patch_model(model)
+    model.forward = MethodType(fused_loss, model)
+    if first == "patch":
+        with pytest.raises(NotImplementedError, match=r"replaced by \S+\.fused_loss after patch"):
+            model(**batch)
+    patch_model(model)
+    for patched in (model, copy.deepcopy(model)):
+        patched.zero_grad()
+        output = patched(**batch)
+        output.loss.backward()
+        assert output.logits is None
+        assert output.loss.item() == pytest.approx(want.item(), rel=1e-6)
+        assert relative(gradients(patched), wanted) <= 1e-5
+    unpatch_model(model)
+    assert model.forward == MethodType(fused_loss, model)
 
 
 @pytest.mark.parametrize("ran", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -177,7 +177,14 @@ class PackedIterableDataset(IterableDataset[Row]):
         self._skip, self._start = (batches, batch_size, drop_last), None
 
     def set_epoch(self, epoch: int) -> None:
-        """Tells the source which epoch it is, if it asks (a shuffled Hugging Face data set)."""
+        """Tells the source which epoch it is, if it asks (a shuffled Hugging Face data set).
+
+        Raises:
+            ValueError: the caller is accelerate in a run of several processes, about to stack packs
+                or to divide among ranks what was divided already.
+        """
+        # The one call that accelerate makes in every process before it asks for the first batch.
+        _check_loader(sys._getframe(1).f_locals.get("self"), self._world_size)
         self._epoch = epoch
         if hasattr(self._source, "set_epoch"):
             self._source.set_epoch(epoch)
@@ -387,6 +394,26 @@ def _is_hugging_face(source: Any) -> bool:
 
 def _divides_among_workers(source: Any) -> bool:
     return _is_hugging_face(source)
+
+
+def _check_loader(loader: Any, world_size: int) -> None:
+    """Whether what accelerate made of the DataLoader gives every process packs of its own, once."""
+    accelerate: Any = sys.modules.get("accelerate.data_loader")
+    if accelerate is None:
+        return
+    if isinstance(loader, accelerate.DataLoaderDispatcher) and loader.state.num_processes > 1:
+        raise ValueError(
+            "accelerate would let one process fetch packs and stack them for the others, which "
+            "packs of unlike documents cannot be: let every process fetch its own, by "
+            "TrainingArguments(accelerator_config={'dispatch_batches': False}) or "
+            "DataLoaderConfiguration(dispatch_batches=False)"
+        )
+    if isinstance(loader, accelerate.IterableDatasetShard) and world_size > 1:
+        raise ValueError(
+            f"documents must be divided among ranks once, but these are those of one rank of "
+            f"{world_size} already, and accelerate would drop most of their rows: use rank=0, "
+            "world_size=1 where accelerate or Trainer divide the rows"
+        )
 
 
 def _divided_by_rank(source: Any, rank: int | None, world_size: int) -> Any:

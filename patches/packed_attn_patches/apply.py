@@ -26,7 +26,7 @@ from packed_attn_patches.families import (
     route,
     runs_on_pairs,
 )
-from packed_attn_patches.inputs import LayoutHook
+from packed_attn_patches.inputs import LayoutHook, replacement_of
 from packed_attn_patches.interface import NAMES, stock_of
 from packed_attn_patches.padding_free import PackRows, PadRows
 from packed_attn_patches.pairs import PairedForward, PairHook
@@ -80,7 +80,7 @@ def patch(
 def _patch(model: nn.Module, settings: Settings, on_unknown: str) -> nn.Module:
     """Patches a model that nothing wraps."""
     record = model.__dict__.get(_RECORD)
-    if record is not None and record.settings == settings:
+    if record is not None and record.settings == settings and not _forward_replaced(model):
         return model
     if record is not None:
         unpatch(model)
@@ -96,6 +96,15 @@ def _patch(model: nn.Module, settings: Settings, on_unknown: str) -> nn.Module:
     if origin(model) is Origin.DERIVED:
         _probe_derived(model)
     return model
+
+
+def _forward_replaced(model: nn.Module) -> bool:
+    """Whether something was put over a forward of the patch, which would now pass it by."""
+    return any(
+        isinstance(hook, LayoutHook) and hook.unpacked and replacement_of(module) is not None
+        for module in model.modules()
+        for hook in module._forward_pre_hooks.values()
+    )
 
 
 def _probe_derived(model: nn.Module) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 import torch
@@ -74,6 +75,8 @@ class LayoutHook:
         layout = read(batch, self._counted_from_0(kwargs))
         if layout is None:
             return (), kwargs
+        if self.unpacked:
+            _refuse_replaced_forward(module)
         return (), self._packed(module, kwargs, batch, layout)
 
     def _counted_from_0(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -119,6 +122,26 @@ class LayoutHook:
         if packed.get("shift_labels") is not None:
             packed.update(_shift_labels(packed["shift_labels"], packed.get("labels"), layout))
         return packed
+
+
+def _refuse_replaced_forward(module: nn.Module) -> None:
+    function = replacement_of(module)
+    if function is not None:
+        raise NotImplementedError(
+            f"the forward of {type(module).__name__} was replaced by {function.__module__}."
+            f"{function.__qualname__} after patch_model, which would run documents together: call "
+            "patch_model(model) once more, and documents run through what is there now"
+        )
+
+
+def replacement_of(module: nn.Module) -> Callable[..., Any] | None:
+    """The function that runs in place of the forward that unpacks, where one was put over it.
+
+    What wraps that forward (autocast, a device hook) is no method of the module.
+    """
+    own = module.forward
+    function = inspect.unwrap(own.__func__) if isinstance(own, MethodType) else None
+    return function if inspect.isfunction(function) else None
 
 
 def _is_recorded(device: torch.device) -> bool:
@@ -392,7 +415,7 @@ def _shift_labels(
 ) -> dict[str, Tensor | None]:
     """Labels that were shifted already, or the collator's counts of documents, which a model that
     computes the loss itself would take for its divisor."""
-    if shift_labels.ndim > 1:
+    if shift_labels.ndim < 3:
         return {"shift_labels": _without_last_labels(shift_labels, layout)}
     if labels is not None:
         raise ValueError(

@@ -10,7 +10,7 @@ attention, positions and the shift of labels to decoder inputs never see a neigh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,14 @@ from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches.families import Route
 from packed_attn_patches.inputs import BOUNDARY_NAMES, LayoutHook, named, rows_and_layout
-from packed_attn_patches.unpack import CALL_TOKENS, PASTS, REPLACED, UnpackedForward, in_stream
+from packed_attn_patches.unpack import (
+    CALL_TOKENS,
+    REPLACED,
+    PackedCalls,
+    UnpackedForward,
+    in_stream,
+    no_rows,
+)
 
 DECODER = "decoder_"
 _TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
@@ -162,9 +169,8 @@ class PairedForward(UnpackedForward):
         decoder_layout: DocumentLayout | None = None,
         **kwargs: Any,
     ) -> Any:
-        forward: Callable[..., Any] = type(self.model).forward
         if layout is None or decoder_layout is None:
-            return forward(self.model, *args, **kwargs)
+            return self.function(self.model, *args, **kwargs)
         return self.run(_Pairs.of(self, layout, decoder_layout, kwargs), kwargs)
 
 
@@ -191,7 +197,7 @@ class _Side:
 
 
 @dataclass(frozen=True)
-class _Pairs:
+class _Pairs(PackedCalls):
     """One packed forward: both sides, and all arguments that belong to neither."""
 
     forward: PairedForward
@@ -219,10 +225,7 @@ class _Pairs:
             elif value.shape[:2] == (side.rows, side.tokens):
                 side.values[name] = value.flatten(0, 1)
             else:
-                raise NotImplementedError(
-                    f"{name} of shape {list(value.shape)} has no rows per token to unpack: a "
-                    f"packed forward of {type(forward.model).__name__} takes text only"
-                )
+                raise no_rows(name, value, forward.model)
         source, target = sides
         return _Pairs(forward, source, target, others, kwargs.get("num_items_in_batch"))
 
@@ -262,31 +265,7 @@ class _Pairs:
         if name in inputs:
             inputs[name].view(-1)[bucket.pads] = self.forward.pad_token_id() or 0
 
-    def joined(self, parts: list[tuple[tuple[Bucket, Bucket], Any]]) -> Any:
-        """The output of one forward over all pairs, in stream order; zeros at padding."""
-        if not parts:
-            raise ValueError("a packed forward needs a document that is not padding")
-        joined = {}
-        for name, value in parts[0][1].items():
-            if name in PASTS:
-                continue
-            if name == "loss":
-                joined[name] = self._loss(parts)
-            elif isinstance(value, Tensor):
-                joined[name] = self._put_back(name, [(pair, o[name]) for pair, o in parts])
-            elif isinstance(value, tuple) and name.endswith("coder_hidden_states"):
-                joined[name] = tuple(
-                    self._put_back(name, [(pair, o[name][i]) for pair, o in parts])
-                    for i in range(len(value))
-                )
-            elif isinstance(value, tuple):
-                raise NotImplementedError(
-                    f"the output {name} has no rows per token to put back: do not ask for it in a "
-                    "packed forward"
-                )
-        return type(parts[0][1])(**joined)
-
-    def _put_back(self, name: str, parts: list[tuple[tuple[Bucket, Bucket], Tensor]]) -> Tensor:
+    def put_back(self, name: str, parts: list[tuple[tuple[Bucket, Bucket], Tensor]]) -> Tensor:
         if name in _STREAMS:
             return self._streams(name, parts)
         if name.startswith("encoder_"):
@@ -303,17 +282,10 @@ class _Pairs:
         whole = self.target.put_back(name, apart).movedim(2, 1)
         return whole.flatten(1, 2) if flat else whole
 
-    def _loss(self, parts: list[tuple[tuple[Bucket, Bucket], Any]]) -> Tensor:
-        """The mean over all labels, from the means of the batches."""
+    def targets(self, batch: tuple[Bucket, Bucket]) -> Tensor:
         labels = self.target.values["labels"]
-        total, loss = 0, torch.zeros((), device=labels.device)
-        for (_, bucket), output in parts:
-            real = bucket.real(labels.device)[1]
-            targets = (labels.index_select(0, real) != IGNORE_INDEX).sum()
-            total = total + targets
-            # A batch without targets has a mean of NaN, and no part in the sum.
-            loss = loss + torch.where(targets > 0, output.loss * targets, 0.0)
-        return loss / (total if self.num_items is None else self.num_items)
+        real = batch[1].real(labels.device)[1]
+        return (labels.index_select(0, real) != IGNORE_INDEX).sum()
 
 
 def _shape(kwargs: Mapping[str, Any], names: tuple[str, ...]) -> tuple[int, int]:

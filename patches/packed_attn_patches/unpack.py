@@ -57,7 +57,7 @@ class UnpackedForward:
     Set as the instance's `forward`; picklable, and a deepcopy of the model holds a copy of it.
 
     Args:
-        model: the model whose class's forward does the work.
+        model: the model whose class's forward does the work, or what has replaced it.
         route: one of the unpacking routes: whether and how batches are padded.
         head: what its outputs are of.
     """
@@ -66,15 +66,18 @@ class UnpackedForward:
         self.model = model
         self.route = route
         self.head = head
-        # Trainer reads the names of a model's columns from here.
-        self.__signature__ = inspect.signature(type(model).forward.__get__(model))
+        # What stood on the instance in place of its class's forward.
+        self.replaced: Callable[..., Any] | None = None
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model, "route": self.route, "head": self.head}
+    @property
+    def function(self) -> Callable[..., Any]:
+        """What runs a batch, given the model."""
+        return type(self.model).forward if self.replaced is None else self.replaced
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.__signature__ = inspect.signature(type(self.model).forward.__get__(self.model))
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """Trainer reads the names of a model's columns from here."""
+        return inspect.signature(self.function.__get__(self.model))
 
     def pad_token_id(self) -> int | None:
         """What the model's config says that padding is made of."""
@@ -82,20 +85,84 @@ class UnpackedForward:
         return getattr(config.get_text_config(), "pad_token_id", None)
 
     def __call__(self, *args: Any, layout: DocumentLayout | None = None, **kwargs: Any) -> Any:
-        forward: Callable[..., Any] = type(self.model).forward
         if layout is None:
-            return forward(self.model, *args, **kwargs)
+            return self.function(self.model, *args, **kwargs)
         return self.run(_Unpacked.of(self, layout, kwargs), kwargs)
 
     def run(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
         """The calls of a packed batch, and what they give put together."""
-        forward: Callable[..., Any] = type(self.model).forward
-        output = batch.joined([(b, forward(self.model, **inputs)) for b, inputs in batch.calls()])
+        _refuse_shards(self.model)
+        output = batch.joined(
+            [(b, self.function(self.model, **inputs)) for b, inputs in batch.calls()]
+        )
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
 
+class PackedCalls:
+    """One packed forward as calls on batches of documents, whose outputs are put together.
+
+    Subclasses say what the calls are, where an output's rows belong and how many targets a batch
+    has.
+    """
+
+    num_items: Any
+
+    def put_back(self, name: str, parts: list[tuple[Any, Tensor]]) -> Tensor:
+        """Rows of the output `name`, of every batch -> what one forward over all would give."""
+        raise NotImplementedError
+
+    def targets(self, batch: Any) -> Tensor:
+        """How many targets a batch's mean is over."""
+        raise NotImplementedError
+
+    def joined(self, parts: list[tuple[Any, Any]]) -> Any:
+        """The output of one forward over all documents, in stream order.
+
+        Tokens of padding get zeros.
+        """
+        if not parts:
+            raise ValueError("a packed forward needs a document that is not padding")
+        joined = {}
+        for name, value in parts[0][1].items():
+            if name in PASTS:
+                continue
+            if name in LOSSES:
+                joined[name] = self._loss([(batch, o[name]) for batch, o in parts])
+            elif isinstance(value, Tensor):
+                joined[name] = self.put_back(name, [(batch, o[name]) for batch, o in parts])
+            elif isinstance(value, tuple) and name.endswith("hidden_states"):
+                joined[name] = tuple(
+                    self.put_back(name, [(batch, o[name][i]) for batch, o in parts])
+                    for i in range(len(value))
+                )
+            elif isinstance(value, tuple):
+                raise NotImplementedError(
+                    f"the output {name} has no rows per token to put back: do not ask for it in a "
+                    "packed forward"
+                )
+        return type(parts[0][1])(**joined)
+
+    def _loss(self, parts: list[tuple[Any, Tensor]]) -> Tensor:
+        """The mean over all targets, from the means of the batches."""
+        total, loss = 0, torch.zeros((), device=parts[0][1].device)
+        for batch, mean in parts:
+            targets = self.targets(batch)
+            total = total + targets
+            # A batch without targets has a mean of NaN, and no part in the sum.
+            loss = loss + torch.where(targets > 0, mean * targets, 0.0)
+        return loss / (total if self.num_items is None else self.num_items)
+
+
+def no_rows(name: str, value: Tensor, model: nn.Module) -> NotImplementedError:
+    """The refusal of an argument that is not about the tokens of a packed forward."""
+    return NotImplementedError(
+        f"{name} of shape {list(value.shape)} has no rows per token to unpack: a packed forward of "
+        f"{type(model).__name__} takes text only"
+    )
+
+
 @dataclass(frozen=True)
-class _Unpacked:
+class _Unpacked(PackedCalls):
     """One packed forward: the layout, keyword arguments per token, and all others."""
 
     forward: UnpackedForward
@@ -141,10 +208,7 @@ class _Unpacked:
             elif value.shape[:2] == (rows, tokens):
                 per_token[name] = value.flatten(0, 1)
             else:
-                raise NotImplementedError(
-                    f"{name} of shape {list(value.shape)} has no rows per token to unpack: a "
-                    f"packed forward of {type(forward.model).__name__} takes text only"
-                )
+                raise no_rows(name, value, forward.model)
         num_items = kwargs.get("num_items_in_batch")
         return _Unpacked(forward, layout, rows, tokens, per_token, labels, others, num_items)
 
@@ -205,69 +269,48 @@ class _Unpacked:
             raise ValueError("a document without tokens has no row in the output of this head")
         return real.long().cumsum(0) - 1
 
-    def joined(self, parts: list[tuple[Bucket, Any]]) -> Any:
-        """The output of one forward over all documents, in stream order.
-
-        Tokens of padding get zeros.
-        """
-        if not parts:
-            raise ValueError("a packed forward needs a document that is not padding")
-        joined = {}
-        for name, value in parts[0][1].items():
-            if name in PASTS:
-                continue
-            of_documents = name in PER_DOCUMENT or (
-                name == "logits" and self.forward.head.per_document
-            )
-            if name in LOSSES:
-                joined[name] = self._loss(parts)
-            elif isinstance(value, Tensor):
-                put_back = self._per_document if of_documents else self._stream
-                joined[name] = put_back(name, [(b, o[name]) for b, o in parts])
-            elif isinstance(value, tuple) and name == "hidden_states":
-                layers = range(len(value))
-                joined[name] = tuple(
-                    self._stream(name, [(b, o[name][i]) for b, o in parts]) for i in layers
-                )
-            elif isinstance(value, tuple):
-                raise NotImplementedError(
-                    f"the output {name} has no rows per token to put back: do not ask for it in a "
-                    "packed forward"
-                )
-        return type(parts[0][1])(**joined)
-
-    def _per_document(self, name: str, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
-        """Bucket rows `[batch, width]` -> `[num_documents, width]`."""
-        order = torch.cat([self._documents(bucket) for bucket, _ in parts])
-        return torch.cat([value for _, value in parts]).index_select(0, order.argsort())
-
-    def _stream(self, name: str, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
+    def put_back(self, name: str, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
+        if name in PER_DOCUMENT or (name == "logits" and self.forward.head.per_document):
+            return self._per_document(parts)
         return in_stream(name, parts, self.layout.total_tokens).unflatten(
             0, (self.rows, self.tokens)
         )
 
-    def _loss(self, parts: list[tuple[Bucket, Any]]) -> Tensor:
-        """The mean over all targets, from the means of the batches."""
-        total, loss = 0, torch.zeros((), device=self.layout.device)
-        for bucket, output in parts:
-            targets = self._targets(bucket)
-            total = total + targets
-            # A batch without targets has a mean of NaN, and no part in the sum.
-            loss = loss + torch.where(targets > 0, output.loss * targets, 0.0)
-        return loss / (total if self.num_items is None else self.num_items)
+    def _per_document(self, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
+        """Bucket rows `[batch, width]` -> `[num_documents, width]`."""
+        order = torch.cat([self._documents(bucket) for bucket, _ in parts])
+        return torch.cat([value for _, value in parts]).index_select(0, order.argsort())
 
-    def _targets(self, bucket: Bucket) -> Tensor:
-        """How many targets a batch's mean is over."""
+    def targets(self, batch: Bucket) -> Tensor:
         if self.labels is not None:
-            labels = self.labels.index_select(0, self._documents(bucket))
+            labels = self.labels.index_select(0, self._documents(batch))
             if labels.is_floating_point():
                 return labels.new_tensor(labels.shape[0])
             return (labels != IGNORE_INDEX).sum()
-        inputs = self._inputs(bucket)
+        inputs = self._inputs(batch)
         if "shift_labels" in inputs:
             return (inputs["shift_labels"] != IGNORE_INDEX).sum()
         labels = inputs["labels"][:, 1:] if self.forward.head.shifts else inputs["labels"]
         return (labels != IGNORE_INDEX).sum()
+
+
+def _refuse_shards(model: nn.Module) -> None:
+    """Ranks gather a module's parameters together each time that it runs, and so have to run it as
+    often as each other."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    if torch.distributed.get_world_size() == 1:
+        return
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    kinds = (FSDPModule, FullyShardedDataParallel)
+    inside = any(isinstance(m, kinds) for m in model.modules() if m is not model)
+    if inside or any(hasattr(p, "ds_id") for p in model.parameters()):
+        raise NotImplementedError(
+            f"{type(model).__name__} runs packs on documents batched by length, in more batches on "
+            "one rank than on another, while FSDP or ZeRO-3 makes ranks wait for each other at "
+            "every layer: use DDP, or ZeRO up to stage 2"
+        )
 
 
 def in_stream(name: str, parts: list[tuple[Bucket, Tensor]], total_tokens: int) -> Tensor:

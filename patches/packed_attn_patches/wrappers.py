@@ -58,26 +58,34 @@ def origin(model: nn.Module) -> Origin:
 def put_forward(module: nn.Module, forward: UnpackedForward) -> None:
     """Makes `forward` the module's own, inside the hook by which accelerate places it on a device.
 
+    A method that something else has given the instance (Liger's forward with a fused loss) is what
+    it then runs.
+
     Raises:
-        NotImplementedError: something else has replaced the module's forward already.
+        NotImplementedError: the module's forward was replaced by what is no method of its own.
     """
-    if _hooked_by_accelerate(module):
-        vars(module)["_old_forward"] = forward
-        return
-    if "forward" in vars(module):
+    place = "_old_forward" if _hooked_by_accelerate(module) else "forward"
+    found = vars(module).get(place)
+    if found is not None and getattr(found, "__self__", None) is not module:
         raise NotImplementedError(
-            f"patch_model refuses {type(module).__name__}: its forward was replaced by "
-            f"{vars(module)['forward']!r}; patch the model before it is prepared"
+            f"patch_model refuses {type(module).__name__}: its forward was replaced by {found!r}; "
+            "patch the model before it is prepared"
         )
-    module.forward = forward
+    if found is not None and found.__func__ is not type(module).forward:
+        forward.replaced = found.__func__
+    vars(module)[place] = forward
 
 
 def take_forward(module: nn.Module) -> None:
     """Undoes `put_forward`, also where accelerate's hook came after it or went since."""
-    if isinstance(vars(module).get("forward"), UnpackedForward):
-        del module.forward
-    if isinstance(vars(module).get("_old_forward"), UnpackedForward):
-        vars(module)["_old_forward"] = type(module).forward.__get__(module)
+    for place in ("forward", "_old_forward"):
+        ours = vars(module).get(place)
+        if not isinstance(ours, UnpackedForward):
+            continue
+        if place == "forward" and ours.replaced is None:
+            del module.forward
+        else:
+            vars(module)[place] = ours.function.__get__(module)
 
 
 def forget_compiled(model: nn.Module) -> None:
