@@ -15,8 +15,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from packed_attn_patches.fast_mixers import MixerForward
 from packed_attn_patches.prompts import refuse_learned_tokens
 from packed_attn_patches.unpack import UnpackedForward
+
+# What `put_forward` puts on instances.
+FORWARDS = (UnpackedForward, MixerForward)
 
 
 class Origin(Enum):
@@ -55,7 +59,7 @@ def origin(model: nn.Module) -> Origin:
     return Origin.DERIVED if known and not remote else Origin.FOREIGN
 
 
-def put_forward(module: nn.Module, forward: UnpackedForward) -> None:
+def put_forward(module: nn.Module, forward: UnpackedForward | MixerForward) -> None:
     """Makes `forward` the module's own, inside the hook by which accelerate places it on a device.
 
     Raises:
@@ -74,9 +78,9 @@ def put_forward(module: nn.Module, forward: UnpackedForward) -> None:
 
 def take_forward(module: nn.Module) -> None:
     """Undoes `put_forward`, also where accelerate's hook came after it or went since."""
-    if isinstance(vars(module).get("forward"), UnpackedForward):
+    if isinstance(vars(module).get("forward"), FORWARDS):
         del module.forward
-    if isinstance(vars(module).get("_old_forward"), UnpackedForward):
+    if isinstance(vars(module).get("_old_forward"), FORWARDS):
         vars(module)["_old_forward"] = type(module).forward.__get__(module)
 
 
