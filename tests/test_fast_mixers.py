@@ -39,15 +39,17 @@ from tests.standins import Recorder
 from tests.sweep import sweep_type
 
 # One of each kind of kernel, with one group: transformers 5.17 norms several groups as one.
-KINDS = {
+KINDS: dict[str, dict[str, Any]] = {
     "bamba": {"mamba_n_groups": 1},
     "kimi_linear": {},
+    "mamba2": {"n_groups": 1, "num_hidden_layers": 1},
     "qwen3_next": {},
 }
 # What their one mixer calls in training.
 TRAINED_BY = {
     "bamba": [standins.FUSED],
     "kimi_linear": [standins.CONVOLUTION, standins.KDA],
+    "mamba2": [standins.FUSED],
     "qwen3_next": [standins.CONVOLUTION, standins.GATED_DELTA],
 }
 LENGTHS = (5, 1, 18, 9)
@@ -112,7 +114,7 @@ def test_audited_on_the_kernels(model_type: str, kernels: dict[str, Recorder]) -
 
 
 def test_every_kernel_gets_the_documents(kernels: dict[str, Recorder]) -> None:
-    model = patch_model(tiny_model("bamba")).train()
+    model = patch_model(tiny_model("bamba", **KINDS["bamba"])).train()
     rows = torch.randint(3, 150, (2, 40))
     layout = DocumentLayout.from_lengths((5, 0, 1, 34, 17, 23))
     model(input_ids=rows, layout=layout)

@@ -38,7 +38,7 @@ logger = logging.getLogger("packed_attn.mixers")
 # Types whose attention takes the layout and whose mixers call nothing but what is in `KERNELS`.
 FAST_TYPES = frozenset({
     "bailing_hybrid", "bamba", "falcon_h1", "granitemoehybrid", "kimi_linear", "lara_mini", "lfm2",
-    "lfm2_moe", "lfm3", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text",
+    "lfm2_moe", "lfm3", "mamba2", "nemotron_h", "olmo_hybrid", "qwen3_5_moe_text", "qwen3_5_text",
     "qwen3_next", "zamba2",
 })
 # fmt: on

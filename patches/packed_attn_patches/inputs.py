@@ -62,8 +62,13 @@ class LayoutHook:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if is_empty_mask(kwargs.get("attention_mask")) and kwargs.get("layout") is not None:
+        mask: Any = kwargs.get("attention_mask")
+        if is_empty_mask(mask) and kwargs.get("layout") is not None:
             return None  # an outer model's hook has done it
+        if is_empty_mask(mask) and self.mixers:
+            # Mamba2's head passes nothing on but the mask, which carries the layout too.
+            layout, backend = mask.packed_attn
+            return args, {**kwargs, "layout": layout, "packed_attn_backend": backend}
         kwargs = named(module, args, kwargs)
         cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
         if cached or kwargs.get("input_ids") is None:
