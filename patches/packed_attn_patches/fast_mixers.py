@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches.interface import is_empty_mask
-from packed_attn_patches.mixer_proof import proven
+from packed_attn_patches.mixer_proof import circumstances, proven
 
 logger = logging.getLogger("packed_attn.mixers")
 
@@ -59,6 +59,8 @@ class MixerForward:
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
+        # What the proof found, by what it depends on besides the module: asked at every forward.
+        self.proofs: dict[Any, str | None] = {}
         self.__signature__ = inspect.signature(type(module).forward.__get__(module))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -79,6 +81,13 @@ class MixerForward:
                 "layout: this model does not pass it on to its token mixers"
             )
         return forward(self.module, *args, **kwargs)
+
+    def failure(self, hidden_size: int, device: torch.device) -> str | None:
+        """What the proof of this mixer on a device found; None where it is exact."""
+        key = circumstances(self.module, device)
+        if key not in self.proofs:
+            self.proofs[key] = proven(self.module, hidden_size, device, with_boundaries)
+        return self.proofs[key]
 
 
 @contextmanager
@@ -137,7 +146,7 @@ def reason_against(model: nn.Module, layout: DocumentLayout) -> str | None:
             return missing
     config: Any = model.config
     size = config.get_text_config().hidden_size
-    failures = (proven(mixer, size, layout.device, with_boundaries) for mixer in mixers)
+    failures = (_own_forward(mixer).failure(size, layout.device) for mixer in mixers)
     return next((failure for failure in failures if failure is not None), None)
 
 
@@ -179,6 +188,7 @@ def _own_forward(module: nn.Module) -> Any:
     return None if stock else own
 
 
+@lru_cache
 def _names(cls: type[nn.Module]) -> tuple[str, ...]:
     """Which kernels the class's forward calls; empty for what is no mixer."""
     forward = inspect.unwrap(cls.forward)
