@@ -165,6 +165,28 @@ def test_a_short_convolution_needs_no_package(unproven: None) -> None:
     assert seen == [(1, 64, 64)]
 
 
+@pytest.mark.parametrize("offload_first", [False, True])
+def test_offloaded_weights(offload_first: bool, unproven: None) -> None:
+    """A convolution reads its weights past the hook that brings them: the mixer's forward asks."""
+    from accelerate import cpu_offload
+
+    model = tiny_model("lfm2")
+    docs = documents(lengths=LENGTHS)
+    want = alone(model, docs)
+    steps: list[Any] = [patch_model, lambda m: cpu_offload(m, torch.device("cpu"))]
+    for step in reversed(steps) if offload_first else steps:
+        model = step(model)
+    assert next(model.parameters()).is_meta
+    with torch.no_grad():
+        assert close(model(**packed(docs)).logits[0], want)
+    assert all(f is None for m in _mixers(model) for f in m.proofs.values())
+
+
+def _mixers(model: nn.Module) -> list[MixerForward]:
+    found = (vars(m).get(name) for m in model.modules() for name in ("forward", "_old_forward"))
+    return [forward for forward in found if isinstance(forward, MixerForward)]
+
+
 @pytest.mark.parametrize("missing", ["fla", "mamba_ssm"])
 def test_without_its_package_documents_run_in_batches(
     missing: str, unproven: None, caplog: pytest.LogCaptureFixture
