@@ -3,9 +3,10 @@
     python -m benchmarks.bench_mixers [--json PATH]
 
 The patched model takes a row of documents of log-normal lengths apart and computes them in padded
-batches. Its time is compared with what the stock model takes for a row of as many tokens without
-any boundary: its mixers' own time on the unpadded token count. A ratio is the median over rounds in
-one process, so that load on the machine slows both sides.
+batches; LFM2, whose mixers take the boundaries, computes it as it is. Its time is compared with
+what the stock model takes for a row of as many tokens without any boundary: its mixers' own time on
+the unpadded token count. A ratio is the median over rounds in one process, so that load on the
+machine slows both sides.
 """
 
 from __future__ import annotations

@@ -47,12 +47,23 @@ SUITES: dict[str, tuple[tuple[str, ...], int]] = {
     "conformance": ((*FILES, "-k", f"{ON_GPU} and not flex"), 10),
     "flex": ((*FILES[:2], "-k", f"{ON_GPU} and flex"), 6),
     "models": (MODELS, 5),
+    "mixers": (("tests/test_gpu_mixers.py",), 2),
     "beyond 32 bits": ((*FILES[:2], "-k", "past_32_bits or beyond_32_bits"), 1),
 }
 # Tiles on every side of an edge, half precision, forests, sinks, and kernels of dk and dv alone.
 SANITIZED = ("mixed", "bf16_long", "forest_nested", "sinks_window", "cross", "head_dim_256")
 TOOLS = ("memcheck", "racecheck")
-PACKAGES = ("torch", "triton", "transformers", "flash-attn", "numpy", "pytest")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "flash-attn",
+    "fla-core",
+    "mamba-ssm",
+    "causal-conv1d",
+    "numpy",
+    "pytest",
+)
 
 
 @dataclass(frozen=True)

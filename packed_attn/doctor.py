@@ -32,6 +32,9 @@ PACKAGES = (
     "flash-attn",
     "flash-attn-3",
     "flash-attn-4",
+    "flash-linear-attention",
+    "mamba-ssm",
+    "causal-conv1d",
     "liger-kernel",
 )
 LENGTHS = (9, 1, 6)

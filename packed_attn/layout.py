@@ -414,9 +414,14 @@ class DocumentLayout:
         return DocumentLayout(self.cu_seqlens, self.total_tokens, None, padding)
 
     def to(
-        self, device: torch.device | str | int, non_blocking: bool = False, **_: Any
+        self, device: torch.device | str | int | None, non_blocking: bool = False, **_: Any
     ) -> DocumentLayout:
-        """The same layout on `device`: itself when it is there, one shared copy otherwise."""
+        """The same layout on `device`: itself when it is there, one shared copy otherwise.
+
+        None is where it is, as with tensors: accelerate's hook of an offloaded model says so.
+        """
+        if device is None:
+            return self
         device = torch.device(device)
         if device.index is None and device.type != "cpu":
             # "cuda" means the current one: ask where a tensor would land.

@@ -4,6 +4,8 @@
     inputs.py      the forward pre-hook: batch keyword arguments -> one DocumentLayout
     families.py    which model types are accepted, and how that was decided
     unpack.py      a whole model run on documents batched by length
+    fast_mixers.py token mixers whose kernels get the documents' boundaries
+    mixer_proof.py the proof of such a mixer on the device at hand
     pairs.py       encoder-decoders: the same with source and target documents
     wrappers.py    what stands around a model: taken off, or refused
     prompts.py     prompt and prefix tuning, refused by name

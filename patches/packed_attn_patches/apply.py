@@ -1,7 +1,8 @@
 """Putting packed-attn on one model instance, and taking it off again.
 
 Two routes, chosen by `families.route`: the attention interface, where attention layers take the
-layout, and unpacking, where the whole model runs on documents batched by length.
+layout, and unpacking, where the whole model runs on documents batched by length. Models whose token
+mixers may take the layout too (`fast_mixers.py`) are made ready for both.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ from packed_attn_patches.families import (
     route,
     runs_on_pairs,
 )
+from packed_attn_patches.fast_mixers import MixerForward, mixers_of
 from packed_attn_patches.inputs import LayoutHook, replacement_of
 from packed_attn_patches.interface import NAMES, stock_of
 from packed_attn_patches.padding_free import PackRows, PadRows
 from packed_attn_patches.pairs import PairedForward, PairHook
 from packed_attn_patches.unpack import UnpackedForward
 from packed_attn_patches.wrappers import (
+    FORWARDS,
     Origin,
     forget_compiled,
     origin,
@@ -134,12 +137,16 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
             f"share_prefixes: {type(model).__name__} runs on documents batched by length, where a "
             "document cannot go on from another; without it plain packs work"
         )
-    record = PatchRecord(settings, chosen, _configs(model) if inner is Route.INTERFACE else ())
+    mixers = _mixers(model) if inner is Route.UNPACK_CAUSAL else ()
+    layers_take_it = inner is Route.INTERFACE or bool(mixers)
+    record = PatchRecord(settings, chosen, _configs(model) if layers_take_it else ())
     model.__dict__[_RECORD] = record
     try:
         entrances = _entrances(model)
-        if inner is Route.INTERFACE:
+        if layers_take_it:
             _replace_configs(model, record)
+        for mixer in mixers:
+            put_forward(mixer, MixerForward(mixer))
         if settings.padding_free:
             backbone = entrances[-1]
             rows = PackRows(settings.share_prefixes)
@@ -156,6 +163,7 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
             hook = LayoutHook(
                 settings.backend,
                 unpacked=taken is not Route.INTERFACE,
+                mixers=taken is Route.UNPACK_CAUSAL and bool(mixers),
                 shifts=head_of(module).shifts,
                 first_position=first_position(model),
                 outer=module is model and len(entrances) > 1,
@@ -164,6 +172,12 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
     except BaseException:
         unpatch(model)
         raise
+
+
+def _mixers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
+    """The token mixers that may take the layout, where its attention may too."""
+    config: Any = model.config
+    return mixers_of(model) if stock_of(config._attn_implementation) in NAMES else ()
 
 
 def _probed(model: nn.Module) -> str:
@@ -230,7 +244,7 @@ def remains(model: nn.Module) -> str | None:
         if any(isinstance(hook, LayoutHook) for hook in module._forward_pre_hooks.values()):
             return f"{where} has the patch's hook"
         for value in (vars(module).get("forward"), vars(module).get("_old_forward")):
-            if isinstance(value, UnpackedForward):
+            if isinstance(value, FORWARDS):
                 return f"{where} has the patch's forward"
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if implementation in NAMES.values():

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from packed_attn.layout import DocumentLayout
 from packed_attn.logps import IGNORE_INDEX, without_first_labels
+from packed_attn_patches import fast_mixers
 from packed_attn_patches.interface import empty_mask, is_empty_mask
 from packed_attn_patches.prompts import refuse_calls_with_learned_tokens
 
@@ -46,6 +47,7 @@ class LayoutHook:
         backend: handed to `packed_attn.attention`.
         unpacked: the model's forward takes the layout itself (see `unpack.py`); otherwise it goes
             down to the attention layers.
+        mixers: its token mixers may take the layout instead (see `fast_mixers.py`).
         shifts: the loss takes a token's label for a prediction of the token before.
         first_position: where the model's own positions begin; a batch may count from it or from 0.
         outer: an inner model with a hook of its own does the attention.
@@ -53,6 +55,7 @@ class LayoutHook:
 
     backend: str = "auto"
     unpacked: bool = False
+    mixers: bool = False
     shifts: bool = True
     first_position: int = 0
     outer: bool = False
@@ -60,8 +63,13 @@ class LayoutHook:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        if is_empty_mask(kwargs.get("attention_mask")) and kwargs.get("layout") is not None:
+        mask: Any = kwargs.get("attention_mask")
+        if is_empty_mask(mask) and kwargs.get("layout") is not None:
             return None  # an outer model's hook has done it
+        if is_empty_mask(mask) and self.mixers:
+            # Mamba2's head passes nothing on but the mask, which carries the layout too.
+            layout, backend = mask.packed_attn
+            return args, {**kwargs, "layout": layout, "packed_attn_backend": backend}
         kwargs = named(module, args, kwargs)
         cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
         if cached or kwargs.get("input_ids") is None:
@@ -70,14 +78,19 @@ class LayoutHook:
         if batch is None:
             return (), kwargs
         # Unpacking reads lengths, so a compiler breaks the graph there in any case.
-        traced = _is_recorded(batch.device) and not self.unpacked
-        read = _traced_layout if traced and kwargs.get("layout") is not None else packed_layout
+        recorded = _is_recorded(batch.device)
+        traced = recorded and not self.unpacked and kwargs.get("layout") is not None
+        read = _traced_layout if traced else packed_layout
         layout = read(batch, self._counted_from_0(kwargs))
         if layout is None:
             return (), kwargs
         if self.unpacked:
             _refuse_replaced_forward(module)
-        return (), self._packed(module, kwargs, batch, layout)
+        layout = layout.to(batch.device)
+        # Mixers read lengths too, and their proof is not to be recorded.
+        mixers = self.mixers and not recorded and fast_mixers.takes_layout(module, layout)
+        unpacked = self.unpacked and not mixers
+        return (), self._packed(module, kwargs, batch, layout, unpacked)
 
     def _counted_from_0(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments with position_ids that begin where others' begin."""
@@ -88,9 +101,14 @@ class LayoutHook:
         return {**kwargs, "position_ids": (ids - counts_on * self.first_position).clamp(min=0)}
 
     def _packed(
-        self, module: nn.Module, kwargs: dict[str, Any], batch: BatchShape, layout: DocumentLayout
+        self,
+        module: nn.Module,
+        kwargs: dict[str, Any],
+        batch: BatchShape,
+        layout: DocumentLayout,
+        unpacked: bool,
     ) -> dict[str, Any]:
-        if self.unpacked and layout.is_forest:
+        if unpacked and layout.is_forest:
             raise NotImplementedError(
                 "this model runs on documents batched by length, where a document cannot go on "
                 "from another: it takes plain packs, but no forest (parents)"
@@ -101,11 +119,10 @@ class LayoutHook:
                 "that continues it, but the model was given labels to compute a loss with one "
                 "target a token: pass compute_loss_func=PackedLoss(model) to the Trainer"
             )
-        layout = layout.to(batch.device)
         packed = {k: v for k, v in kwargs.items() if k not in BOUNDARY_NAMES}
         packed["layout"] = layout
         packed["use_cache"] = False
-        if not self.unpacked:
+        if not unpacked:
             packed["packed_attn_backend"] = self.backend
             packed["attention_mask"] = empty_mask(batch.rows, layout, self.backend)
             packed.update((name, None) for name in CACHE_NAMES if name in packed)
@@ -115,7 +132,7 @@ class LayoutHook:
             if packed.get("position_ids") is None:
                 packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
         # Unpacked, a document's first label has no document before it that could predict it.
-        if packed.get("labels") is not None and self.shifts and not self.unpacked:
+        if packed.get("labels") is not None and self.shifts and not unpacked:
             packed["labels"] = without_first_labels(packed["labels"], layout)
         if layout.is_forest:
             packed.pop("shift_labels", None)  # the collator's counts for PackedLoss

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from packed_attn.buckets import Bucket, plan_buckets
 from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
+from packed_attn_patches import fast_mixers
 from packed_attn_patches.families import Head, Route, is_encoder_decoder
 from packed_attn_patches.inputs import CACHE_NAMES
 
@@ -87,6 +88,9 @@ class UnpackedForward:
     def __call__(self, *args: Any, layout: DocumentLayout | None = None, **kwargs: Any) -> Any:
         if layout is None:
             return self.function(self.model, *args, **kwargs)
+        if "packed_attn_backend" in kwargs:  # the hook found that its mixers take the layout
+            with fast_mixers.packed_forward():
+                return self.function(self.model, *args, layout=layout, **kwargs)
         return self.run(_Unpacked.of(self, layout, kwargs), kwargs)
 
     def run(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:

@@ -15,8 +15,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from packed_attn_patches.fast_mixers import MixerForward
 from packed_attn_patches.prompts import refuse_learned_tokens
 from packed_attn_patches.unpack import UnpackedForward
+
+# What `put_forward` puts on instances.
+FORWARDS = (UnpackedForward, MixerForward)
 
 
 class Origin(Enum):
@@ -55,7 +59,7 @@ def origin(model: nn.Module) -> Origin:
     return Origin.DERIVED if known and not remote else Origin.FOREIGN
 
 
-def put_forward(module: nn.Module, forward: UnpackedForward) -> None:
+def put_forward(module: nn.Module, forward: UnpackedForward | MixerForward) -> None:
     """Makes `forward` the module's own, inside the hook by which accelerate places it on a device.
 
     A method that something else has given the instance (Liger's forward with a fused loss) is what
@@ -71,8 +75,9 @@ def put_forward(module: nn.Module, forward: UnpackedForward) -> None:
             f"patch_model refuses {type(module).__name__}: its forward was replaced by {found!r}; "
             "patch the model before it is prepared"
         )
-    if found is not None and found.__func__ is not type(module).forward:
-        forward.replaced = found.__func__
+    if isinstance(forward, UnpackedForward) and found is not None:
+        function = found.__func__
+        forward.replaced = None if function is type(module).forward else function
     vars(module)[place] = forward
 
 
@@ -80,7 +85,7 @@ def take_forward(module: nn.Module) -> None:
     """Undoes `put_forward`, also where accelerate's hook came after it or went since."""
     for place in ("forward", "_old_forward"):
         ours = vars(module).get(place)
-        if not isinstance(ours, UnpackedForward):
+        if not isinstance(ours, FORWARDS):
             continue
         if place == "forward" and ours.replaced is None:
             del module.forward
