@@ -90,11 +90,6 @@ class LayoutHook:
     def _packed(
         self, module: nn.Module, kwargs: dict[str, Any], batch: BatchShape, layout: DocumentLayout
     ) -> dict[str, Any]:
-        if self.unpacked and layout.is_forest:
-            raise NotImplementedError(
-                "this model runs on documents batched by length, where a document cannot go on "
-                "from another: it takes plain packs, but no forest (parents)"
-            )
         if layout.is_forest and kwargs.get("labels") is not None:
             raise ValueError(
                 "the batch shares prefixes, whose last token predicts the first of each document "
