@@ -166,7 +166,8 @@ class _Stock:
         self.loss = self._backward(model.train())
         self.gradients = _gradients(model)
         model.eval()
-        self.forest = None if head.per_document else StockForest(model)
+        of_tokens = len(self.alone) == sum(LENGTHS)
+        self.forest = StockForest(model) if of_tokens else None
 
     def labels(self) -> list[Tensor]:
         return [self.head.labels(d) for d in self.docs]
