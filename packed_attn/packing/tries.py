@@ -282,6 +282,37 @@ def first_difference(tokens, second, starts, others, lengths):
 
 
 @compiled
+def split_trees(lengths, parents, bounds, capacity, rank):
+    """`split_tree` of every tree over capacity; the others stay as they are.
+
+    Args:
+        lengths, parents, rank: int64 `[num_documents]`, of all trees, depth-first.
+        bounds: int64 `[num_trees + 1]`: tree t is documents `bounds[t] : bounds[t + 1]`.
+
+    Returns:
+        copied and parents, int64 `[num_copies]`.
+    """
+    copied, above = np.empty(2 * lengths.size, np.int64), np.empty(2 * lengths.size, np.int64)
+    used = 0
+    for tree in range(bounds.size - 1):
+        first, stop = bounds[tree], bounds[tree + 1]
+        if lengths[first:stop].sum() <= capacity:
+            documents, links = np.arange(stop - first), parents[first:stop] - first
+        else:
+            documents, links = split_tree(
+                lengths[first:stop], parents[first:stop] - first, capacity, rank[first:stop]
+            )
+        if used + documents.size > copied.size:
+            copied = np.append(copied, np.empty(copied.size + documents.size, np.int64))
+            above = np.append(above, np.empty(copied.size - above.size, np.int64))
+        for k in range(documents.size):
+            copied[used + k] = documents[k] + first
+            above[used + k] = links[k] + used if links[k] >= 0 else -1
+        used += documents.size
+    return copied[:used].copy(), above[:used].copy()
+
+
+@compiled
 def split_tree(lengths, parents, capacity, rank):
     """One tree as several of at most `capacity` tokens, their common prefixes repeated in each.
 
@@ -315,21 +346,22 @@ def split_tree(lengths, parents, capacity, rank):
     waiting = np.full(lengths.size, -1, np.int64)  # of each document: copies below it, chained
     used, roots = 0, 0
     for d in range(lengths.size - 1, -1, -1):
-        below = _chain(waiting[d], after)
-        sizes = size[below]
-        if sizes.sum() <= room[d] - lengths[d]:
-            bins, number = np.zeros(below.size, np.int64), 1
-        else:
-            bins, number = first_fit(sizes, rank[document[below]], room[d] - lengths[d])
         copies = used
-        used += number
-        document[copies:used] = d
-        size[copies:used] = lengths[d]
-        for k in range(below.size - 1, -1, -1):
-            copy = copies + bins[k]
-            size[copy] += sizes[k]
-            after[below[k]] = first[copy]
-            first[copy] = below[k]
+        if waiting[d] < 0:  # a leaf
+            document[used], size[used] = d, lengths[d]
+            used += 1
+        else:
+            below = _chain(waiting[d], after)
+            sizes = size[below]
+            bins, number = first_fit(sizes, rank[document[below]], room[d] - lengths[d])
+            used += number
+            document[copies:used] = d
+            size[copies:used] = lengths[d]
+            for k in range(below.size - 1, -1, -1):
+                copy = copies + bins[k]
+                size[copy] += sizes[k]
+                after[below[k]] = first[copy]
+                first[copy] = below[k]
         for copy in range(used - 1, copies - 1, -1):
             if d:
                 after[copy] = waiting[parents[d]]
@@ -370,7 +402,8 @@ def _copies(document, first, after, roots, stop):
                 stack[depth, 0], stack[depth, 1] = branch, used
                 depth += 1
                 branch = after[branch]
-            stack[begin:depth] = stack[begin:depth][::-1].copy()
+            if depth > begin + 1:
+                stack[begin:depth] = stack[begin:depth][::-1].copy()
             used += 1
     return copied, parents
 
@@ -381,13 +414,15 @@ def first_fit(sizes, rank, capacity):
 
     A tournament tree over the bins' rooms finds the first with enough.
     """
-    by_rank = np.argsort(rank, kind="mergesort")
-    order = by_rank[np.argsort(-sizes[by_rank], kind="mergesort")]
+    bins = np.zeros(sizes.size, np.int64)
+    if sizes.sum() <= capacity:
+        return bins, 1
+    order = np.argsort(rank - (sizes << 32))  # sizes and ranks have less than 32 bits
     leaves = 1
     while leaves < sizes.size:
         leaves *= 2
     room = np.full(2 * leaves, capacity, np.int64)
-    bins, number = np.empty(sizes.size, np.int64), 0
+    number = 0
     for item in order:
         at = 1
         while at < leaves:
