@@ -9,8 +9,8 @@ import numpy as np
 
 from packed_attn.packing.compiled import compiled
 
-# Columns of a trie's nodes, int32 `[num_nodes, 4]`: the node above, the first list that goes through
-# the node, the tokens up to its end, and how many lists end in it.
+# Columns of a trie's nodes, int32 `[num_nodes, 4]`: the node above, the first list that goes
+# through the node, the tokens up to its end, and how many lists end in it.
 PARENT, LIST, DEPTH, ENDS = range(4)
 HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 BLOCK = 16  # tokens compared without a branch between them
@@ -94,7 +94,7 @@ def _agree(tokens, second, a, b, place):
 
 @compiled
 def _same_until(values, a, b, at, stop):
-    """The first place from `at` on at which what begins at a and b differs before `stop`, or that."""
+    """The first place from `at` on where what begins at a and b differs before `stop`, or that."""
     while at + BLOCK <= stop:
         # A view's index is known not to be negative, without which this is no vector loop.
         x, y = values[a + at : a + at + BLOCK], values[b + at : b + at + BLOCK]
