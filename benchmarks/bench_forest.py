@@ -10,7 +10,7 @@ with the answers, and how fast forests are planned.
 Times are CPU time on one thread, which other work on the machine disturbs little. Both sides take
 turns in one process and a ratio is the median over rounds. Outputs and gradients are compared
 before anything is timed, and say how many rounds a shape gets: the largest (64 answers of 2048
-after 2048 tokens) takes most of a minute a round and gets one. All take some seven minutes of CPU.
+after 2048 tokens) takes half a minute to a minute and gets one. All take some minutes of CPU.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HEADS, HEAD_DIM = 2, 64
 RESULTS = Path(__file__).parent / "results" / "forest_cpu.json"
 # Largest difference of out and gradients to their copies', over the largest element.
 TOLERANCE = 1e-5
-# A shape's rounds go on for so many seconds, if they are enough for more than one.
+# A shape gets as many rounds as take so many seconds, but one at least.
 SECONDS = 20
 RATIOS, GROUPS = (1, 4, 16), (2, 8, 16, 64)  # prompt : answer, and answers
 # (prompt, answer, answers): at 2048-token prompts FLOPs decide, at 512 fixed costs count too.
