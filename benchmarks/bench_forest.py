@@ -9,7 +9,8 @@ with the answers, and how fast forests are planned.
 
 Times are CPU time on one thread, which other work on the machine disturbs little. Both sides take
 turns in one process and a ratio is the median over rounds. Outputs and gradients are compared
-before anything is timed.
+before anything is timed, and say how many rounds a shape gets: the largest (64 answers of 2048
+after 2048 tokens) takes half a minute to a minute and gets one. All take some minutes of CPU.
 """
 
 from __future__ import annotations
@@ -31,45 +32,41 @@ from torch import Tensor
 from benchmarks.bench_cpu import machine
 from benchmarks.timing import median_ratio, paired_seconds
 from packed_attn import DocumentLayout, attention, pack_lengths
-from packed_attn.packing.forest import plan_forest, plan_prompts
+from packed_attn.packing.forest import ForestPlan, plan_forest, plan_prompts
 
 ROUNDS = 5
 HEADS, HEAD_DIM = 2, 64
 RESULTS = Path(__file__).parent / "results" / "forest_cpu.json"
 # Largest difference of out and gradients to their copies', over the largest element.
 TOLERANCE = 1e-5
+# A shape gets as many rounds as take so many seconds, but one at least.
+SECONDS = 20
 RATIOS, GROUPS = (1, 4, 16), (2, 8, 16, 64)  # prompt : answer, and answers
-PROMPT = 2048
-# (prompt, answer, answers) whose time is taken; at 2048-token prompts FLOPs decide.
-TIMED = (
-    *((2048, 2048, 2), (2048, 512, 2), (2048, 512, 8), (2048, 128, 2), (2048, 128, 8)),
-    *((512, 512, 8), (512, 128, 8), (512, 128, 64), (512, 32, 8), (512, 32, 64)),
-)
+# (prompt, answer, answers): at 2048-token prompts FLOPs decide, at 512 fixed costs count too.
+GRID = tuple((2048, 2048 // ratio, answers) for ratio in RATIOS for answers in GROUPS)
+SHORT = ((512, 512, 8), (512, 128, 8), (512, 128, 64), (512, 32, 8), (512, 32, 64))
 GROWTH = (1, 4, 16, 64)
 
 
 @dataclass(frozen=True)
-class Saved:
-    """One prompt with its answers: how many times more its copies have."""
+class Row:
+    """One prompt with its answers, measured.
+
+    Attributes:
+        tokens, flops: how many times more the copies have.
+        time: how many times longer the copies take.
+        rounds: the median is over so many.
+        milliseconds: CPU time of the forest, forward and backward.
+        difference: largest of out and gradients, over the largest element.
+    """
 
     prompt: int
     answer: int
     answers: int
     tokens: float
     flops: float
-
-
-@dataclass(frozen=True)
-class Row(Saved):
-    """The same, measured.
-
-    Attributes:
-        time: how many times longer the copies take.
-        milliseconds: CPU time of the forest, forward and backward.
-        difference: largest of out and gradients, over the largest element.
-    """
-
     time: float
+    rounds: int
     milliseconds: float
     difference: float
 
@@ -86,11 +83,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = {
         "machine": machine(),
         "clock": "CPU time of the process, one thread",
-        "rounds": ROUNDS,
         "heads": HEADS,
         "head_dim": HEAD_DIM,
-        "saved": [asdict(row) for row in grid()],
-        "rows": [asdict(row) for row in timed()],
+        "rows": [{**asdict(row), "of_flops": row.of_flops} for row in timed()],
         "time_per_pair_by_answers": growth(),
         "planning": planning(),
     }
@@ -98,25 +93,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def grid() -> list[Saved]:
-    """What is saved of tokens and FLOPs, counted."""
-    rows = []
-    print("| prompt : answer | answers | fewer tokens | fewer FLOPs |")
-    print("|---|---|---|---|")
-    for ratio in RATIOS:
-        for answers in GROUPS:
-            row = Saved(*(shape := (PROMPT, PROMPT // ratio, answers)), *_saved(*shape))
-            rows.append(row)
-            print(f"| {ratio}:1 | {answers} | {row.tokens:.2f}x | {row.flops:.2f}x |")
-    return rows
-
-
 def timed() -> list[Row]:
-    """What is saved of time."""
+    """What is saved of tokens, FLOPs and time."""
     rows = []
     print("| prompt | answers | fewer tokens | fewer FLOPs | less time | of FLOPs | forest, ms |")
     print("|---|---|---|---|---|---|---|")
-    for prompt, answer, answers in TIMED:
+    for prompt, answer, answers in (*GRID, *SHORT):
         print(f"{prompt} + {answers} x {answer}", file=sys.stderr, flush=True)
         row = measured(prompt, answer, answers)
         rows.append(row)
@@ -156,7 +138,9 @@ def measured(prompt: int, answer: int, answers: int) -> Row:
         return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
     copied = [x[places] for x in (q, k, v)], grad_out[places] * weights
+    begin = time.process_time()
     got, wanted = run(forest, [q, k, v], grad_out), run(copies, *copied)
+    rounds = max(1, min(ROUNDS, int(SECONDS / (time.process_time() - begin))))
     summed = [torch.zeros_like(x).index_add_(0, places, y) for x, y in zip((q, k, v), wanted[1:])]
     difference = max(
         float((a - b).abs().max() / b.abs().max())
@@ -168,13 +152,15 @@ def measured(prompt: int, answer: int, answers: int) -> Row:
         "forest": lambda: run(forest, [q, k, v], grad_out),
         "copies": lambda: run(copies, *copied),
     }
-    seconds = paired_seconds(candidates, ROUNDS, clock=time.process_time)
+    # The comparison has warmed both up.
+    seconds = paired_seconds(candidates, rounds, warmup=0, clock=time.process_time)
     return Row(
         prompt,
         answer,
         answers,
         *_saved(prompt, answer, answers),
         time=median_ratio(seconds["copies"], seconds["forest"]),
+        rounds=rounds,
         milliseconds=1e3 * statistics.median(seconds["forest"]),
         difference=difference,
     )
@@ -204,22 +190,33 @@ def growth() -> dict[int, float]:
 
 def planning() -> dict[str, float]:
     """Documents and tokens planned a second of CPU time, on one core."""
-    random, number = np.random.default_rng(0), 1_000_000
-    lengths = random.integers(600, 900, number)
-    ids = random.permutation(np.repeat(np.arange(number // 8), 8))
-    prompts = np.full(number, 512)
-    documents, tokens = _arrow_groups(random, 1000, 8, 512, 128), 8000 * 640
-    short, short_tokens = _arrow_groups(random, 20000, 2, 32, 16), 40000 * 48
-    figures = {
-        "documents_per_second_prompt_ids": number
-        / _seconds(lambda: plan_prompts(lengths, ids, prompts)),
-        "documents_per_second_prompt_ids_and_packs": number
-        / _seconds(
-            lambda: pack_lengths(lengths, 8192, share=lambda n: plan_prompts(n, ids, prompts))
-        ),
-        "tokens_per_second_found_in_512_and_128": tokens / _seconds(lambda: plan_forest(documents)),
-        "tokens_per_second_found_in_32_and_16": short_tokens / _seconds(lambda: plan_forest(short)),
-    }
+    random = np.random.default_rng(0)
+    figures = {}
+    for group, capacity in ((8, 8192), (64, 8192), (8, 2048)):  # the last two split every tree
+        lengths = random.integers(600, 900, 1_000_000)
+        ids = random.permutation(np.arange(lengths.size) // group)
+        prompts = np.full(lengths.size, 512)
+
+        def named(n, ids=ids, prompts=prompts) -> ForestPlan:
+            return plan_prompts(n, ids, prompts)
+
+        def packs(lengths=lengths, capacity=capacity, share=named) -> object:
+            return pack_lengths(lengths, capacity, share=share)
+
+        name = f"documents_per_second_prompt_ids_groups_of_{group}"
+        if name not in figures:
+            figures[name] = lengths.size / _seconds(lambda n=lengths, share=named: share(n))
+        figures[f"{name}_and_packs_of_{capacity}"] = lengths.size / _seconds(packs)
+    for prompts, group, prompt, answer in (
+        (1000, 8, 512, 128),
+        (20000, 2, 32, 16),
+        (125_000, 8, 16, 16),
+        (62_500, 16, 24, 8),
+    ):
+        lists = _arrow_groups(random, prompts, group, prompt, answer)
+        name = f"tokens_per_second_found_in_{len(lists)}_of_{prompt}_and_{answer}"
+        found = _seconds(lambda lists=lists: plan_forest(lists))
+        figures[name] = len(lists) * (prompt + answer) / found
     for name, figure in figures.items():
         print(f"{name.replace('_', ' ')}: {figure / 1e6:.1f} M")
     return figures

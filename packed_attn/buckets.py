@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from packed_attn.trees import Forest, Paths
+
 # How many times a document's length may be padded to join a batch of gathered documents.
 PADDED_LENGTH = 1.25
 
@@ -27,8 +29,9 @@ class Bucket:
         tokens: int64 `[batch * length]`, the token that each row reads, or None for a view. A row
             of padding reads its own document's last token.
         targets: int64 `[batch * length]`, where each row is written, or None for a view. Rows of
-            padding go to `total_tokens`, one past the stream.
+            padding, and copies, go to `total_tokens`, one past the stream.
         pads: int64, the rows of padding, or None.
+        copies: int64, the rows of tokens that are written from another path of a forest, or None.
     """
 
     batch: int
@@ -37,6 +40,7 @@ class Bucket:
     tokens: Tensor | None = None
     targets: Tensor | None = None
     pads: Tensor | None = None
+    copies: Tensor | None = None
 
     def rows(self, x: Tensor) -> Tensor:
         """Its rows of x `[total_tokens, ...]`: `[batch, length, ...]`, a view or a copy."""
@@ -47,11 +51,13 @@ class Bucket:
         return rows.unflatten(0, (self.batch, self.length))
 
     def real(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """(rows, tokens), int64: the rows that are not padding, and the token that each one is."""
+        """(rows, tokens), int64: the rows that are written, and the token that each one is."""
         rows = torch.arange(self.batch * self.length, device=device)
-        if self.pads is not None:
+        if self.pads is not None or self.copies is not None:
             keep = torch.ones_like(rows, dtype=torch.bool)
-            keep[self.pads] = False
+            for others in (self.pads, self.copies):
+                if others is not None:
+                    keep[others] = False
             rows = rows[keep]
         tokens = rows + self.start if self.tokens is None else self.tokens[rows]
         return rows, tokens
@@ -60,7 +66,11 @@ class Bucket:
         """The same bucket with its indices on `device`."""
         move = lambda x: None if x is None else x.to(device)  # noqa: E731
         return replace(
-            self, tokens=move(self.tokens), targets=move(self.targets), pads=move(self.pads)
+            self,
+            tokens=move(self.tokens),
+            targets=move(self.targets),
+            pads=move(self.pads),
+            copies=move(self.copies),
         )
 
 
@@ -79,8 +89,9 @@ def plan_buckets(
     pad_lengths: bool,
     view_tokens: int,
     call_tokens: int,
+    parents: Tensor | None = None,
 ) -> Plan:
-    """How to compute these documents.
+    """How to compute these documents, or the paths of a forest: what is shared, in each of them.
 
     Args:
         cu_seqlens: int32 `[num_documents + 1]`, CPU.
@@ -90,6 +101,7 @@ def plan_buckets(
         view_tokens: from how many tokens on equal neighbours are read where they lie; below, a
             call's fixed cost outweighs gathering them.
         call_tokens: tokens of one bucket, if it has more than one document.
+        parents: int32 `[num_documents]` or None, as in `DocumentLayout`.
     """
     return _cached_plan(
         cu_seqlens.to(torch.int32).numpy().tobytes(),
@@ -97,6 +109,7 @@ def plan_buckets(
         pad_lengths,
         view_tokens,
         call_tokens,
+        None if parents is None else parents.to(torch.int32).numpy().tobytes(),
     )
 
 
@@ -107,6 +120,7 @@ def _cached_plan(
     pad_lengths: bool,
     view_tokens: int,
     call_tokens: int,
+    parents: bytes | None,
 ) -> Plan:
     cu = np.frombuffer(cu_seqlens, dtype=np.int32).astype(np.int64)
     starts, lengths = cu[:-1], np.diff(cu)
@@ -114,16 +128,18 @@ def _cached_plan(
     if padding is not None:
         skipped = np.frombuffer(padding, dtype=bool)
     unseen = tuple((int(a), int(a + n)) for a, n in zip(starts[skipped], lengths[skipped]))
-    kept = ~skipped & (lengths > 0)
-    starts, lengths = starts[kept], lengths[kept]
-    buckets, rest = _views(starts, lengths, view_tokens, call_tokens)
-    gathered = _gathered(
-        starts[rest],
-        lengths[rest],
-        PADDED_LENGTH if pad_lengths else 1.0,
-        call_tokens,
-        total_tokens=int(cu[-1]),
-    )
+    paths, buckets = None, []
+    if parents is not None:
+        links = np.frombuffer(parents, dtype=np.int32)
+        paths = Paths.of(cu, Forest.build(lengths.tolist(), links.tolist()), skipped)
+        starts, lengths = paths.cu_seqlens[:-1], np.diff(paths.cu_seqlens)
+    else:
+        kept = ~skipped & (lengths > 0)
+        starts, lengths = starts[kept], lengths[kept]
+        buckets, rest = _views(starts, lengths, view_tokens, call_tokens)
+        starts, lengths = starts[rest], lengths[rest]
+    padded_length = PADDED_LENGTH if pad_lengths else 1.0
+    gathered = _gathered(starts, lengths, padded_length, call_tokens, int(cu[-1]), paths)
     return Plan((*buckets, *gathered), unseen)
 
 
@@ -153,8 +169,8 @@ def _gathered(
     lengths: np.ndarray,
     padded_length: float,
     call_tokens: int,
-    *,
     total_tokens: int,
+    paths: Paths | None,
 ) -> Iterator[Bucket]:
     """Documents of like length together, longest first."""
     order = np.argsort(-lengths, kind="stable")
@@ -165,7 +181,7 @@ def _gathered(
         longest = host[first]
         full = (i - first + 1) * longest > call_tokens
         if i == len(host) or full or host[i] * padded_length < longest:
-            yield gathered_bucket(starts[first:i], lengths[first:i], total_tokens)
+            yield gathered_bucket(starts[first:i], lengths[first:i], total_tokens, paths)
             first = i
 
 
@@ -209,18 +225,23 @@ class Spans:
         return gathered_bucket(self.starts[documents], self.lengths[documents], self.total_tokens)
 
 
-def gathered_bucket(starts: np.ndarray, lengths: np.ndarray, total_tokens: int) -> Bucket:
-    """One batch of documents, each padded to the longest."""
+def gathered_bucket(
+    starts: np.ndarray, lengths: np.ndarray, total_tokens: int, paths: Paths | None = None
+) -> Bucket:
+    """One batch of documents, or of paths where they are given, each padded to the longest."""
     length = int(lengths.max())
     place = np.arange(length)
     tokens = starts[:, None] + np.minimum(place, lengths[:, None] - 1)
-    pads = np.flatnonzero(place >= lengths[:, None])
+    pads, copies = np.flatnonzero(place >= lengths[:, None]), np.empty(0, np.int64)
+    if paths is not None:
+        copies, tokens = np.flatnonzero(paths.copies[tokens]), paths.tokens[tokens]
     targets = tokens.copy()
-    targets.flat[pads] = total_tokens
+    targets.flat[pads] = targets.flat[copies] = total_tokens
     return Bucket(
         len(starts),
         length,
         tokens=torch.from_numpy(tokens.ravel()),
         targets=torch.from_numpy(targets.ravel()),
         pads=torch.from_numpy(pads) if len(pads) else None,
+        copies=torch.from_numpy(copies) if len(copies) else None,
     )

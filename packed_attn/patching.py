@@ -41,7 +41,8 @@ def patch_model(
             make them) without their padding: the backbone computes their real tokens as one pack
             and returns rows, with zeros at padding. Generation stays as it is.
         share_prefixes: with `padding_free`, compute once what rows of a batch begin with in common
-            (the prompt of a preference pair, of a group of rollouts), as a forest.
+            (the prompt of a preference pair, of a group of rollouts), as a forest. A model that
+            runs on documents batched by length gives the same and computes it in every row.
         verify: run `audit` on the patched model, and undo the patch if it leaks. A version of
             transformers outside the tested range is warned about and always audited.
 

@@ -28,6 +28,7 @@ from tests.exactness import packed as packed_batch
 LENGTHS = (5, 1, 37, 4, 31)
 LOGITS = 1e-5  # relative to the largest logit, float32
 GRADIENTS = 1e-4  # of a parameter, relative to the sum over the documents alone
+GOOD = ("exact", "rounding", "refused")
 
 
 @dataclass
@@ -39,7 +40,8 @@ class Outcome:
         status: "exact", "refused" (by name), "not built" (stock does not run it) or "wrong".
         route: how it was made exact.
         reason: why it was refused, or what stock raised.
-        checks: each check's verdict: "exact", "rounding" (grouped experts), or what was found.
+        checks: each check's verdict: "exact", "rounding" (grouped experts), "refused" (a forest, by
+            a model that looks both ways), or what was found.
     """
 
     head: str
@@ -144,7 +146,7 @@ def sweep_type(
             outcome.checks[name] = check()
         except Exception as error:
             outcome.checks[name] = f"raises {_said(error)}"
-    good = all(verdict in ("exact", "rounding") for verdict in outcome.checks.values())
+    good = all(verdict in GOOD for verdict in outcome.checks.values())
     outcome.status = "exact" if good else "wrong"
     return outcome
 
@@ -160,6 +162,8 @@ class _Stock:
     """What the model gives before it is patched: documents alone, their gradients, and the rest."""
 
     def __init__(self, model: nn.Module, head: Head) -> None:
+        from tests.sweep_forest import StockForest
+
         self.head = head
         device = next(model.parameters()).device
         self.docs = [d.to(device) for d in documents(lengths=LENGTHS)]
@@ -170,6 +174,8 @@ class _Stock:
         self.loss = self._backward(model.train())
         self.gradients = _gradients(model)
         model.eval()
+        of_tokens = len(self.alone) == sum(LENGTHS)
+        self.forest = StockForest(model) if of_tokens else None
 
     def labels(self) -> list[Tensor]:
         return [self.head.labels(d) for d in self.docs]
@@ -204,6 +210,8 @@ class _Stock:
 
 
 def _checks(model: nn.Module, stock: _Stock) -> dict[str, Callable[[], str]]:
+    from tests.sweep_forest import forest
+
     batch = packed_batch(stock.docs)
     packed = {name: batch[name] for name in ("input_ids", "position_ids")}
     ones = {"attention_mask": torch.ones_like(packed["input_ids"])}
@@ -223,6 +231,7 @@ def _checks(model: nn.Module, stock: _Stock) -> dict[str, Callable[[], str]]:
         "isolation": lambda: _isolated(model, stock, packed),
         "training": lambda: _trains(model, stock, packed),
         "checkpointing": lambda: checkpointed(model, lambda: _trains(model, stock, packed)),
+        **({"forest": lambda: forest(model, whole)} if (whole := stock.forest) else {}),
         "everything else": lambda: untouched(stock_outcomes(model), stock.otherwise),
         "undone": lambda: untouched(stock_outcomes(unpatch_model(model)), stock.otherwise),
     }
@@ -264,7 +273,9 @@ def _isolated(model: nn.Module, stock: _Stock, packed: Mapping[str, Tensor]) -> 
             moved = _rows(model(**{**packed, "input_ids": ids})) - clean
         moved[a:b] = 0
         worst = max(worst, _largest(moved))
-        leaked = _gradient_outside(model, packed, slice(a, b), (first, last))
+        own = torch.zeros(ids.numel(), dtype=torch.bool)
+        own[first:last] = True
+        leaked = _gradient_outside(model, packed, slice(a, b), own)
         if leaked > 0:
             return f"leaks: gradient {leaked:.1e}"
     if worst > bound:
@@ -273,15 +284,16 @@ def _isolated(model: nn.Module, stock: _Stock, packed: Mapping[str, Tensor]) -> 
 
 
 def _gradient_outside(
-    model: nn.Module, packed: Mapping[str, Tensor], rows: slice, place: tuple[int, int]
+    model: nn.Module, packed: Mapping[str, Any], rows: slice | Tensor, own: Tensor
 ) -> float:
-    """The largest gradient of a document's outputs in the embeddings of all other documents.
+    """The largest gradient of a document's outputs (`rows`) in the embeddings of all tokens but its
+    own, bool `[T]`.
 
     A forward may embed its tokens in batches of its own. So the document is one token id over and
     over and the others are another: an embedding's id says whose it is.
     """
     ids = torch.full_like(packed["input_ids"], 4)
-    ids[0, slice(*place)] = 5
+    ids[0, own] = 5
     embedded: list[tuple[Tensor, Tensor]] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:

@@ -75,6 +75,65 @@ def test_rows_and_tokens_agree(lengths: list[int], pad_lengths: bool) -> None:
 
 
 @given(
+    documents=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 4)), max_size=30),
+    pad_lengths=st.booleans(),
+    call_tokens=st.sampled_from([1, 64, 4096]),
+)
+def test_a_forest_is_batched_by_its_paths(
+    documents: list[tuple[int, int]], pad_lengths: bool, call_tokens: int
+) -> None:
+    """Each row is one path; each token is written once, and no path is part of another."""
+    lengths, parents, padding = _forest(documents)
+    layout = DocumentLayout.from_lengths(lengths, parents=parents, padding=padding)
+    plan = plan_buckets(
+        layout.cu_seqlens,
+        layout.padding,
+        pad_lengths=pad_lengths,
+        view_tokens=1,
+        call_tokens=call_tokens,
+        parents=layout.parents,
+    )
+    written = np.sort(_written(plan, layout.total_tokens)).tolist()
+    hidden = layout.padding_flags
+    assert written == (~hidden).nonzero().flatten().tolist()
+    rows: list[tuple[int, ...]] = []
+    token = torch.arange(layout.total_tokens)
+    for bucket in plan.buckets:
+        values = bucket.rows(token)
+        real, tokens = bucket.real(token.device)
+        assert bucket.targets is not None
+        assert torch.equal(bucket.targets[real], tokens)
+        assert torch.equal(values.flatten()[real], tokens)
+        pads = torch.zeros(values.numel(), dtype=torch.bool)
+        if bucket.pads is not None:
+            pads[bucket.pads] = True
+        rows += [tuple(r[~p].tolist()) for r, p in zip(values, pads.view_as(values))]
+    of_path = {
+        tuple(t for p in layout.path(d) for t in token.split(lengths)[p].tolist()): d
+        for d in range(layout.num_documents)
+        if not padding[d]
+    }
+    assert all(row in of_path for row in rows)
+    assert len(rows) == len({*rows})
+    assert not any(a != b and b[: len(a)] == a for a in rows for b in rows)
+
+
+def _forest(documents: list[tuple[int, int]]) -> tuple[list[int], list[int], list[bool]]:
+    """Lengths, parents and padding: each document goes so many steps up from the one before."""
+    lengths, parents, padding = [], [], []
+    branch: list[int] = []
+    for d, (length, up) in enumerate(documents):
+        branch = branch[: max(0, len(branch) - up)]
+        hidden = not branch and length == 9
+        lengths.append(length)
+        parents.append(branch[-1] if branch else -1)
+        padding.append(hidden)
+        if not hidden:
+            branch.append(d)
+    return lengths, parents, padding
+
+
+@given(
     lengths=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 90)), max_size=40),
     pad_lengths=st.booleans(),
     call_tokens=st.sampled_from([1, 64, 4096]),

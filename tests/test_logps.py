@@ -42,11 +42,11 @@ def alone(model: torch.nn.Module, ids: list[int]) -> Tensor:
     return torch.cat([rows.new_zeros(1), rows[:-1].gather(1, torch.tensor(ids[1:])[:, None])[:, 0]])
 
 
-def check(lists: list[list[int]], **model_options: Any) -> ForestPlan:
+def check(lists: list[list[int]], family: str = "llama", **model_options: Any) -> ForestPlan:
     """Log-probabilities of every token, and the gradients of a weighted sum of them."""
     plan = plan_forest(lists, min_shared=2)
-    model = patch_model(tiny_model("llama", **model_options))
-    plain = tiny_model("llama", **model_options)
+    model = patch_model(tiny_model(family, **model_options))
+    plain = tiny_model(family, **model_options)
     batch = packed(plan, lists)
     logps = unpack_logps(model(**batch).logits, batch["layout"], batch["input_ids"])
     weights = [1.0 if i % 2 else -0.5 for i in range(len(lists))]
@@ -141,16 +141,10 @@ RECURRENT: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("family", RECURRENT)
-def test_recurrent_and_convolutional_models_refuse_forests_by_name(family: str) -> None:
-    """Plain packs go on working."""
-    model = patch_model(tiny_model(family, **RECURRENT[family]))
-    ids = torch.arange(3, 8)[None]
-    layout = DocumentLayout.from_lengths([3, 2], parents=[-1, 0])
-    with pytest.raises(NotImplementedError, match="it takes plain packs, but no forest"):
-        model(input_ids=ids, layout=layout)
-    assert model(input_ids=ids, layout=DocumentLayout.from_lengths([3, 2])).logits.isfinite().all()
-    with pytest.raises(NotImplementedError, match=f"share_prefixes: {type(model).__name__}"):
-        patch_model(model, padding_free=True, share_prefixes=True)
+def test_recurrent_and_convolutional_models_equal_one_by_one(family: str) -> None:
+    """What a state or a window of a convolution carries goes along each path and nowhere else."""
+    lists = [d["input_ids"] for d in answered_questions()]
+    check(lists, family, **RECURRENT[family])
 
 
 def byte_tokens(text: str) -> list[int]:

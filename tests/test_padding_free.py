@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
+from packed_attn_patches import tiny
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 from packed_attn import DocumentLayout, patch_model, unpatch_model
 from tests.exactness import gradients, relative
@@ -228,15 +234,59 @@ def test_positions_must_agree_where_tokens_are_shared() -> None:
         model(**batch)
 
 
+@pytest.mark.parametrize("family", ["mamba", "lfm2", "gpt_neo"])
+def test_unpacked_models_share_prefixes_too(family: str) -> None:
+    """Every row is a path that they compute whole, unless it is like another or part of one."""
+    options = {"layer_types": ["conv", "full_attention"], "block_dim": 64}
+    model = tiny_model(family, **(options if family == "lfm2" else {})).train()
+    batch = pair_rows("right")
+    want_logits, want_loss, want = run(model, batch)
+    patch_model(model, padding_free=True, share_prefixes=True)
+    rows: list[int] = []
+    model.get_input_embeddings().register_forward_hook(lambda _, a, out: rows.append(out.shape[0]))
+    logits, loss, got = run(model, batch)
+    assert sum(rows) == 6, "the row that is its prompt is part of another"
+    assert relative({"logits": logits}, {"logits": want_logits}) <= 1e-5
+    assert loss.item() == pytest.approx(want_loss.item(), rel=1e-6)
+    assert relative(got, want) <= 1e-5
+
+
+def test_unpacked_backbones_share_under_a_reward_head() -> None:
+    model = tiny.tiny_model("bloom", auto_class=AutoModelForSequenceClassification, num_labels=1)
+    batch = pair_rows("right")
+    del batch["labels"]
+    scores = []
+    for _ in range(2):
+        output = model.train()(**batch, use_cache=False).logits
+        model.zero_grad()
+        output.square().sum().backward()
+        scores.append((output.detach(), gradients(model)))
+        patch_model(model, padding_free=True, share_prefixes=True)
+    (want, want_gradients), (got, got_gradients) = scores
+    assert torch.allclose(got, want, atol=1e-5)
+    assert relative(got_gradients, want_gradients) <= 1e-5
+
+
 def test_models_that_cannot_share_are_refused() -> None:
-    with pytest.raises(NotImplementedError, match="share_prefixes: MambaForCausalLM runs on doc"):
-        patch_model(tiny_model("mamba"), padding_free=True, share_prefixes=True)
+    with pytest.raises(NotImplementedError, match="share_prefixes: RobertaForCausalLM may look bo"):
+        patch_model(tiny.tiny_model("roberta"), padding_free=True, share_prefixes=True)
     with pytest.raises(ValueError, match="needs padding_free=True"):
         patch_model(tiny_model("llama"), share_prefixes=True)
 
 
-def test_a_forest_is_refused_where_a_document_cannot_go_on() -> None:
+@pytest.mark.parametrize(
+    ("family", "auto_class", "words"),
+    [
+        ("roberta", AutoModelForCausalLM, "RobertaForCausalLM may look both ways"),
+        ("fnet", AutoModelForMaskedLM, "FNetForMaskedLM may look both ways"),
+        ("bert", AutoModelForMaskedLM, "BertSelfAttention looks both ways"),
+        ("llama", AutoModelForSequenceClassification, "gives one row a document"),
+    ],
+)
+def test_a_forest_is_refused_by_what_looks_both_ways_or_pools(
+    family: str, auto_class: Any, words: str
+) -> None:
     layout = DocumentLayout.from_lengths([3, 2], parents=[-1, 0])
-    model = patch_model(tiny_model("mamba"))
-    with pytest.raises(NotImplementedError, match="plain packs, but no forest"):
+    model = patch_model(tiny.tiny_model(family, auto_class=auto_class))
+    with pytest.raises(NotImplementedError, match=f"{words}.* plain packs, but no forest"):
         model(input_ids=torch.arange(3, 8)[None], layout=layout)

@@ -86,8 +86,11 @@ def test_nothing_to_plan() -> None:
 @given(
     st.lists(st.lists(st.integers(0, 2), max_size=6), max_size=14),
     st.integers(1, 5),
+    st.sampled_from([1, 23]),
 )
-def test_every_list_is_its_path(lists: list[list[int]], min_shared: int) -> None:
+def test_every_list_is_its_path(lists: list[list[int]], min_shared: int, repeats: int) -> None:
+    """Also where lists agree over many tokens, which are compared in blocks."""
+    lists = [np.repeat(np.array(ids, int), repeats).tolist() for ids in lists]
     plan = plan_forest(lists, min_shared=min_shared)
     assert [rebuilt(plan, lists, i) for i in range(len(lists))] == lists
     assert (plan.lengths > 0).all()

@@ -157,10 +157,18 @@ def test_prompt_ids_give_the_forest_of_the_tokens(
         assert functools.reduce(operator.iadd, spans, []) == tokens
 
 
-@pytest.mark.parametrize("weighting", ["token", "document"])
-@pytest.mark.parametrize("masks", [True, False])
+@pytest.mark.parametrize(
+    ("family", "weighting", "masks"),
+    [
+        ("llama", "token", True),
+        ("llama", "token", False),
+        ("llama", "document", True),
+        ("llama", "document", False),
+        ("mamba", "document", True),
+    ],
+)
 def test_a_training_step_equals_the_documents_alone(
-    tmp_path: Path, weighting: Any, masks: bool
+    tmp_path: Path, family: str, weighting: Any, masks: bool
 ) -> None:
     """All packs accumulated in one step: Trainer's loss, and the gradients that it leaves."""
     docs = answered_questions()
@@ -169,7 +177,7 @@ def test_a_training_step_equals_the_documents_alone(
     rows = PackedDataset(docs, CAPACITY, keep=(), **SHARED)
     assert rows.report.shared_tokens > 100
     assert len(rows) >= 2
-    model = patch_model(tiny_model("llama"))
+    model = patch_model(tiny_model(family))
     trainer = Trainer(
         model,
         arguments(
@@ -189,7 +197,7 @@ def test_a_training_step_equals_the_documents_alone(
     optimizer = trainer.create_optimizer()
     optimizer.register_step_pre_hook(lambda *_: left.update(gradients(model)))
     trainer.train()
-    plain = tiny_model("llama")
+    plain = tiny_model(family)
     want = mean_alone(plain, docs, weighting)
     want.backward()
     assert trainer.state.log_history[0]["loss"] == pytest.approx(want.item(), rel=1e-6)
@@ -478,6 +486,18 @@ def test_a_leak_between_answers_is_found() -> None:
     leak = leaks_between_documents(model, batch)
     assert leak is not None
     assert leak.module == "model.layers.0.mlp"
+
+
+def test_a_leak_between_paths_is_found() -> None:
+    """In a model that is unpacked answers are rows of a batch: a layer that mixes those."""
+    prompt, *answers = torch.arange(3, 39).split([20, 5, 5, 6])
+    docs = [torch.cat([prompt, answer]).tolist() for answer in answers]
+    batch = PackedCollator()(list(PackedDataset(docs, 64, **SHARED)))
+    assert batch["layout"].lengths == (20, 5, 5, 6)
+    model = patch_model(tiny_model("mamba"))
+    assert leaks_between_documents(model, batch) is None
+    model.backbone.layers[0].mixer.register_forward_hook(lambda _, args, out: out + out.roll(1, 0))
+    assert leaks_between_documents(model, batch) is not None
 
 
 @pytest.mark.parametrize("name", ["input_ids", "labels"])

@@ -22,6 +22,8 @@ REPRESENTATIVES = (
     ("causal", "deepseek_v3"),
     ("causal", "qwen3_next"),
     ("causal", "recurrent_gemma"),
+    ("causal", "mamba2"),
+    ("causal", "lfm2"),
     ("masked", "bert"),
     ("masked", "distilbert"),
     ("token", "modernbert"),

@@ -69,8 +69,8 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     return {**common, **changes}
 
 
-def model_for(tokenizer: PreTrainedTokenizerFast) -> Any:
-    return tiny_model("llama", vocab_size=len(tokenizer), max_position_embeddings=512)
+def model_for(tokenizer: PreTrainedTokenizerFast, family: str = "llama") -> Any:
+    return tiny_model(family, vocab_size=len(tokenizer), max_position_embeddings=512)
 
 
 class Seen:
@@ -192,18 +192,25 @@ PADDING_FREE = {
 }
 
 
-@pytest.mark.parametrize("options", PADDING_FREE.values(), ids=PADDING_FREE)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *(("llama", options) for options in PADDING_FREE.values()),
+        ("mamba", PADDING_FREE["shared prompts"]),
+    ],
+    ids=[*PADDING_FREE, "shared prompts, mamba"],
+)
 def test_dpo_equals_its_padded_run(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, options: dict[str, bool]
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast, family: str, options: dict[str, bool]
 ) -> None:
     """Losses, gradient norms and rewards of policy and reference, three steps."""
 
     def run(**patch: bool) -> tuple[list[dict[str, float]], int]:
-        policy, reference = model_for(tokenizer), model_for(tokenizer)
+        policy, reference = model_for(tokenizer, family), model_for(tokenizer, family)
         if patch:
             policy, reference = patch_model(policy, **patch), patch_model(reference, **patch)
         tokens = []
-        layer = policy.model.layers[0]
+        layer = policy.base_model.layers[0]
         layer.register_forward_pre_hook(lambda _, args: tokens.append(args[0][..., 0].numel()))
         trainer = DPOTrainer(
             policy,

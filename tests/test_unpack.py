@@ -18,7 +18,7 @@ from transformers import (
     AutoModelForSequenceClassification,
 )
 
-from packed_attn import PackedCollator, audit, patch_model, unpatch_model
+from packed_attn import DocumentLayout, PackedCollator, audit, patch_model, unpatch_model
 from tests.exactness import (
     alone,
     close,
@@ -209,6 +209,22 @@ def test_text_of_a_vision_model_with_rotary_ids_of_three_axes() -> None:
     assert close(model(**batch).logits[0], want)
     with pytest.raises(NotImplementedError, match=r"pixel_values of shape .* takes text only"):
         model(**batch, pixel_values=torch.zeros(4, 1176))
+
+
+def test_a_decoder_that_its_config_makes_an_encoder() -> None:
+    """Later tokens reach earlier ones, so no padding may stand behind a document, and no answer
+    behind a prompt that it shares."""
+    model = tiny.tiny_model("gemma4_text", use_bidirectional_attention="all")
+    docs = documents(lengths=(9, 8, 1, 8))
+    want = alone(model, docs)
+    changed = docs[0].clone()
+    changed[-1] = 3
+    assert not close(alone(model, [changed])[:-1], want[:8])
+    patch_model(model)
+    assert close(model(**packed(docs)).logits[0], want)
+    layout = DocumentLayout.from_lengths([3, 2], parents=[-1, 0])
+    with pytest.raises(NotImplementedError, match=r"may look both ways.* but no forest"):
+        model(input_ids=torch.arange(3, 8)[None], layout=layout)
 
 
 def test_a_router_loss_over_all_documents_is_refused() -> None:

@@ -126,11 +126,12 @@ def plan_flat(
     """
     from packed_attn.packing import tries
 
-    leaf_of = np.empty(lengths.size, np.int64)
-    nodes = tries.insert_lists(tokens, second, starts, lengths, leaf_of)
-    documents = tries.emit_documents(nodes, min_shared)
-    ends = np.where(leaf_of < 0, -1, nodes[leaf_of, tries.DOCUMENT])
-    return _plan(documents, ends)
+    number = lengths.size
+    leaf_of, nodes = np.empty(number, np.int32), np.empty((2 * number + 1, 4), np.int32)
+    table = np.full(4 << number.bit_length(), -1, np.int32)
+    used = tries.insert_lists(tokens, second, starts, lengths, leaf_of, nodes, table)
+    ends = np.empty(number, np.int64)
+    return _plan(tries.emit_documents(nodes[:used], leaf_of, min_shared, ends), ends)
 
 
 def bits(values: NDArray[Any]) -> NDArray[np.int32]:

@@ -129,27 +129,12 @@ def split_trees(
     """
     roots = np.flatnonzero(plan.parents < 0)
     totals = np.add.reduceat(plan.lengths, roots) if roots.size else plan.lengths
-    over = np.flatnonzero(totals > capacity)
-    if not over.size:
+    if totals.max(initial=0) <= capacity:
         return np.arange(plan.num_documents), plan.parents
     from packed_attn.packing import tries
 
-    copied, parents, done, made = [], [], 0, 0
-    firsts = np.append(roots, plan.num_documents)
-    for first, stop in zip(firsts[over].tolist(), firsts[over + 1].tolist()):
-        # What fits stays as it is; only its place moves.
-        copied.append(np.arange(done, first))
-        parents.append(_moved(plan.parents[done:first], made - done))
-        made += first - done
-        tree = slice(first, stop)
-        links = _moved(plan.parents[tree], -first)
-        documents, above = tries.split_tree(plan.lengths[tree], links, capacity, rank[tree])
-        copied.append(documents + first)
-        parents.append(_moved(above, made))
-        made, done = made + documents.size, stop
-    copied.append(np.arange(done, plan.num_documents))
-    parents.append(_moved(plan.parents[done:], made - done))
-    return np.concatenate(copied), np.concatenate(parents)
+    bounds = np.append(roots, plan.num_documents)
+    return tries.split_trees(plan.lengths, plan.parents, bounds, capacity, rank)
 
 
 def attention_pairs(
@@ -162,10 +147,6 @@ def attention_pairs(
     """
     before = np.where(parents < 0, 0, starts)
     return lengths * (lengths + 2 * before)
-
-
-def _moved(parents: NDArray[np.int64], by: int) -> NDArray[np.int64]:
-    return np.where(parents < 0, -1, parents + by)
 
 
 def _trees(

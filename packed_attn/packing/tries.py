@@ -9,71 +9,65 @@ import numpy as np
 
 from packed_attn.packing.compiled import compiled
 
-# Columns of a trie's nodes: int32 `[num_nodes, 8]`, so that a node is half a cache line.
-PARENT, LIST, DEPTH, FIRST, LAST, NEXT, BEFORE, ENDS = range(8)
-DOCUMENT = BEFORE  # once the trie is whole, nobody asks for the neighbour before
+# Columns of a trie's nodes, int32 `[num_nodes, 4]`: the node above, the first list that goes
+# through the node, the tokens up to its end, and how many lists end in it.
+PARENT, LIST, DEPTH, ENDS = range(4)
 HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
+BLOCK = 16  # tokens compared without a branch between them
 
 
 @compiled
-def insert_lists(tokens, second, starts, lengths, leaf_of):
-    """Puts lists into a trie with compressed edges; reads no token behind a list's last shared one.
+def insert_lists(tokens, second, starts, lengths, leaf_of, nodes, table):
+    """Puts lists into a trie with compressed edges: how many nodes it has.
+
+    Reads no token behind a list's last shared one and the block that it is in. numpy makes what is
+    written: it asks the system for large pages.
 
     Args:
         tokens: integers, list i at `starts[i] : starts[i] + lengths[i]`.
         second: values that must agree as well to be shared, but for those of first tokens; empty
             for none.
-        leaf_of: int64 `[num_lists]`, written: the node in which each list ends, -1 if empty.
-
-    Returns:
-        nodes, int32 `[num_nodes, 8]`: node 0 is the empty prefix. Children stand in the order of
-        the first list of each.
+        leaf_of: int32 `[num_lists]`, written: the node in which each list ends, -1 if empty.
+        nodes: int32 `[2 * num_lists + 1, 4]`, written; node 0 is the empty prefix.
+        table: int32, -1, a power of two of more than twice as many: a node by what is above it and
+            its first token.
     """
-    nodes = np.full((2 * lengths.size + 1, 8), -1, np.int32)
-    nodes[0, DEPTH] = 0
-    nodes[:, ENDS] = 0
-    slots = 4
-    while slots < 4 * lengths.size:
-        slots *= 2
-    table = np.full(slots, -1, np.int32)  # a node by its parent and its first token
-    used = 1
+    nodes[0, PARENT], nodes[0, LIST], nodes[0, DEPTH], nodes[0, ENDS] = -1, -1, 0, 0
+    used, last = 1, table.size - 1
     for i in range(lengths.size):
         base, length, node, at = starts[i], lengths[i], 0, 0
         while at < length:
-            slot = _slot(node, tokens[base + at], slots)
-            while table[slot] >= 0:
-                child = table[slot]
+            slot = _slot(node, tokens[base + at]) & last
+            child = table[slot]
+            while child >= 0:
                 other = starts[nodes[child, LIST]]
                 if nodes[child, PARENT] == node and _agree(
                     tokens, second, base + at, other + at, at
                 ):
                     break
-                slot = (slot + 1) & (slots - 1)
-            child = table[slot]
+                slot = (slot + 1) & last
+                child = table[slot]
             if child < 0:  # nobody goes on like this list: what is left of it is a new leaf
                 nodes[used, PARENT], nodes[used, LIST], nodes[used, DEPTH] = node, i, length
-                last = nodes[node, LAST]
-                nodes[used, BEFORE] = last
-                if last < 0:
-                    nodes[node, FIRST] = used
-                else:
-                    nodes[last, NEXT] = used
-                nodes[node, LAST] = used
+                nodes[used, ENDS] = 0
                 table[slot] = used
                 node, at = used, length
                 used += 1
                 break
             other = starts[nodes[child, LIST]]
-            stop = min(length, nodes[child, DEPTH])
-            at += 1
-            while at < stop and _agree(tokens, second, base + at, other + at, at):
-                at += 1
+            stop, first = min(length, nodes[child, DEPTH]), at + 1
+            # No function around both: one that is not inlined counts references to its arrays.
+            at = _same_until(tokens, base, other, first, stop)
+            if second.size:
+                at = _same_until(second, base, other, first, at)
             if at < nodes[child, DEPTH]:  # the prefix ends inside the edge: a node between
-                _put_between(nodes, used, child, at)
+                nodes[used, PARENT], nodes[used, LIST] = node, nodes[child, LIST]
+                nodes[used, DEPTH], nodes[used, ENDS] = at, 0
+                nodes[child, PARENT] = used
                 table[slot] = used
-                slot = _slot(used, tokens[other + at], slots)
+                slot = _slot(used, tokens[other + at]) & last
                 while table[slot] >= 0:
-                    slot = (slot + 1) & (slots - 1)
+                    slot = (slot + 1) & last
                 table[slot] = child
                 child = used
                 used += 1
@@ -81,13 +75,13 @@ def insert_lists(tokens, second, starts, lengths, leaf_of):
         leaf_of[i] = node if length else -1
         if length:
             nodes[node, ENDS] += 1
-    return nodes[:used]
+    return used
 
 
 @compiled
-def _slot(node, token, slots):
+def _slot(node, token):
     mixed = (np.uint64(node) * HASH ^ np.uint64(token)) * HASH
-    return np.int64(mixed >> np.uint64(32)) & (slots - 1)
+    return np.int64(mixed >> np.uint64(32))
 
 
 @compiled
@@ -99,69 +93,96 @@ def _agree(tokens, second, a, b, place):
 
 
 @compiled
-def _put_between(nodes, new, child, depth):
-    """Node `new` takes the place of `child`, which hangs below it from `depth` on."""
-    above, before, after = nodes[child, PARENT], nodes[child, BEFORE], nodes[child, NEXT]
-    nodes[new, PARENT], nodes[new, LIST], nodes[new, DEPTH] = above, nodes[child, LIST], depth
-    nodes[new, BEFORE], nodes[new, NEXT] = before, after
-    nodes[new, FIRST], nodes[new, LAST] = child, child
-    if before < 0:
-        nodes[above, FIRST] = new
-    else:
-        nodes[before, NEXT] = new
-    if after < 0:
-        nodes[above, LAST] = new
-    else:
-        nodes[after, BEFORE] = new
-    nodes[child, PARENT], nodes[child, BEFORE], nodes[child, NEXT] = new, -1, -1
+def _same_until(values, a, b, at, stop):
+    """The first place from `at` on where what begins at a and b differs before `stop`, or that."""
+    while at + BLOCK <= stop:
+        # A view's index is known not to be negative, without which this is no vector loop.
+        x, y = values[a + at : a + at + BLOCK], values[b + at : b + at + BLOCK]
+        difference = x[0] ^ y[0]
+        for k in range(1, BLOCK):
+            difference |= x[k] ^ y[k]
+        if difference:
+            break
+        at += BLOCK
+    while at < stop and values[a + at] == values[b + at]:
+        at += 1
+    return at
+
+
+# Of each node, int32 `[num_nodes, 4]`: how many lists end in it and below, and later its document;
+# the node whose document those below it go on from, and the tokens up to that one's end; documents
+# in it and below, and later the next one's number.
+WEIGHT, ABOVE, BEFORE, PLACE = range(4)
+DOCUMENT = WEIGHT
 
 
 @compiled
-def emit_documents(nodes, min_shared):
+def emit_documents(nodes, leaf_of, min_shared, ends):
     """The trie's documents, depth-first, without prefixes that save less than `min_shared`.
 
+    Branches stand in the order of the first list of each.
+
+    Args:
+        ends: int64 `[num_lists]`, written: the document in which each list ends, -1 if empty.
+
     Returns:
-        int64 `[num_documents, 4]`: length, parent, list, start. `nodes[:, DOCUMENT]` is written:
-        the document in which lists end that end in the node.
+        int64 `[num_documents, 4]`: length, parent, list, start.
     """
-    order = _preorder(nodes)
-    weight = nodes[:, ENDS].astype(np.int64)
-    for i in range(order.size - 1, 0, -1):
-        weight[nodes[order[i], PARENT]] += weight[order[i]]
-    documents = np.empty((nodes.shape[0], 4), np.int64)
-    above = np.full(nodes.shape[0], -1, np.int64)  # the document that children go on from
-    depth = np.zeros(nodes.shape[0], np.int64)  # tokens up to that document's end
-    used = 0
-    for i in range(1, order.size):
-        node = order[i]
+    order = _by_list(nodes, leaf_of)
+    facts = np.empty((nodes.shape[0], 4), np.int32)
+    _weigh(nodes, order, min_shared, facts)
+    documents = np.empty((facts[0, PLACE], 4), np.int64)
+    facts[0, PLACE] = 0
+    for node in order[1:]:
         parent = nodes[node, PARENT]
-        above[node], depth[node] = above[parent], depth[parent]
-        length = nodes[node, DEPTH] - depth[parent]
-        shares = length * (weight[node] - 1) >= min_shared
-        if nodes[node, ENDS] or (shares and nodes[node, FIRST] >= 0):
-            documents[used, 0], documents[used, 1] = length, above[parent]
-            documents[used, 2], documents[used, 3] = nodes[node, LIST], depth[parent]
-            nodes[node, DOCUMENT] = used
-            if shares:
-                above[node], depth[node] = used, nodes[node, DEPTH]
-            used += 1
-    return documents[:used].copy()
+        place, above, before = facts[parent, PLACE], facts[parent, ABOVE], facts[parent, BEFORE]
+        facts[parent, PLACE] += facts[node, PLACE]
+        facts[node, PLACE] = place
+        if nodes[node, ENDS] > 0 or facts[node, ABOVE] == node:
+            documents[place, 0] = nodes[node, DEPTH] - before
+            documents[place, 1] = facts[above, DOCUMENT] if above >= 0 else -1
+            documents[place, 2], documents[place, 3] = nodes[node, LIST], before
+            facts[node, DOCUMENT] = place
+            facts[node, PLACE] = place + 1
+    for i in range(leaf_of.size):
+        ends[i] = facts[leaf_of[i], DOCUMENT] if leaf_of[i] >= 0 else -1
+    return documents
 
 
 @compiled
-def _preorder(nodes):
-    """Every node, parents first, depth-first."""
-    order = np.empty(nodes.shape[0], np.int64)
-    node = 0
-    for i in range(order.size):
-        order[i] = node
-        if nodes[node, FIRST] >= 0:
-            node = nodes[node, FIRST]
-        else:
-            while node > 0 and nodes[node, NEXT] < 0:
-                node = nodes[node, PARENT]
-            node = nodes[node, NEXT]
+def _by_list(nodes, leaf_of):
+    """Every node behind the one above it, by the first list and then by depth: int32
+    `[num_nodes]`. Neighbours here are neighbours in `nodes`, unlike those in depth-first order."""
+    order = np.zeros(nodes.shape[0], np.int32)
+    used = 1
+    for i in range(leaf_of.size):
+        node, begin = leaf_of[i], used
+        while node > 0 and nodes[node, LIST] == i:
+            order[used] = node
+            node = nodes[node, PARENT]
+            used += 1
+        if used > begin + 1:
+            order[begin:used] = order[begin:used][::-1].copy()
     return order
+
+
+@compiled
+def _weigh(nodes, order, min_shared, facts):
+    """Writes which nodes are documents, and how many are in each and below."""
+    facts[:, WEIGHT] = nodes[:, ENDS]
+    for node in order[:0:-1]:
+        facts[nodes[node, PARENT], WEIGHT] += facts[node, WEIGHT]
+    facts[0, ABOVE], facts[0, BEFORE], facts[0, PLACE] = -1, 0, 0
+    for node in order[1:]:
+        parent, depth, ended = nodes[node, PARENT], nodes[node, DEPTH], nodes[node, ENDS]
+        above, before, weight = facts[parent, ABOVE], facts[parent, BEFORE], facts[node, WEIGHT]
+        shares = np.int64(depth - before) * (weight - 1) >= min_shared
+        is_document = ended > 0 or (shares and weight > ended)
+        if is_document and shares:
+            above, before = node, depth
+        facts[node, ABOVE], facts[node, BEFORE], facts[node, PLACE] = above, before, is_document
+    for node in order[:0:-1]:
+        facts[nodes[node, PARENT], PLACE] += facts[node, PLACE]
 
 
 @compiled
@@ -183,7 +204,7 @@ def number_groups(ids, counted, numbers):
         if not counted[i]:
             continue
         if ids[i] >= 0:
-            slot = _slot(0, ids[i], slots)
+            slot = _slot(0, ids[i]) & (slots - 1)
             while table[slot] >= 0 and ids[table[slot]] != ids[i]:
                 slot = (slot + 1) & (slots - 1)
             if table[slot] >= 0:
@@ -251,11 +272,44 @@ def emit_groups(numbers, lengths, prompts, counts, min_shared, ends):
 def first_difference(tokens, second, starts, others, lengths):
     """The first list whose first `lengths[i]` tokens are not those of list `others[i]`, or -1."""
     for i in range(lengths.size):
-        a, b = starts[i], starts[others[i]]
-        for k in range(lengths[i]):
-            if not _agree(tokens, second, a + k, b + k, k):
-                return i
+        a, b, n = starts[i], starts[others[i]], lengths[i]
+        same = _same_until(tokens, a, b, 0, n)
+        if second.size:  # no label counts for a first token
+            same = _same_until(second, a, b, 1, same)
+        if same < n:
+            return i
     return -1
+
+
+@compiled
+def split_trees(lengths, parents, bounds, capacity, rank):
+    """`split_tree` of every tree over capacity; the others stay as they are.
+
+    Args:
+        lengths, parents, rank: int64 `[num_documents]`, of all trees, depth-first.
+        bounds: int64 `[num_trees + 1]`: tree t is documents `bounds[t] : bounds[t + 1]`.
+
+    Returns:
+        copied and parents, int64 `[num_copies]`.
+    """
+    copied, above = np.empty(2 * lengths.size, np.int64), np.empty(2 * lengths.size, np.int64)
+    used = 0
+    for tree in range(bounds.size - 1):
+        first, stop = bounds[tree], bounds[tree + 1]
+        if lengths[first:stop].sum() <= capacity:
+            documents, links = np.arange(stop - first), parents[first:stop] - first
+        else:
+            documents, links = split_tree(
+                lengths[first:stop], parents[first:stop] - first, capacity, rank[first:stop]
+            )
+        if used + documents.size > copied.size:
+            copied = np.append(copied, np.empty(copied.size + documents.size, np.int64))
+            above = np.append(above, np.empty(copied.size - above.size, np.int64))
+        for k in range(documents.size):
+            copied[used + k] = documents[k] + first
+            above[used + k] = links[k] + used if links[k] >= 0 else -1
+        used += documents.size
+    return copied[:used].copy(), above[:used].copy()
 
 
 @compiled
@@ -292,21 +346,22 @@ def split_tree(lengths, parents, capacity, rank):
     waiting = np.full(lengths.size, -1, np.int64)  # of each document: copies below it, chained
     used, roots = 0, 0
     for d in range(lengths.size - 1, -1, -1):
-        below = _chain(waiting[d], after)
-        sizes = size[below]
-        if sizes.sum() <= room[d] - lengths[d]:
-            bins, number = np.zeros(below.size, np.int64), 1
-        else:
-            bins, number = first_fit(sizes, rank[document[below]], room[d] - lengths[d])
         copies = used
-        used += number
-        document[copies:used] = d
-        size[copies:used] = lengths[d]
-        for k in range(below.size - 1, -1, -1):
-            copy = copies + bins[k]
-            size[copy] += sizes[k]
-            after[below[k]] = first[copy]
-            first[copy] = below[k]
+        if waiting[d] < 0:  # a leaf
+            document[used], size[used] = d, lengths[d]
+            used += 1
+        else:
+            below = _chain(waiting[d], after)
+            sizes = size[below]
+            bins, number = first_fit(sizes, rank[document[below]], room[d] - lengths[d])
+            used += number
+            document[copies:used] = d
+            size[copies:used] = lengths[d]
+            for k in range(below.size - 1, -1, -1):
+                copy = copies + bins[k]
+                size[copy] += sizes[k]
+                after[below[k]] = first[copy]
+                first[copy] = below[k]
         for copy in range(used - 1, copies - 1, -1):
             if d:
                 after[copy] = waiting[parents[d]]
@@ -347,7 +402,8 @@ def _copies(document, first, after, roots, stop):
                 stack[depth, 0], stack[depth, 1] = branch, used
                 depth += 1
                 branch = after[branch]
-            stack[begin:depth] = stack[begin:depth][::-1].copy()
+            if depth > begin + 1:
+                stack[begin:depth] = stack[begin:depth][::-1].copy()
             used += 1
     return copied, parents
 
@@ -358,13 +414,15 @@ def first_fit(sizes, rank, capacity):
 
     A tournament tree over the bins' rooms finds the first with enough.
     """
-    by_rank = np.argsort(rank, kind="mergesort")
-    order = by_rank[np.argsort(-sizes[by_rank], kind="mergesort")]
+    bins = np.zeros(sizes.size, np.int64)
+    if sizes.sum() <= capacity:
+        return bins, 1
+    order = np.argsort(rank - (sizes << 32))  # sizes and ranks have less than 32 bits
     leaves = 1
     while leaves < sizes.size:
         leaves *= 2
     room = np.full(2 * leaves, capacity, np.int64)
-    bins, number = np.empty(sizes.size, np.int64), 0
+    number = 0
     for item in order:
         at = 1
         while at < leaves:

@@ -24,6 +24,7 @@ from packed_attn_patches.families import (
     first_position,
     head_of,
     is_encoder_decoder,
+    reason_against_forests,
     route,
     runs_on_pairs,
 )
@@ -132,10 +133,10 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
         )
     # A head may need unpacking for its own sake, while padded rows meet the backbone alone.
     inner = backbone_route(model, chosen) if settings.padding_free else chosen
-    if settings.share_prefixes and inner is not Route.INTERFACE:
+    reason = reason_against_forests(_entrances(model)[-1], inner)
+    if settings.share_prefixes and reason is not None:
         raise NotImplementedError(
-            f"share_prefixes: {type(model).__name__} runs on documents batched by length, where a "
-            "document cannot go on from another; without it plain packs work"
+            f"share_prefixes: {type(model).__name__} {reason}; without it plain packs work"
         )
     mixers = _mixers(model) if inner is Route.UNPACK_CAUSAL else ()
     layers_take_it = inner is Route.INTERFACE or bool(mixers)

@@ -210,7 +210,7 @@ def route(model: nn.Module, on_unknown: str) -> Route:
     if model_type in UNPACK_MASKED:
         return Route.UNPACK_MASKED
     if model_type in UNPACK_CAUSAL:
-        return Route.UNPACK_CAUSAL
+        return _decoder_route(model)
     if model_type in _LOSS_READS_MASK and _ends(model, ("ForTokenClassification",)):
         return Route.UNPACK_CAUSAL
     if model_type in INTERFACE:
@@ -252,10 +252,33 @@ def _pair_route(model: PreTrainedModel, on_unknown: str) -> Route:
 
 def backbone_route(model: PreTrainedModel, chosen: Route) -> Route:
     """How the model under a head of a sequence is made exact where it runs by itself."""
-    if not head_of(model).per_document or model.config.model_type not in INTERFACE:
+    if not head_of(model).per_document:
         return chosen
-    _check_implementation(model)
-    return Route.INTERFACE
+    if model.config.model_type in INTERFACE:
+        _check_implementation(model)
+        return Route.INTERFACE
+    return _decoder_route(model) if model.config.model_type in UNPACK_CAUSAL else chosen
+
+
+def _decoder_route(model: PreTrainedModel) -> Route:
+    """Of a type whose outputs never depend on later tokens, unless its config makes it an encoder
+    (Gemma 3 and 4; "vision" is of images alone)."""
+    config: Any = model.config.get_text_config()
+    both_ways = getattr(config, "use_bidirectional_attention", None)
+    return Route.UNPACK if both_ways in (True, "all") else Route.UNPACK_CAUSAL
+
+
+def reason_against_forests(model: nn.Module, route: Route) -> str | None:
+    """Why no document of a model's pack can go on from another, as a predicate of the model.
+
+    None where one can; attention layers of the interface, which say themselves whether they look
+    both ways, refuse a forest when they run.
+    """
+    if route in (Route.INTERFACE, Route.UNPACK_CAUSAL):
+        return None
+    if head_of(model).per_document:
+        return "gives one row a document, and a shared prefix is none"
+    return "may look both ways, and a shared prefix would see what follows it"
 
 
 def head_of(model: nn.Module) -> Head:

@@ -108,11 +108,6 @@ class LayoutHook:
         layout: DocumentLayout,
         unpacked: bool,
     ) -> dict[str, Any]:
-        if unpacked and layout.is_forest:
-            raise NotImplementedError(
-                "this model runs on documents batched by length, where a document cannot go on "
-                "from another: it takes plain packs, but no forest (parents)"
-            )
         if layout.is_forest and kwargs.get("labels") is not None:
             raise ValueError(
                 "the batch shares prefixes, whose last token predicts the first of each document "

@@ -5,6 +5,11 @@ their own) and for heads that give one row a document. Documents of like length 
 batches. A causal model's outputs cannot depend on what comes later, so padding reaches no
 document; an encoder is told of it by an attention_mask; a model of neither kind gets batches of one
 length and no padding. Costs a few smaller forwards instead of one.
+
+A forest runs as its paths: each from a root to where nothing goes on, so what is shared is computed
+in each of them, and its outputs are those of the first. Nothing that follows a token changes it in
+a causal model, so outputs and gradients are those of the documents alone; no other model is given a
+forest.
 """
 
 from __future__ import annotations
@@ -21,7 +26,7 @@ from packed_attn.buckets import Bucket, plan_buckets
 from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches import fast_mixers
-from packed_attn_patches.families import Head, Route, is_encoder_decoder
+from packed_attn_patches.families import Head, Route, is_encoder_decoder, reason_against_forests
 from packed_attn_patches.inputs import CACHE_NAMES
 
 # Tokens in one forward: beyond it a batch is as efficient as it gets, and only memory grows.
@@ -192,6 +197,12 @@ class _Unpacked(PackedCalls):
                 f"{type(forward.model).__name__} by itself cannot tell which documents its {other} "
                 "belong to: call an encoder-decoder with both sides"
             )
+        reason = reason_against_forests(forward.model, forward.route)
+        if layout.is_forest and reason is not None:
+            raise NotImplementedError(
+                f"{type(forward.model).__name__} {reason}: it takes plain packs, but no forest "
+                "(parents)"
+            )
         rows, tokens = shaped.shape[:2]
         others: dict[str, Any] = {}
         # Classifiers of encoder-decoders say it themselves, and may not be told a second time.
@@ -223,6 +234,7 @@ class _Unpacked(PackedCalls):
             layout.cu_seqlens,
             layout.padding,
             pad_lengths=self.forward.route is not Route.UNPACK,
+            parents=layout.parents,
             # Gathering ids costs nothing, and a document read in place would be a call of its own.
             view_tokens=CALL_TOKENS,
             call_tokens=1 if self._one_by_one() else CALL_TOKENS,
