@@ -1,8 +1,9 @@
 """The offline gate: the kernels' machine code for sm_90, compiled on a machine without a GPU.
 
-Default configurations must not spill, must fit shared memory and must use wgmma, and nothing may be
-worse than the committed table. float32 keeps its bits on ordinary multiply-adds, so it must only
-compile and fit. `make test-all` compiles all jobs, on two versions of triton.
+Default configurations must not spill, must fit shared memory and must use wgmma, those for Hopper
+also TMA, and nothing may be worse than the committed table. float32 keeps its bits on ordinary
+multiply-adds, so it must only compile and fit. `make test-all` compiles all jobs, on two versions
+of triton.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
@@ -20,10 +21,7 @@ from packed_attn_kernels import bookkeeping
 from packed_attn_kernels.compile_gate import (
     SHARED_MEMORY_LIMIT,
     Resources,
-    compile_backward_repair,
     compile_function,
-    compile_hopper_backward,
-    compile_hopper_forward,
     compile_kernel,
     unordered_products,
 )
@@ -31,7 +29,6 @@ from packed_attn_kernels.configurations import (
     BY_KEYS,
     CANDIDATES,
     FUSED,
-    HOPPER,
     LEAN,
     PADDED,
     SPAN,
@@ -39,15 +36,15 @@ from packed_attn_kernels.configurations import (
     Configuration,
     KernelName,
     Problem,
-    configuration,
-    constants,
     tile_rows,
 )
 
 from benchmarks.sm90_resources import (
+    KNOWN_RACES,
     KNOWN_SPILLS,
     REGISTER_MARGIN,
     RESULTS,
+    HopperName,
     Job,
     Measured,
     all_jobs,
@@ -62,10 +59,15 @@ from benchmarks.sm90_resources import (
 
 WORKERS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2
 OTHERS = [job for job in all_jobs() if job not in default_jobs()]
-# Bytes of stack that a version of triton spills in the Hopper forward or, True, in its repair,
-# which runs where a NaN is; others spill nothing.
-HOPPER_SPILLS = {("3.6", True): 48, ("3.9", False): 168, ("3.9", True): 216}
-CLEAN = Resources(registers=128, stack=0, shared_memory=1024, spills=0, wgmma=8)
+CLEAN = Resources(
+    registers=128,
+    stack=0,
+    shared_memory=1024,
+    spills=0,
+    wgmma=8,
+    tensor_copies=4,
+    register_changes=12,
+)
 
 
 @pytest.fixture(scope="module")
@@ -108,60 +110,42 @@ def test_padded_head_dims_do_not_spill(kernel: KernelName) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
     problem = Problem(96, 96, 1, 2, "either", has_softcap=False, has_sinks=False)
-    assert not compile_kernel(kernel, problem, "bf16").faults(needs_wgmma=True)
-
-
-@pytest.mark.parametrize("confined", [False, True], ids=["forward", "repair"])
-@pytest.mark.parametrize("head_dim", sorted(HOPPER))
-def test_machine_code_of_hopper_forward(head_dim: int, confined: bool) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
-    problem = Problem(head_dim, head_dim, 4, 2, "either", has_softcap=False, has_sinks=False)
-    found = compile_hopper_forward(problem, "bf16", confined=confined)
-    if (installed_version(), confined) in HOPPER_SPILLS:
-        assert found.stack <= HOPPER_SPILLS[installed_version(), confined], found
-        found = replace(found, stack=0, spills=0)
-    assert not found.faults(needs_wgmma=True), found
-    assert found.tensor_copies > 0, "blocks are copied by TMA"
-    assert found.register_changes > 0, "roles have register counts of their own"
-
-
-# What triton 3.6 spills, outside the loops, at 64.
-@pytest.mark.parametrize(("head_dim", "spills"), [(128, 0), (64, 16)])
-def test_machine_code_of_hopper_backward(head_dim: int, spills: int) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
-    problem = Problem(
-        head_dim, head_dim, 4, 2, "either", has_softcap=False, has_sinks=False, fused=True
-    )
-    found = compile_hopper_backward(problem, "bf16")
-    assert found.spills <= spills, found
-    assert found.shared_memory <= SHARED_MEMORY_LIMIT
-    assert found.wgmma > 0
-    assert found.tensor_copies > 0, "blocks are copied by TMA"
-    assert found.register_changes > 0, "roles have register counts of their own"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kernel", ["dkdv", "dq"])
-@pytest.mark.parametrize("head_dim", [64, 128])
-def test_machine_code_of_backward_repair(kernel: KernelName, head_dim: int) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
-    problem = Problem(head_dim, head_dim, 4, 2, "either", has_softcap=False, has_sinks=False)
-    found = compile_backward_repair(kernel, problem, "bf16")
-    assert found.shared_memory <= SHARED_MEMORY_LIMIT
-    assert found.wgmma > 0
+    assert not compile_kernel(kernel, problem, "bf16").faults("wgmma")
 
 
 def test_gate_shuts() -> None:
     """Each fault is found: a gate that cannot fail guards nothing."""
-    assert not CLEAN.faults(needs_wgmma=True)
-    assert "stack" in replace(CLEAN, stack=8).faults(needs_wgmma=True)[0]
-    assert "local" in replace(CLEAN, spills=2).faults(needs_wgmma=True)[0]
-    assert "shared memory" in replace(CLEAN, shared_memory=240_000).faults(needs_wgmma=True)[0]
-    assert "HGMMA" in replace(CLEAN, wgmma=0).faults(needs_wgmma=True)[0]
-    assert "before they are stored" in replace(CLEAN, races=1).faults(needs_wgmma=True)[0]
+    assert not CLEAN.faults("wgmma")
+    assert "stack" in replace(CLEAN, stack=8).faults()[0]
+    assert "local" in replace(CLEAN, spills=2).faults()[0]
+    assert "shared memory" in replace(CLEAN, shared_memory=240_000).faults()[0]
+    assert "no HGMMA" in replace(CLEAN, wgmma=0).faults("wgmma")
+    assert "before they are stored" in replace(CLEAN, races=1).faults()[0]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "change", "named"),
+    [
+        ("hopper_forward", {"wgmma": 0}, "no HGMMA"),
+        ("hopper_forward", {"tensor_copies": 0}, "no UTMALDG"),
+        ("hopper_backward", {"register_changes": 0}, "no USETMAXREG"),
+        ("repair_forward", {"tensor_copies": 0}, "no UTMALDG"),
+        ("repair_dq", {"wgmma": 0}, "no HGMMA"),
+        ("repair_dq", {"tensor_copies": 0}, None),
+        ("shares_cast", {"wgmma": 0}, None),
+        ("hopper_forward", {"races": 1}, "1 products may read"),
+        ("hopper_backward", {"races": KNOWN_RACES["hopper_backward"]}, None),
+        ("hopper_backward", {"races": KNOWN_RACES["hopper_backward"] + 1}, "5 products may read"),
+        ("hopper_backward", {"stack": 8}, "spills: 8 bytes"),
+        ("hopper_forward", {"stack": KNOWN_SPILLS["3.9", "hopper_forward", 128]}, None),
+        ("hopper_forward", {"stack": KNOWN_SPILLS["3.9", "hopper_forward", 128] + 8}, "spills"),
+    ],
+)
+def test_gate_knows_what_each_kernel_needs(
+    kernel: HopperName, change: dict[str, int], named: str | None
+) -> None:
+    found = "; ".join(faults(Job(kernel, (128, 128), "causal"), replace(CLEAN, **change), "3.9"))
+    assert found.startswith(named) if named else not found
 
 
 STORE, FENCE, BARRIER = "st.shared.v4.b32 [%r1], {}", "fence.proxy.async.shared::cta", "bar.sync 0"
@@ -179,6 +163,8 @@ PRODUCT = "wgmma.mma_async.sync.aligned.m64n64k16\nwgmma.commit_group"
         (0, ("st.shared.b8 [%r1], %rs1", BARRIER, FENCE, PRODUCT)),
         (1, (STORE, FENCE, BARRIER, PRODUCT, STORE, FENCE, PRODUCT)),
         (0, (STORE, "$L__BB0_1:", BARRIER, FENCE, PRODUCT)),
+        # Whatever the first product reads: see KNOWN_RACES.
+        (1, (STORE, PRODUCT, FENCE, BARRIER, PRODUCT)),
     ],
 )
 def test_stores_are_ordered_before_products(races: int, lines: tuple[str, ...]) -> None:
@@ -191,6 +177,7 @@ def test_stores_are_ordered_before_products(races: int, lines: tuple[str, ...]) 
         ({"stack": 8}, "spills: 8 B and 0, were 0 B and 0"),
         ({"spills": 2}, "spills"),
         ({"wgmma": 7}, "7 HGMMA, were 8"),
+        ({"tensor_copies": 3}, "3 UTMALDG, were 4"),
         ({"shared_memory": 2048}, "2048 B of shared memory, were 1024"),
         ({"registers": 128 + REGISTER_MARGIN + 1}, "145 registers, were 128"),
     ],
@@ -209,14 +196,13 @@ def test_table_is_committed_for_two_versions_and_reads_back() -> None:
     rows = read_table(text)
     assert write_table(rows) == text
     for version in ("3.6", "3.9"):
-        half = {(version, str(job)) for job in default_jobs() if job.element != "fp32"}
-        assert half <= rows.keys()
+        assert {(version, str(job)) for job in all_jobs()} <= rows.keys()
     named = {str(job): job for job in all_jobs()}
     for (version, name), row in rows.items():
         assert not faults(named[name], row.resources, version), (version, name)
-        assert row.configuration == configuration(named[name].kernel, named[name].problem), name
-    wide = {width for _, _, width in KNOWN_SPILLS if width < 256}
-    assert wide <= {128}, "at 64 nothing spills"
+        assert row.configuration == named[name].configuration, name
+    portable = {width for _, kernel, width in KNOWN_SPILLS if kernel in get_args(KernelName)}
+    assert portable == {128, 256}, "at 64 nothing spills"
 
 
 def test_table_covers_every_width() -> None:
@@ -227,7 +213,7 @@ def test_table_covers_every_width() -> None:
                 split = kernel == "dkdv" and (width, size) == (256, 2)
                 assert ((kernel, width, size) in TABLE) != split
     for job in all_jobs():
-        assert constants(job.kernel, job.problem)
+        assert job.configuration
         assert tile_rows(job.problem)
 
 
@@ -277,7 +263,7 @@ def _assert_fits(kernel: Any, values: dict[str, Any], warps: int) -> None:
         for name in kernel.arg_names
     }
     found = compile_function(kernel, signature, values, {"num_warps": warps})
-    assert not found.faults(needs_wgmma=False), found
+    assert not found.faults(), found
 
 
 def _compiled(jobs: list[Job]) -> dict[Job, Measured]:

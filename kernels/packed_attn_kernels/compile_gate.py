@@ -17,7 +17,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from packed_attn_kernels.backward_repair import repair_dkdv_kernel, repair_dq_kernel
+from packed_attn_kernels.backward_repair import (
+    repair_dkdv_kernel,
+    repair_dq_kernel,
+    shares_cast_kernel,
+)
 from packed_attn_kernels.configurations import (
     HOPPER,
     HOPPER_BACKWARD_TABLE,
@@ -56,6 +60,12 @@ FLOAT32 = (
     "alibi_ptr",
     "dq_sums_ptr",
 )
+# The instruction of the machine code that a count of `Resources` counts.
+INSTRUCTIONS = {
+    "wgmma": "HGMMA",
+    "tensor_copies": "UTMALDG",
+    "register_changes": "USETMAXREG",
+}
 
 
 @dataclass(frozen=True)
@@ -66,13 +76,13 @@ class Resources:
     stack: int
     shared_memory: int
     spills: int  # local loads and stores
-    wgmma: int  # HGMMA instructions
-    tensor_copies: int = 0  # UTMALDG instructions
-    register_changes: int = 0  # USETMAXREG instructions
+    wgmma: int  # products of a warpgroup; these three by `INSTRUCTIONS`
+    tensor_copies: int = 0  # blocks copied by TMA
+    register_changes: int = 0  # registers handed from one role of warps to another
     races: int = 0  # see `unordered_products`
 
-    def faults(self, needs_wgmma: bool) -> list[str]:
-        """Why the gate must stay shut, in sentences."""
+    def faults(self, *needed: str) -> list[str]:
+        """Why the gate must stay shut, in sentences; `needed` are counts that must not be 0."""
         faults = []
         if self.stack or self.spills:
             faults.append(f"spills: {self.stack} bytes of stack, {self.spills} local accesses")
@@ -80,8 +90,7 @@ class Resources:
             faults.append(
                 f"{self.shared_memory} bytes of shared memory, over {SHARED_MEMORY_LIMIT}"
             )
-        if needs_wgmma and not self.wgmma:
-            faults.append("no HGMMA instruction")
+        faults += [f"no {INSTRUCTIONS[name]}" for name in needed if not getattr(self, name)]
         if self.races:
             faults.append(f"{self.races} products may read operands before they are stored")
         return faults
@@ -144,6 +153,13 @@ def compile_hopper_backward(
     return compile_function(
         hopper_backward_kernel, signature, values, HOPPER_OPTIONS, source=GluonASTSource
     )
+
+
+def compile_shares_cast(problem: Problem, element: str) -> Resources:
+    """The resources of the kernel that makes dq from the sums of the Hopper backward."""
+    signature = {name: _argument_type(name, element) for name in shares_cast_kernel.arg_names}
+    values = {"HEAD_DIM": problem.head_dim}
+    return compile_function(shares_cast_kernel, signature, values, HOPPER_OPTIONS)
 
 
 def compile_backward_repair(kernel: KernelName, problem: Problem, element: str) -> Resources:
@@ -230,10 +246,8 @@ def _resources(compiled: Any) -> Resources:
         stack=int(found[2]),
         shared_memory=compiled.metadata.shared,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
-        wgmma=len(re.findall(r"\bHGMMA\b", code)),
-        tensor_copies=len(re.findall(r"\bUTMALDG\b", code)),
-        register_changes=len(re.findall(r"\bUSETMAXREG\b", code)),
         races=unordered_products(compiled.asm["ptx"]),
+        **{count: len(re.findall(rf"\b{name}\b", code)) for count, name in INSTRUCTIONS.items()},
     )
 
 
