@@ -95,9 +95,12 @@ class Timer:
                 torch.cuda.synchronize()
         numbers = range(len(self._leaves))
         outs = [forward(n) for n in numbers]
+        backwards = [self._backward(outs[n], n) for n in numbers]
+        for backward in backwards:  # what raises is to raise here, where it is one candidate's
+            backward()
         return Candidate(
             [lambda n=n: forward(n) for n in numbers],
-            [self._backward(outs[n], n) for n in numbers],
+            backwards,
             lambda: forward(0),
             both,
             eager,

@@ -10,8 +10,8 @@ nested tensors, takes no part: it faults on one document of 32k tokens (torch 2.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,18 +67,24 @@ def peers(case: Case, inputs: Inputs, device: str) -> dict[str, Peer]:
     return ours | found
 
 
-def compiling_each_shape() -> AbstractContextManager[Any]:
-    """Lets torch.compile make a kernel for each shape, as a user with one shape would have it.
+@contextmanager
+def compiling_each_shape() -> Iterator[None]:
+    """Lets torch.compile make a kernel for each shape, as a user with one shape would have it, and
+    a backward that runs several times.
 
     By default it makes one with symbolic sizes from the second shape on, and after eight runs
     without compiling: FlexAttention would then hold all scores in memory.
     """
-    return torch._dynamo.config.patch(
+    import torch._functorch.config
+
+    each_shape = torch._dynamo.config.patch(
         automatic_dynamic_shapes=False,
         recompile_limit=1000,
         accumulated_recompile_limit=1000,
         fail_on_recompile_limit_hit=True,
     )
+    with each_shape, torch._functorch.config.patch(donated_buffer=False):
+        yield
 
 
 def _backend_names(device: str) -> list[str]:

@@ -204,3 +204,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         attention(x, x, x, layout, backend="flex", alibi_slopes=torch.ones(1, requires_grad=True))
     for part in ("not torch.float64", "head_dim must be from 16 to 256, not 8", "alibi_slopes"):
         assert part in str(raised.value)
+    huge = torch.ones(1).expand(4, 2**21, 256)
+    x = torch.ones(4, 1, 256)
+    with pytest.raises(NotImplementedError, match="wrong from 2\\^31 elements on"):
+        attention(huge, x, x, DocumentLayout.from_lengths([4]), backend="flex")

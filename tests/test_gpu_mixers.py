@@ -55,7 +55,23 @@ def model_type(request: pytest.FixtureRequest) -> str:
         pytest.skip(f"transformers {transformers.__version__} has no {name}")
     if not mixers_of(_model(name, torch.float32, "cpu")):
         pytest.skip(f"transformers {transformers.__version__} passes nothing on to {name}'s mixers")
+    refusal = _refusal(name) if package else None
+    if refusal is not None:
+        pytest.skip(f"{package} refuses this machine: {refusal}")
     return name
+
+
+@functools.cache
+def _refusal(model_type: str) -> str | None:
+    """What a package says where its own kernels cannot train a document alone, as fla does of some
+    versions of triton on Hopper."""
+    model = _model(model_type, torch.float32, "cuda").train()
+    ids = torch.arange(3, 67, device="cuda")[None]
+    try:
+        model(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+    except RuntimeError as error:
+        return str(error).split("\n")[0]
+    return None
 
 
 @pytest.fixture(autouse=True)

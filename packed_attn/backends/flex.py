@@ -3,8 +3,8 @@
 The block mask is made from the intervals, tile by tile and never token by token, once for each kind
 of mask, and is kept in the layout. Its shapes depend on total_tokens alone, so boundaries may
 change without a recompilation. Key sets (key_indices) belong to one call: their block mask is made
-for it, and a pair of tokens is looked up in the query's sorted set. It has run on an H100, but its
-conformance has not; on the CPU torch has no backward for it.
+for it, and a pair of tokens is looked up in the query's sorted set. It has run on an H100 and an
+H200, but its conformance has not; on the CPU torch has no backward for it.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from packed_attn.visibility import Visibility
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = range(16, 257)
 BLOCK = 128
+INT32_LIMIT = 2**31
 
 
 def reasons_against(request: AttentionRequest) -> list[str]:
@@ -35,6 +36,10 @@ def reasons_against(request: AttentionRequest) -> list[str]:
     for name, x in (("head_dim", request.q), ("value head_dim", request.v)):
         if x.shape[-1] not in HEAD_DIMS:
             reasons.append(f"{name} must be from 16 to 256, not {x.shape[-1]}")
+    # Measured: past it the last documents' gradients are wrong, and nothing is raised.
+    largest = request.q.shape[0] * request.num_heads * max(request.q.shape[-1], request.v.shape[-1])
+    if largest >= INT32_LIMIT:
+        reasons.append(f"its gradients are wrong from 2^31 elements on, and q or out has {largest}")
     if request.dropout_p > 0.0:
         reasons.append("has no dropout")
     for name, learned in (("alibi_slopes", request.alibi_slopes), ("bias", request.bias)):
