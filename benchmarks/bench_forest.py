@@ -1,15 +1,17 @@
 """A prompt computed once for all of its answers, against a copy for each, forward and backward.
 
-    python -m benchmarks.bench_forest [--json PATH]
+    python -m benchmarks.bench_forest [--device cuda] [--json PATH]
 
-Packed attention on the CPU of one prompt with n answers: as a forest, and as n documents of prompt
-and answer without padding. Prints how many times fewer tokens and attention FLOPs (pairs of query
-and key that see each other) the forest has, how many times less time it takes, how its time grows
-with the answers, and how fast forests are planned.
+Packed attention of one prompt with n answers: as a forest, and as n documents of prompt and answer
+without padding. Prints how many times fewer tokens and attention FLOPs (pairs of query and key that
+see each other) the forest has, how many times less time it takes, how its time grows with the
+answers, and, on the CPU, how fast forests are planned.
 
-Times are CPU time on one thread, which other work on the machine disturbs little. Both sides take
-turns in one process and a ratio is the median over rounds. Outputs and gradients are compared
-before anything is timed, and say how many rounds a shape gets: the largest (64 answers of 2048
+On the CPU times are CPU time on one thread, which other work on the machine disturbs little, of two
+heads in float32; on CUDA the device's time of an eager call, of Llama 3 8B's heads in bfloat16.
+There the copies run the kernels that a pack without shared prompts runs. Both sides take turns in
+one process and a ratio is the median over rounds. Outputs and gradients are compared before
+anything is timed, and say how many rounds a shape gets: on the CPU the largest (64 answers of 2048
 after 2048 tokens) takes half a minute to a minute and gets one. All take some minutes of CPU.
 """
 
@@ -20,8 +22,9 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -30,15 +33,15 @@ import torch
 from torch import Tensor
 
 from benchmarks.bench_cpu import machine
-from benchmarks.timing import median_ratio, paired_seconds
+from benchmarks.timing import median_ratio, paired_milliseconds, paired_seconds
 from packed_attn import DocumentLayout, attention, pack_lengths
+from packed_attn.facts import gpu_facts
 from packed_attn.packing.forest import ForestPlan, plan_forest, plan_prompts
 
+Call = Callable[[], list[Tensor]]
+
 ROUNDS = 5
-HEADS, HEAD_DIM = 2, 64
-RESULTS = Path(__file__).parent / "results" / "forest_cpu.json"
-# Largest difference of out and gradients to their copies', over the largest element.
-TOLERANCE = 1e-5
+RESULTS = Path(__file__).parent / "results"
 # A shape gets as many rounds as take so many seconds, but one at least.
 SECONDS = 20
 RATIOS, GROUPS = (1, 4, 16), (2, 8, 16, 64)  # prompt : answer, and answers
@@ -49,6 +52,60 @@ GROWTH = (1, 4, 16, 64)
 
 
 @dataclass(frozen=True)
+class Side:
+    """Where and on what both sides run.
+
+    Attributes:
+        heads: of q, and of k and v.
+        tolerance: largest difference of out and gradients to their copies', over the largest
+            element.
+    """
+
+    device: str
+    backend: str
+    dtype: torch.dtype
+    heads: tuple[int, int]
+    head_dim: int
+    tolerance: float
+
+    def seconds(self, candidates: Mapping[str, Call], rounds: int) -> dict[str, list[float]]:
+        """Of each candidate in each round; all have run before."""
+        if self.device == "cpu":
+            return paired_seconds(candidates, rounds, warmup=0, clock=time.process_time)
+        calls = {name: lambda _, call=call: call() for name, call in candidates.items()}
+        milliseconds = paired_milliseconds(calls, self.device, rounds, warmup=0)
+        return {name: [ms / 1e3 for ms in found] for name, found in milliseconds.items()}
+
+    def now(self) -> float:
+        """CPU time of the process, or wall time once the device is idle."""
+        if self.device == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def draw(self, tokens: int) -> list[Tensor]:
+        """q, k, v and the gradient of out."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        q, kv = self.heads
+        draw = lambda heads: torch.randn(  # noqa: E731
+            tokens, heads, self.head_dim, generator=generator, device=self.device, dtype=self.dtype
+        )
+        return [draw(q), draw(kv), draw(kv), draw(q)]
+
+    def run(self, layout: DocumentLayout, inputs: Sequence[Tensor], grad: Tensor) -> list[Tensor]:
+        """out and the gradients of q, k and v."""
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        out = attention(*leaves, layout, backend=self.backend)  # type: ignore[misc]
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+
+SIDES = {
+    "cpu": Side("cpu", "cpu", torch.float32, (2, 2), 64, 1e-5),
+    "cuda": Side("cuda", "triton", torch.bfloat16, (32, 8), 128, 2e-2),
+}
+
+
+@dataclass(frozen=True)
 class Row:
     """One prompt with its answers, measured.
 
@@ -56,7 +113,7 @@ class Row:
         tokens, flops: how many times more the copies have.
         time: how many times longer the copies take.
         rounds: the median is over so many.
-        milliseconds: CPU time of the forest, forward and backward.
+        milliseconds: of the forest, forward and backward.
         difference: largest of out and gradients, over the largest element.
     """
 
@@ -77,30 +134,38 @@ class Row:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the figures go")
+    parser.add_argument("--device", choices=SIDES, default="cpu")
+    parser.add_argument("--json", type=Path, default=None, help="where the figures go")
     options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
+    side = SIDES[options.device]
+    on_cpu = side.device == "cpu"
+    if on_cpu:
+        torch.set_num_threads(1)
     report = {
-        "machine": machine(),
-        "clock": "CPU time of the process, one thread",
-        "heads": HEADS,
-        "head_dim": HEAD_DIM,
-        "rows": [{**asdict(row), "of_flops": row.of_flops} for row in timed()],
-        "time_per_pair_by_answers": growth(),
-        "planning": planning(),
+        "machine": machine() if on_cpu else machine() | gpu_facts(),
+        "clock": "CPU time of the process, one thread" if on_cpu else "events on the device",
+        "heads": side.heads,
+        "head_dim": side.head_dim,
+        "dtype": str(side.dtype),
+        "rows": [{**asdict(row), "of_flops": row.of_flops} for row in timed(side)],
+        "time_per_pair_by_answers": growth(side),
     }
-    options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if on_cpu:
+        report["planning"] = planning()
+    name = "forest_cpu.json" if on_cpu else "forest_gpu.json"
+    path = options.json or RESULTS / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def timed() -> list[Row]:
+def timed(side: Side) -> list[Row]:
     """What is saved of tokens, FLOPs and time."""
     rows = []
     print("| prompt | answers | fewer tokens | fewer FLOPs | less time | of FLOPs | forest, ms |")
     print("|---|---|---|---|---|---|---|")
     for prompt, answer, answers in (*GRID, *SHORT):
         print(f"{prompt} + {answers} x {answer}", file=sys.stderr, flush=True)
-        row = measured(prompt, answer, answers)
+        row = measured(side, prompt, answer, answers)
         rows.append(row)
         print(
             f"| {prompt} | {answers} of {answer} | {row.tokens:.2f}x | {row.flops:.2f}x | "
@@ -116,44 +181,41 @@ def _saved(prompt: int, answer: int, answers: int) -> tuple[float, float]:
     return tokens, _pairs(prompt + answer, 0, 1) * answers / _pairs(prompt, answer, answers)
 
 
-def measured(prompt: int, answer: int, answers: int) -> Row:
+def measured(side: Side, prompt: int, answer: int, answers: int) -> Row:
     """Checks one shape, then times it.
 
     Raises:
         RuntimeError: the forest's numbers are not those of the copies.
     """
-    forest = _forest(prompt, answer, answers)
-    copies = DocumentLayout.from_lengths((prompt + answer,) * answers)
-    q, k, v, grad_out = _draw(forest.total_tokens)
-    token = torch.arange(forest.total_tokens)
+    forest = _forest(prompt, answer, answers).to(side.device)
+    copies = DocumentLayout.from_lengths((prompt + answer,) * answers).to(side.device)
+    q, k, v, grad_out = side.draw(forest.total_tokens)
+    token = torch.arange(forest.total_tokens, device=side.device)
     both = [torch.cat([token[:prompt], x]) for x in token[prompt:].split(answer)]
     places = torch.cat(both)  # of each token of the copies in the forest
     # The prompt's gradient counts once in the forest, so in one of its copies.
-    weights = torch.ones(len(places), 1, 1)
+    weights = torch.ones(len(places), 1, 1, device=side.device, dtype=side.dtype)
     weights.view(answers, -1)[1:, :prompt] = 0.0
 
-    def run(layout: DocumentLayout, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        out = attention(*leaves, layout, backend="cpu")  # type: ignore[misc]
-        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
-
     copied = [x[places] for x in (q, k, v)], grad_out[places] * weights
-    begin = time.process_time()
-    got, wanted = run(forest, [q, k, v], grad_out), run(copies, *copied)
-    rounds = max(1, min(ROUNDS, int(SECONDS / (time.process_time() - begin))))
-    summed = [torch.zeros_like(x).index_add_(0, places, y) for x, y in zip((q, k, v), wanted[1:])]
+    candidates: dict[str, Call] = {
+        "forest": lambda: side.run(forest, [q, k, v], grad_out),
+        "copies": lambda: side.run(copies, *copied),
+    }
+    begin = side.now()
+    got, wanted = candidates["forest"](), candidates["copies"]()
+    rounds = max(1, min(ROUNDS, int(SECONDS / (side.now() - begin))))
+    summed = [
+        torch.zeros_like(x, dtype=torch.float32).index_add_(0, places, y.float())
+        for x, y in zip((q, k, v), wanted[1:])
+    ]
     difference = max(
         float((a - b).abs().max() / b.abs().max())
         for a, b in ((got[0][places], wanted[0]), *zip(got[1:], summed))
     )
-    if not difference <= TOLERANCE:
+    if not difference <= side.tolerance:
         raise RuntimeError(f"the forest is off by {difference:.2e}; nothing was timed")
-    candidates: dict[str, Callable[[], object]] = {
-        "forest": lambda: run(forest, [q, k, v], grad_out),
-        "copies": lambda: run(copies, *copied),
-    }
-    # The comparison has warmed both up.
-    seconds = paired_seconds(candidates, rounds, warmup=0, clock=time.process_time)
+    seconds = side.seconds(candidates, rounds)
     return Row(
         prompt,
         answer,
@@ -166,19 +228,15 @@ def measured(prompt: int, answer: int, answers: int) -> Row:
     )
 
 
-def growth() -> dict[int, float]:
+def growth(side: Side) -> dict[int, float]:
     """Time a pair of query and key of 512 + n x 64 tokens, over that of one answer."""
-    candidates: dict[str, Callable[[], object]] = {}
+    candidates: dict[str, Call] = {}
     for answers in GROWTH:
-        layout = _forest(512, 64, answers)
-        q, k, v, grad_out = _draw(layout.total_tokens)
-
-        def both_ways(layout=layout, leaves=(q, k, v), grad=grad_out) -> object:
-            qkv = [x.detach().requires_grad_() for x in leaves]
-            return torch.autograd.grad(attention(*qkv, layout, backend="cpu"), qkv, grad)  # type: ignore[misc]
-
-        candidates[str(answers)] = both_ways
-    seconds = paired_seconds(candidates, ROUNDS, clock=time.process_time)
+        layout = _forest(512, 64, answers).to(side.device)
+        *leaves, grad = side.draw(layout.total_tokens)
+        candidates[str(answers)] = partial(side.run, layout, leaves, grad)
+        candidates[str(answers)]()
+    seconds = side.seconds(candidates, ROUNDS)
     one = _pairs(512, 64, 1)
     found = {
         n: median_ratio(seconds[str(n)], seconds["1"]) * one / _pairs(512, 64, n) for n in GROWTH
@@ -240,11 +298,6 @@ def _seconds(call: Callable[[], object]) -> float:
 
 def _forest(prompt: int, answer: int, answers: int) -> DocumentLayout:
     return DocumentLayout.from_lengths([prompt, *[answer] * answers], parents=[-1, *[0] * answers])
-
-
-def _draw(tokens: int) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(tokens, HEADS, HEAD_DIM, generator=generator) for _ in range(4)]
 
 
 def _pairs(prompt: int, answer: int, answers: int) -> float:

@@ -50,6 +50,7 @@ BENCHES = (
     Bench("attention", "bench_attention", cuda=True),
     Bench("training_step_gpu", "bench_training_step", STEPS, True, ("transformers",)),
     Bench("mixers_gpu", "bench_mixers_gpu", cuda=True, packages=("transformers",)),
+    Bench("forest_gpu", "bench_forest", ("--device", "cuda"), True, ("pyarrow",)),
     Bench("cpu", "bench_cpu"),
     Bench("forest_cpu", "bench_forest", packages=("pyarrow",)),
     Bench("training_step", "bench_training_step", packages=("transformers",)),
