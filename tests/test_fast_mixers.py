@@ -380,3 +380,19 @@ def test_every_fast_type_is_exact_by_every_convention(
     assert outcome.status == "exact", outcome
     if mixers_of(tiny_model(model_type)):
         assert calls(kernels)
+
+
+def test_a_package_that_is_not_there_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer of every step asks."""
+    asked: list[str] = []
+
+    def missing(module: str) -> Any:
+        asked.append(module)
+        raise ModuleNotFoundError(module)
+
+    fast_mixers._loaded.cache_clear()
+    monkeypatch.setattr(fast_mixers.importlib, "import_module", missing)
+    found = [fast_mixers._imported("causal_conv1d", "causal_conv1d_fn") for _ in range(3)]
+    fast_mixers._loaded.cache_clear()
+    assert found == [None] * 3
+    assert asked == ["causal_conv1d"]

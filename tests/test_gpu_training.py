@@ -62,6 +62,14 @@ def model_on(device: str, family: str = "llama", **overrides: Any) -> Any:
     return patch_model(model, backend=KERNELS)
 
 
+def step_alone(model: nn.Module, docs: list[Tensor]) -> dict[str, Tensor]:
+    """Loss and gradients of the documents one by one."""
+    model.zero_grad()
+    loss = token_mean(model, docs)
+    loss.backward()
+    return {"loss": loss.detach(), **gradients(model)}
+
+
 def step_of(model: nn.Module, batch: dict[str, Any]) -> dict[str, Tensor]:
     """Loss and gradients of one step."""
     model.zero_grad()
@@ -250,15 +258,9 @@ def test_autocast(family: str, device: str) -> None:
     model = tiny_model(family).to(device).train()
     docs = [d.to(device) for d in documents()]
 
-    def documents_alone() -> dict[str, Tensor]:
-        model.zero_grad()
-        loss = token_mean(model, docs)
-        loss.backward()
-        return {"loss": loss.detach(), **gradients(model)}
-
-    want = documents_alone()
+    want = step_alone(model, docs)
     with torch.autocast(device, torch.bfloat16):
-        stock = documents_alone()
+        stock = step_alone(model, docs)
         got = step_of(patch_model(model, backend=KERNELS), packed(docs))
     rounding = float((stock["loss"] - want["loss"]).abs())
     assert float((got["loss"] - want["loss"]).abs()) <= 2 * rounding + 2**-8
@@ -317,20 +319,14 @@ def test_liger(family: str, order: Order, device: str, monkeypatch: pytest.Monke
     docs = [d.to(device) for d in documents()]
     both(model, order, monkeypatch, backend=KERNELS)
 
-    def documents_alone() -> dict[str, Tensor]:
-        model.zero_grad()
-        loss = token_mean(model, docs)
-        loss.backward()
-        return {"loss": loss.detach(), **gradients(model)}
-
-    want = documents_alone()
+    want = step_alone(model, docs)
     batch = packed(docs)
     assert model(**batch).logits is None, "the fused loss did not run"
     got = step_of(model, {**batch, "labels": batch["input_ids"]})
     assert got["loss"].item() == pytest.approx(want["loss"].item(), rel=1e-5)
     assert relative(got, want) <= 1e-4
     unpatch_model(model)
-    assert relative(documents_alone(), want) <= 1e-6
+    assert relative(step_alone(model, docs), want) <= 1e-6
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -107,7 +107,7 @@ def launch_hopper_forward(inputs: Inputs, arguments: dict[str, Any]) -> None:
     items = heads * tiles
     if items == 0:
         return
-    from packed_attn_kernels.hopper_forward import hopper_forward_kernel
+    from packed_attn_kernels.hopper_forward import ITEMS, hopper_forward_kernel
 
     views = {}
     for name, rows in (("q", ROWS), ("k", chosen.BLOCK_N), ("v", chosen.BLOCK_N)):
@@ -118,7 +118,7 @@ def launch_hopper_forward(inputs: Inputs, arguments: dict[str, Any]) -> None:
     )  # fmt: skip
     views |= {name: arguments[name] for name in shared}
     views |= {"group": problem.group, "heads": heads, "items": items}
-    views["flags_ptr"] = inputs.q.new_zeros(2 + items, dtype=torch.int32)
+    views["flags_ptr"] = inputs.q.new_zeros(ITEMS.value + items, dtype=torch.int32)
     grid = (min(items, _multiprocessors(inputs.q.device)),)
     for confined in (False, True):
         constants = hopper_constants(problem, chosen, confined)

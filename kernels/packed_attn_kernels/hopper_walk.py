@@ -190,8 +190,7 @@ def confined_step(
     mbarrier.arrive(v_empty.index(slot))
     broken = gl.max(gl.where(gl.abs(block.to(gl.float32)) < float("inf"), 0, 1), 1)
     column = gl.convert_layout(broken, gl.SliceLayout(0, SCORES)) != 0
-    j = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-    sees = (start[:, None] <= j[None, :]) & (j[None, :] < end[:, None])
+    sees = _sees(n, start, end, BLOCK_N, SCORES)
     hurt = gl.max((sees & column[None, :]).to(gl.int32), 1)
     clean.store(gl.where(broken[:, None] != 0, 0.0, block.to(gl.float32)).to(block.dtype))
     fence_async_shared()
@@ -232,9 +231,14 @@ def _logits(products, softmax_scale, softcap, HAS_SOFTCAP: gl.constexpr):
 @gluon.jit
 def _visible(s, n, start, end, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
     """Scores of the keys from n on with -inf where a row does not see one."""
+    return gl.where(_sees(n, start, end, BLOCK_N, SCORES), s, -float("inf"))
+
+
+@gluon.jit
+def _sees(n, start, end, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
+    """Whether each row sees each of the keys from n on."""
     j = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-    sees = (start[:, None] <= j[None, :]) & (j[None, :] < end[:, None])
-    return gl.where(sees, s, -float("inf"))
+    return (start[:, None] <= j[None, :]) & (j[None, :] < end[:, None])
 
 
 @gluon.jit

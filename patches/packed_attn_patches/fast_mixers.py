@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from types import CellType, FunctionType
+from types import CellType, FunctionType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -249,8 +249,15 @@ class Kernel:
 
 def _imported(module: str, name: str) -> Any:
     """A function of a package that may not be there, or may not load here."""
+    return getattr(_loaded(module), name, None)
+
+
+@lru_cache
+def _loaded(module: str) -> ModuleType | None:
+    """Kept, because every layer of every step asks, and a module that is not there is looked for
+    anew each time."""
     try:
-        return getattr(importlib.import_module(module), name, None)
+        return importlib.import_module(module)
     except Exception:  # a build for another torch or CUDA raises anything
         return None
 
