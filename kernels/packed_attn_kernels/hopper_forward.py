@@ -184,9 +184,9 @@ def _produce(
     CONFINED: gl.constexpr,
 ):  # fmt: skip
     """Finds the items of this program, says which they are, and copies what they read."""
-    q, k, v, q_full, k_full, v_full, q_empty, k_empty, v_empty = rings
-    q_desc, k_desc, v_desc = descriptors
-    q_row_step, q_column_step, k_row_step, k_column_step, v_row_step, v_column_step = steps
+    q, _, _, q_full, _, _, q_empty, _, _ = rings
+    q_desc, _, _ = descriptors
+    q_row_step, q_column_step, _, _, _, _ = steps
     tiles_ptr, flags_ptr, key_start_ptr, key_stop_ptr, intervals, group, heads, items = lists
     row = gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [1], [0]))
     item = gl.program_id(0)
@@ -233,16 +233,7 @@ def _produce(
             intervals.index(1).store(end_0)
             intervals.index(2).store(start_1)
             intervals.index(3).store(end_1)
-            _say(message, 0, item)
-            _say(message, 1, first)
-            _say(message, 2, stop)
-            _say(message, 3, hull_start)
-            _say(message, 4, blocks)
-            _say(message, 5, upper[0])
-            _say(message, 6, upper[1])
-            _say(message, 7, lower[0])
-            _say(message, 8, lower[1])
-            barrier()
+            _announce(message, item, first, stop, hull_start, blocks, upper, lower)
             h = item % heads
             for half in gl.static_range(2):
                 mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
@@ -252,18 +243,9 @@ def _produce(
                     q_full.index(half),
                     q.index(half),
                 )
-            h_k = h // group
-            k_row, k_column = h_k * k_row_step + hull_start, h_k * k_column_step
-            v_row, v_column = h_k * v_row_step + hull_start, h_k * v_column_step
-            for y in range(0, blocks):
-                slot = (before + y) % STAGES
-                phase = ((before + y) // STAGES + 1) & 1
-                mbarrier.wait(k_empty.index(slot), phase)
-                mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-                _load(k_desc, [k_row + y * BLOCK_N, k_column], k_full.index(slot), k.index(slot))
-                mbarrier.wait(v_empty.index(slot), phase)
-                mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-                _load(v_desc, [v_row + y * BLOCK_N, v_column], v_full.index(slot), v.index(slot))
+            _copy_blocks(
+                h // group, hull_start, blocks, before, rings, descriptors, steps, BLOCK_N, STAGES
+            )
             done += 1
             before += blocks
         # Empty tiles come last.
@@ -276,6 +258,43 @@ def _produce(
     barrier()
     for half in gl.static_range(2):
         mbarrier.arrive(q_full.index(half))
+
+
+@gluon.jit
+def _announce(message, item, first, stop, hull_start, blocks, upper, lower):
+    """Writes the message of an item, for all of the consumers' threads to read."""
+    _say(message, 0, item)
+    _say(message, 1, first)
+    _say(message, 2, stop)
+    _say(message, 3, hull_start)
+    _say(message, 4, blocks)
+    _say(message, 5, upper[0])
+    _say(message, 6, upper[1])
+    _say(message, 7, lower[0])
+    _say(message, 8, lower[1])
+    barrier()
+
+
+@gluon.jit
+def _copy_blocks(
+    h, hull_start, blocks, before, rings, descriptors, steps, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+):  # fmt: skip
+    """Copies an item's blocks of k and v of kv head h, each as soon as its slot is free."""
+    _, k, v, _, k_full, v_full, _, k_empty, v_empty = rings
+    _, k_desc, v_desc = descriptors
+    _, _, k_row_step, k_column_step, v_row_step, v_column_step = steps
+    k_row, k_column = h * k_row_step + hull_start, h * k_column_step
+    v_row, v_column = h * v_row_step + hull_start, h * v_column_step
+    for y in range(0, blocks):
+        slot = (before + y) % STAGES
+        phase = ((before + y) // STAGES + 1) & 1
+        mbarrier.wait(k_empty.index(slot), phase)
+        mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
+        _load(k_desc, [k_row + y * BLOCK_N, k_column], k_full.index(slot), k.index(slot))
+        mbarrier.wait(v_empty.index(slot), phase)
+        mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
+        _load(v_desc, [v_row + y * BLOCK_N, v_column], v_full.index(slot), v.index(slot))
 
 
 @gluon.jit
