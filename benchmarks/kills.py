@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import multiprocessing
-import os
 import random
 import shutil
 import signal
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
 
 from packed_attn.offline import pack_files, read_manifest
+from packed_attn.offline.engines import PRELOAD
 from packed_attn.offline.job import MANIFEST, WORK
 from packed_attn.offline.scratch import load_tokenizer
 from packed_attn.packing import pack_lengths
+from packed_attn.processes import clean_processes
 
+LIMIT = 600  # seconds that any run may take
 CONTINUED_KILLED = 0.3  # share of continued runs that are killed once more
 
 
@@ -58,26 +63,40 @@ class Case:
 def killed_runs(case: Case, runs: int, *, workers: int, seed: int) -> Iterator[KilledRun]:
     """Kills that many runs at random moments, continues each to its end, and compares.
 
-    Moments are uniform over the time of a whole run; a run that ends before its moment does not
-    count, and another is made.
+    Moments are uniform over the time of a whole run, the shortest yet: one run that the machine
+    held up must not make all others end before theirs. Such a run does not count, and another is
+    made.
     """
-    moments = random.Random(seed)
     case.folder.mkdir(parents=True, exist_ok=True)
-    _import_everything(case)
-    whole = case.folder / "whole"
-    began = time.monotonic()
-    assert _run(case, whole, workers, None), "the run that nobody kills must end"
-    seconds = time.monotonic() - began
+    context = clean_processes(*PRELOAD)
+    with ProcessPoolExecutor(1, context, _load, (case, workers)) as launcher:
+
+        def ends(output: Path, seconds: float | None) -> bool:
+            return launcher.submit(_ends, case, output, workers, seconds).result()
+
+        yield from _killed(case.folder, runs, random.Random(seed), ends)
+
+
+def _killed(
+    folder: Path, runs: int, moments: random.Random, ends: Callable[[Path, float | None], bool]
+) -> Iterator[KilledRun]:
+    whole, output = folder / "whole", folder / "killed"
+    seconds = math.inf
+    for path in (output, whole):  # the first starts more slowly than all others
+        began = time.monotonic()
+        ends(path, None)
+        seconds = min(seconds, time.monotonic() - began)
+    shutil.rmtree(output)
     files, documents = _files(whole), documents_in(whole)
     while runs:
-        output = case.folder / "killed"
         kills, redone = [], 0
-        while not _run(case, output, workers, moments.uniform(0, seconds)):
+        began = time.monotonic()
+        while not ends(output, moments.uniform(0, seconds)):
             kills.append(_moment(output))
             before = _shards(output)
             if moments.random() < CONTINUED_KILLED:
                 continue
-            assert _run(case, output, workers, None), "a continued run must end"
+            ends(output, None)
             after = _shards(output)
             redone = max(redone, sum(after[name] != inode for name, inode in before.items()))
             break
@@ -85,6 +104,8 @@ def killed_runs(case: Case, runs: int, *, workers: int, seed: int) -> Iterator[K
             lost, duplicated = _differences(documents, documents_in(output))
             yield KilledRun(tuple(kills), redone, lost, duplicated, _files(output) == files)
             runs -= 1
+        else:
+            seconds = min(seconds, time.monotonic() - began)
         shutil.rmtree(output)
 
 
@@ -101,27 +122,34 @@ def documents_in(folder: Path) -> Counter[tuple[int, ...]]:
     return documents
 
 
-def _import_everything(case: Case) -> None:
-    """Loads what a run loads, once for all that are forked from here."""
+def _load(case: Case, workers: int) -> None:
+    """In the launcher: what all runs find loaded, and one server for the workers of all."""
     pack_lengths([1], 1)
     load_tokenizer(case.arguments["tokenizer"])
+    if workers > 1:
+        clean_processes(*PRELOAD)
+        forkserver.ensure_running()
 
 
-def _run(case: Case, output: Path, workers: int, seconds: float | None) -> bool:
-    """Packs in a process of its own, killed after so many seconds; whether it ended before."""
-    context = multiprocessing.get_context("fork")
-    process = context.Process(target=_pack, args=(case, output, workers))
+def _ends(case: Case, output: Path, workers: int, seconds: float | None) -> bool:
+    """In the launcher: packs in a fork, killed after so many seconds; whether it ended before."""
+    process = multiprocessing.get_context("fork").Process(
+        target=_pack, args=(case, output, workers)
+    )
     process.start()
-    process.join(seconds)
-    if process.exitcode is None and process.pid is not None:
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+    process.join(LIMIT if seconds is None else seconds)
+    process.kill()
+    process.join()
+    if seconds is None and process.exitcode == -signal.SIGKILL:
+        raise RuntimeError(f"a run that nobody kills did not end within {LIMIT} s")
     if process.exitcode not in (0, -signal.SIGKILL):
         raise RuntimeError(f"a run ended with status {process.exitcode}")
     return process.exitcode == 0
 
 
 def _pack(case: Case, output: Path, workers: int) -> None:
+    # The launcher's server, which only the launcher may ask whether it is running.
+    forkserver._forkserver.ensure_running = lambda: None
     resume = output.exists()
     pack_files(output=output, workers=workers, resume=resume, **case.arguments)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -28,3 +29,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     gpu = [item for item in items if "gpu" in item.keywords]
     config.hook.pytest_deselected(items=gpu)
     items[:] = [item for item in items if item not in gpu]
+
+
+def pytest_collection_finish() -> None:
+    """Test processes' server imports what they use while the first tests run."""
+    if "tests.processes" in sys.modules:
+        sys.modules["tests.processes"].server()

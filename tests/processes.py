@@ -1,9 +1,11 @@
-"""Work in several gloo processes on this machine, for tests."""
+"""Work in several processes on this machine, for tests."""
 
 from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +13,35 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from packed_attn.offline import engines
+from packed_attn.processes import clean_processes
 
-def in_processes(ranks: int, work: Callable[..., None], *args: Any) -> list[Any]:
-    """What `work(*args)` returns in each of several gloo processes, by rank.
 
-    Forked: importing everything again would take longer than the tests.
+def server() -> ForkServerContext:
+    """The context of test processes, whose server has imported what they use.
+
+    Started before any other asks for one (see conftest): the first decides what it imports.
     """
+    context = clean_processes(
+        *engines.PRELOAD,
+        "packed_attn_patches",
+        "accelerate",
+        "datasets",
+        "pytest",
+        "torchdata.stateful_dataloader",
+        "transformers.trainer",
+        "trl",
+    )
+    forkserver.ensure_running()
+    return context
+
+
+def in_processes(ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
+    """What `work(*args)` returns in each of several gloo processes, by rank."""
+    server()
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_process, (ranks, folder, work, args), ranks, start_method="fork")
+        given = (ranks, folder, work, args)
+        mp.start_processes(_process, given, ranks, daemon=True, start_method="forkserver")
         return [torch.load(Path(folder) / f"{rank}.pt") for rank in range(ranks)]
 
 

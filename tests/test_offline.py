@@ -21,10 +21,11 @@ from transformers import AutoTokenizer
 from benchmarks.kills import Case, documents_in, killed_runs, summary
 from packed_attn import PackedCollator, pack_dataset
 from packed_attn.cli import main
-from packed_attn.offline import files, pack_files, read_manifest, report_of
+from packed_attn.offline import files, job, pack_files, read_manifest, report_of
 from packed_attn.offline.engines import run_tasks
-from packed_attn.offline.job import WORK, Job
+from packed_attn.offline.job import WORK, FolderLock, Job
 from packed_attn.packing import PackingLossError
+from packed_attn.processes import clean_processes
 from tests.small_tokenizer import prose, save_tokenizer
 
 CAPACITY = 96
@@ -192,6 +193,31 @@ def test_a_hundred_killed_runs_lose_nothing(
     assert figures["tokens_lost"] == figures["tokens_duplicated"] == 0
     assert figures["runs_with_other_bytes"] == 0
     assert figures["most_shards_redone"] <= workers
+
+
+def hold(lock: FolderLock, begun: Any, done: Any) -> None:
+    begun.set()
+    done.wait(60)
+
+
+def test_a_worker_holds_the_lock_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that follows a killed one waits for the workers that have not noticed yet."""
+    monkeypatch.setattr(job, "LOCK_SECONDS", 0.1)
+    context = clean_processes()
+    begun, done = context.Event(), context.Event()
+    with job._locked(tmp_path / "lock") as lock:
+        worker = context.Process(target=hold, args=(lock, begun, done), daemon=True)
+        worker.start()
+        assert begun.wait(60)
+    with (
+        pytest.raises(ValueError, match="is being written by another run"),
+        job._locked(tmp_path / "lock"),
+    ):
+        pass
+    done.set()
+    worker.join()
+    with job._locked(tmp_path / "lock"):
+        pass
 
 
 def test_a_full_disk_keeps_what_is_whole(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import pickle
 import socket
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
-from accelerate.state import AcceleratorState
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -24,6 +22,7 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 
 from packed_attn import PackedCollator, PackedIterableDataset, pack_dataset, pack_lengths
 from packed_attn.packing import PackingReport
+from tests.processes import server
 
 SOURCES = ("list", "function", "hugging_face", "hugging_face_shuffled", "hugging_face_files")
 
@@ -363,11 +362,12 @@ def test_a_run_of_several_processes_must_say_who_divides(monkeypatch: pytest.Mon
 
 
 def test_accelerate_with_two_processes() -> None:
-    context = multiprocessing.get_context("fork")  # with everything imported already
+    context = server()
     results = context.Queue()
     port = free_port()
     processes = [
-        context.Process(target=accelerate_rank, args=(rank, port, results)) for rank in (0, 1)
+        context.Process(target=accelerate_rank, args=(rank, port, results), daemon=True)
+        for rank in (0, 1)
     ]
     for process in processes:
         process.start()
@@ -385,8 +385,6 @@ def accelerate_rank(rank: int, port: int, results: Any) -> None:
     """One process of two: reads its rows both ways, stops and continues at every one."""
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
     os.environ.update(address, RANK=str(rank), WORLD_SIZE="2")
-    # A Trainer of an earlier test has left its state of one process.
-    AcceleratorState._reset_state(reset_partial_state=True)
     config = DataLoaderConfiguration(use_stateful_dataloader=True, dispatch_batches=False)
     accelerator = Accelerator(cpu=True, dataloader_config=config)
     documents = numbered(lognormal(90, mean=60).tolist())

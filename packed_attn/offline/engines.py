@@ -12,16 +12,39 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Literal
 
-from packed_attn.offline.job import Job
+from packed_attn.offline.job import FolderLock, Job
+from packed_attn.processes import clean_processes
 
 Engine = Literal["local", "ray"]
 Task = Callable[[Job, int], dict[str, Any]]
 
+# What tasks import when they first need it, or Arrow and numba do.
+PRELOAD = (
+    "packed_attn.offline.pack",
+    "packed_attn.packing.compiled",
+    "transformers.models.auto.tokenization_auto",
+    "pyarrow.parquet",
+    "pyarrow.pandas_compat",
+    "pandas",
+    "numba.typed",
+    "scipy.linalg",
+)
+
 
 def run_tasks(
-    task: Task, job: Job, numbers: Sequence[int], *, workers: int, engine: Engine
+    task: Task,
+    job: Job,
+    numbers: Sequence[int],
+    *,
+    workers: int,
+    engine: Engine,
+    lock: FolderLock | None = None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Runs `task(job, number)` for each number; gives numbers and results as they are ready.
+
+    Args:
+        task: a module-level function.
+        lock: held by worker processes as well, each until it is gone.
 
     Raises:
         OSError: a worker died.
@@ -34,13 +57,16 @@ def run_tasks(
         return _on_ray(task, job, numbers, workers)
     if workers == 1:
         return ((number, task(job, number)) for number in numbers)
-    return _in_processes(task, job, numbers, min(workers, len(numbers)))
+    return _in_processes(task, job, numbers, min(workers, len(numbers)), lock)
 
 
 def _in_processes(
-    task: Task, job: Job, numbers: Sequence[int], workers: int
+    task: Task, job: Job, numbers: Sequence[int], workers: int, lock: FolderLock | None
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    pool = ProcessPoolExecutor(workers, initializer=_die_with_parent)
+    context = clean_processes(*PRELOAD)
+    pool = ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_die_with_parent, initargs=(lock,)
+    )
     try:
         futures: dict[Future[dict[str, Any]], int] = {
             pool.submit(task, job, number): number for number in numbers
@@ -56,8 +82,8 @@ def _in_processes(
         pool.shutdown(cancel_futures=True)
 
 
-def _die_with_parent() -> None:
-    """Ends this worker when the main process is gone, even if it was killed."""
+def _die_with_parent(lock: FolderLock | None) -> None:
+    """Ends this worker, and its hold of the lock, when the main process is gone, even killed."""
     parent = multiprocessing.parent_process()
     if parent is None:
         raise RuntimeError("this is the main process, which has no parent to follow")

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from multiprocessing.reduction import DupFd
 from pathlib import Path
 from typing import Any
 
@@ -121,8 +122,8 @@ def shard_name(shard: int, shards: int) -> str:
 
 
 @contextmanager
-def open_folder(job: Job, *, resume: bool) -> Iterator[bool]:
-    """Takes the output folder for this run alone; gives whether the run is done already.
+def open_folder(job: Job, *, resume: bool) -> Iterator[FolderLock | None]:
+    """Takes the output folder for this run alone; None where the run is done already.
 
     If the run is refused for what it was given (a ValueError), whatever runs of this job made is
     removed. If it breaks down otherwise, what is whole stays for `resume`.
@@ -135,11 +136,11 @@ def open_folder(job: Job, *, resume: bool) -> Iterator[bool]:
     _check_folder(folder, resume)
     if (folder / MANIFEST).exists():
         _check_same(read_json(folder / MANIFEST).get("settings", {}), job.public_settings(), job)
-        yield True
+        yield None
         return
     made = not folder.exists()
     job.work.mkdir(parents=True, exist_ok=True)
-    with _locked(job.work / "lock"):
+    with _locked(job.work / "lock") as lock:
         note = job.work / "job.json"
         if note.exists():
             _check_same(read_json(note), job.settings(), job)
@@ -148,7 +149,7 @@ def open_folder(job: Job, *, resume: bool) -> Iterator[bool]:
         remove_temporary_files(folder)
         remove_temporary_files(job.work)
         try:
-            yield False
+            yield lock
         except ValueError:
             _remove_run(folder, made)
             raise
@@ -185,9 +186,26 @@ def _check_same(before: dict[str, Any], now: dict[str, Any], job: Job) -> None:
         )
 
 
+@dataclass(frozen=True)
+class FolderLock:
+    """The right to write a folder: held until this process, and all it was given to, are gone.
+
+    It is given as an argument of a process that starts; no other way pickles it.
+    """
+
+    descriptor: int
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _given, (DupFd(self.descriptor),)
+
+
+def _given(duplicate: Any) -> FolderLock:
+    return FolderLock(duplicate.detach())
+
+
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock that dies with this process and the workers that it forked."""
+def _locked(path: Path) -> Iterator[FolderLock]:
+    """Holds a lock that dies with this process and the workers that it was given to."""
     with open(path, "w") as file:
         deadline = time.monotonic() + LOCK_SECONDS
         while True:
@@ -200,7 +218,7 @@ def _locked(path: Path) -> Iterator[None]:
                         f"output {path.parents[1]} is being written by another run"
                     ) from None
                 time.sleep(0.02)
-        yield
+        yield FolderLock(file.fileno())
 
 
 def _remove_run(folder: Path, made: bool) -> None:

@@ -24,7 +24,7 @@ from packed_attn.offline.engines import Engine, Task, run_tasks
 from packed_attn.offline.files import read_json
 from packed_attn.offline.formats import Tokenize, detect_format
 from packed_attn.offline.inputs import Bad, Part, find_parts, read_part, stamp_of
-from packed_attn.offline.job import Job, TokenizerIdentity, open_folder
+from packed_attn.offline.job import FolderLock, Job, TokenizerIdentity, open_folder
 from packed_attn.offline.manifest import read_manifest, write_manifest
 from packed_attn.offline.progress import Progress
 from packed_attn.offline.scratch import document_figures, load_tokenizer, tokenize_part
@@ -78,7 +78,8 @@ def pack_files(
         learnable_only: leave out documents of which no token has a label.
         share_prefixes, min_shared: as in `PlanOptions`.
         skip_bad: count records that cannot be read, and leave them out.
-        workers: processes (with Ray: tasks at a time).
+        workers: processes (with Ray: tasks at a time); a script that wants several calls this under
+            `if __name__ == "__main__":`.
         engine: "local", or "ray" with a folder that all nodes see.
         resume: continue a run that did not end; parts and shards that are whole are kept.
         shard_tokens: room for tokens in a shard.
@@ -116,9 +117,11 @@ def pack_files(
         **described,
     )
     try:
-        with open_folder(job, resume=resume) as done:
-            manifest = read_manifest(Path(output)) if done else None
-            manifest = manifest or _run(job, _Runner(job, workers, engine, progress))
+        with open_folder(job, resume=resume) as lock:
+            if lock is None:
+                manifest = read_manifest(Path(output))
+            else:
+                manifest = _run(job, _Runner(job, workers, engine, progress, lock))
         shutil.rmtree(job.work, ignore_errors=True)
         return manifest
     except OSError as error:
@@ -193,8 +196,10 @@ def _plan(job: Job, counts: list[dict[str, Any]]) -> dict[str, Any]:
 class _Runner:
     """Runs what has no result yet, and shows how far it is."""
 
-    def __init__(self, job: Job, workers: int, engine: Engine, progress: bool) -> None:
-        self._job, self._workers, self._progress = job, workers, progress
+    def __init__(
+        self, job: Job, workers: int, engine: Engine, progress: bool, lock: FolderLock
+    ) -> None:
+        self._job, self._workers, self._progress, self._lock = job, workers, progress, lock
         self._engine: Engine = engine
 
     def run(
@@ -210,7 +215,12 @@ class _Runner:
         left = [i for i in range(tasks) if i not in results]
         with Progress(title, sizes, before=results, shown=self._progress) as bar:
             for number, result in run_tasks(
-                task, self._job, left, workers=self._workers, engine=self._engine
+                task,
+                self._job,
+                left,
+                workers=self._workers,
+                engine=self._engine,
+                lock=self._lock,
             ):
                 results[number] = result
                 bar.done(number, result["documents"])

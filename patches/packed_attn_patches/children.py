@@ -7,11 +7,12 @@ that has imported transformers already, so one costs a fraction of a second.
 
 from __future__ import annotations
 
-import multiprocessing
 import resource
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+
+from packed_attn.processes import clean_processes
 
 GIGABYTE = 1 << 30
 
@@ -35,8 +36,7 @@ def in_children(
     Yields:
         the result for each item, in their order, or the `ChildFailed` that it ended in.
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["packed_attn_patches"])
+    context = clean_processes("packed_attn_patches")
 
     def one(item: tuple[Any, ...]) -> Any:
         ours, theirs = context.Pipe(duplex=False)
