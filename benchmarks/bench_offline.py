@@ -11,7 +11,8 @@ of their parent by themselves.
 
 memory: inputs of three sizes, each four times the one before, packed with one and with two workers.
 What counts is memory that the system cannot take back: anonymous pages of all the run's processes,
-read from /proc some fifty times a second; pages of mapped files are not among them.
+read from /proc some fifty times a second, and a page that several of them share once; pages of
+mapped files are not among them.
 """
 
 from __future__ import annotations
@@ -108,11 +109,11 @@ def _peak_of_packing(source: Path, out: Path, workers: int) -> int:
 def _anonymous_bytes(process: int) -> int:
     """Of a process and all its descendants; one that has just ended counts nothing."""
     try:
-        status = Path(f"/proc/{process}/status").read_text()
+        pages = Path(f"/proc/{process}/smaps_rollup").read_text().splitlines()
         children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
     except OSError:
         return 0
-    own = next((line for line in status.splitlines() if line.startswith("RssAnon")), "RssAnon: 0")
+    own = next((line for line in pages if line.startswith("Pss_Anon")), "Pss_Anon: 0")
     return 1024 * int(own.split()[1]) + sum(_anonymous_bytes(int(child)) for child in children)
 
 

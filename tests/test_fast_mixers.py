@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from packed_attn import DocumentLayout, PackedCollator, audit, patch_model, unpatch_model
+from packed_attn.backends import machine
 from tests import mixer_standins as standins
 from tests.exactness import (
     alone,
@@ -198,7 +199,7 @@ def test_without_its_package_documents_run_in_batches(
     model = patch_model(tiny_model(model_type))
     docs = documents(lengths=LENGTHS)
     batch = packed(docs)
-    if fast_mixers._imported(missing, "__name__") is not None:
+    if not machine.package_reasons(missing, missing):
         pytest.skip(f"{missing} is installed")
     with caplog.at_level(logging.INFO, "packed_attn.mixers"):
         got = [model(**batch).logits[0] for _ in range(2)]
@@ -380,19 +381,3 @@ def test_every_fast_type_is_exact_by_every_convention(
     assert outcome.status == "exact", outcome
     if mixers_of(tiny_model(model_type)):
         assert calls(kernels)
-
-
-def test_a_package_that_is_not_there_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every layer of every step asks."""
-    asked: list[str] = []
-
-    def missing(module: str) -> Any:
-        asked.append(module)
-        raise ModuleNotFoundError(module)
-
-    fast_mixers._loaded.cache_clear()
-    monkeypatch.setattr(fast_mixers.importlib, "import_module", missing)
-    found = [fast_mixers._imported("causal_conv1d", "causal_conv1d_fn") for _ in range(3)]
-    fast_mixers._loaded.cache_clear()
-    assert found == [None] * 3
-    assert asked == ["causal_conv1d"]

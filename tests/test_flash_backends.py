@@ -443,6 +443,21 @@ def test_missing_and_broken_packages(backend, monkeypatch: pytest.MonkeyPatch) -
     assert reason.endswith("does not import: ImportError: undefined symbol: _ZN3c10")
 
 
+def test_a_package_that_is_not_there_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every layer of every step asks."""
+    asked: list[str] = []
+
+    def missing(module: str) -> Any:
+        asked.append(module)
+        raise ModuleNotFoundError(name=module)
+
+    monkeypatch.setattr(machine, "_failures", {})
+    monkeypatch.setattr(machine, "import_module", missing)
+    found = [machine.package_reasons("not_there", "not-there") for _ in range(3)]
+    assert found == [["not-there is not installed"]] * 3
+    assert asked == ["not_there"]
+
+
 def test_flash4_alone_is_no_flash2(monkeypatch: pytest.MonkeyPatch) -> None:
     """They share a namespace."""
     install("flash4", monkeypatch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Collection
 from importlib import import_module
 from typing import Any, TypeVar
@@ -37,8 +38,8 @@ def gpu_reasons(request: AttentionRequest, majors: Collection[int] | None = None
     return [f"needs compute capability {needed}, but {request.q.device} has {major}.{minor}"]
 
 
-def package_reasons(module: str, package: str) -> list[str]:
-    """Why `module` cannot be called; `package` is what one installs to have it.
+def package_reasons(module: str, package: str, name: str | None = None) -> list[str]:
+    """Why `module` cannot be called, or its function `name`; `package` is what one installs.
 
     The module is imported: a build for another torch fails only then.
     """
@@ -51,7 +52,8 @@ def package_reasons(module: str, package: str) -> list[str]:
         return [f"{package} does not import: {error}"]
     except Exception as error:  # a build for another torch, or for no GPU, raises anything
         return [f"{package} does not import: {type(error).__name__}: {error}"]
-    return []
+    missing = name is not None and not hasattr(_loaded(module), name)
+    return [f"{package} has no {name}"] if missing else []
 
 
 def function(module: str, name: str) -> Callable[..., Any]:
@@ -59,10 +61,21 @@ def function(module: str, name: str) -> Callable[..., Any]:
     return getattr(_loaded(module), name)
 
 
+# What imports raised: every layer of every step asks, and a module that is not there would be
+# looked for anew each time.
+_failures: dict[str, Exception] = {}
+
+
 # A compiler cannot trace an import, a signature or a look at the device; none changes meanwhile.
 @constant
 def _loaded(module: str) -> Any:
-    return import_module(module)
+    if module in _failures and module not in sys.modules:
+        raise _failures[module]
+    try:
+        return import_module(module)
+    except Exception as error:
+        _failures[module] = error.with_traceback(None)
+        raise
 
 
 @constant

@@ -13,7 +13,6 @@ everything is as exact and nothing needs a kernel.
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import logging
 from collections.abc import Callable, Iterator
@@ -21,13 +20,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from types import CellType, FunctionType, ModuleType
+from types import CellType, FunctionType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from packed_attn.backends import machine
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches.interface import is_empty_mask
 from packed_attn_patches.mixer_proof import circumstances, proven
@@ -241,25 +241,16 @@ class Kernel:
 
     def missing(self) -> str | None:
         """What has to be installed, or None."""
-        if self.needs is None or _imported(*self.needs[1:]) is not None:
+        if self.needs is None:
             return None
-        package, _, name = self.needs
-        return f"{package} is not installed, whose {name} takes boundaries"
+        package, module, name = self.needs
+        reasons = machine.package_reasons(module, package, name)
+        return f"{reasons[0]}; its {name} would take boundaries" if reasons else None
 
 
-def _imported(module: str, name: str) -> Any:
-    """A function of a package that may not be there, or may not load here."""
-    return getattr(_loaded(module), name, None)
-
-
-@lru_cache
-def _loaded(module: str) -> ModuleType | None:
-    """Kept, because every layer of every step asks, and a module that is not there is looked for
-    anew each time."""
-    try:
-        return importlib.import_module(module)
-    except Exception:  # a build for another torch or CUDA raises anything
-        return None
+def _has_convolution() -> bool:
+    """Whether causal_conv1d is there."""
+    return not machine.package_reasons(_CONVOLUTION[0], "causal_conv1d", _CONVOLUTION[1])
 
 
 def _convolution(
@@ -279,11 +270,11 @@ def _convolution(
     layout = layout.to(hidden_states.device)
     rows, channels, tokens = hidden_states.shape
     x = hidden_states.transpose(1, 2)
-    packaged = _imported("causal_conv1d", "causal_conv1d_fn")
-    if packaged is not None and channels % 8 == 0 and 2 <= weight.shape[-1] <= 4:
+    if _has_convolution() and channels % 8 == 0 and 2 <= weight.shape[-1] <= 4:
         # Its kernel with boundaries reads channels that lie side by side.
         x = x.contiguous().transpose(1, 2)
         seq_idx = layout.document_ids.view(rows, tokens)
+        packaged = machine.function(*_CONVOLUTION)
         return packaged(x, weight, bias, seq_idx=seq_idx, activation=activation)
     room = Room.of(layout, gap=weight.shape[-1] - 1)
     wide = room.spread(x.flatten(0, 1)).transpose(1, 2)
@@ -301,7 +292,7 @@ def _delta_rule(
         of_tokens = isinstance(x, Tensor) and x.ndim > 2 and x.shape[:2] == (rows, tokens)
         return x.flatten(0, 1)[None] if of_tokens else x
 
-    function = _imported(module, name)
+    function = machine.function(module, name)
     kw["cu_seqlens"], kw["cu_seqlens_cpu"] = _cu_seqlens(layout.lengths, args[0].device)
     taken = _parameters(function)
     out, state = function(*map(flat, args), **{n: flat(x) for n, x in kw.items() if n in taken})
@@ -315,7 +306,7 @@ def _scan(
 
     In a chunk that two documents share, sums of one run through the rounding of the other.
     """
-    if name == _FUSED and _imported("causal_conv1d", "causal_conv1d_fn") is None:
+    if name == _FUSED and not _has_convolution():
         return None  # it has the convolution inside, and mixers go on without it
     rows, tokens = args[0].shape[:2]
     room = Room.of(layout.to(args[0].device), multiple=kw["chunk_size"])
@@ -324,7 +315,7 @@ def _scan(
         of_tokens = isinstance(x, Tensor) and x.ndim > 2 and x.shape[:2] == (rows, tokens)
         return room.spread(x.flatten(0, 1)) if of_tokens else x
 
-    function = _imported(_SSD, name)
+    function = machine.function(_SSD, name)
     kw["seq_idx"] = room.seq_idx
     taken = _parameters(function)
     out = function(*map(spread, args), **{n: spread(x) for n, x in kw.items() if n in taken})
@@ -336,6 +327,7 @@ def _parameters(function: Callable[..., Any]) -> frozenset[str]:
     return frozenset(inspect.signature(function).parameters)
 
 
+_CONVOLUTION = ("causal_conv1d", "causal_conv1d_fn")
 _SSD = "mamba_ssm.ops.triton.ssd_combined"
 _FUSED = "mamba_split_conv1d_scan_combined"
 _GATED_DELTA = ("fla.ops.gated_delta_rule", "chunk_gated_delta_rule")
