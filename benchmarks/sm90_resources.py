@@ -83,13 +83,17 @@ KNOWN_SPILLS: dict[tuple[str, str, int], int] = {
     ("3.9", "forward", 128): 16,
     ("3.6", "hopper_forward", 128): 8,
     ("3.6", "hopper_backward", 64): 16,
+    ("3.6", "hopper_forward", 256): 16,
     ("3.6", "repair_forward", 128): 48,
+    ("3.6", "repair_forward", 256): 160,
     ("3.6", "repair_dkdv", 128): 32,
     ("3.9", "hopper_forward", 64): 48,
     ("3.9", "hopper_forward", 128): 168,
     ("3.9", "hopper_backward", 64): 8,
     ("3.9", "repair_forward", 64): 16,
+    ("3.9", "hopper_forward", 256): 112,
     ("3.9", "repair_forward", 128): 216,
+    ("3.9", "repair_forward", 256): 472,
     ("3.9", "repair_dkdv", 128): 24,
 }
 # What `unordered_products` counts where nothing is wrong. It takes the first product after a store
@@ -162,7 +166,7 @@ def default_jobs() -> list[Job]:
     jobs = [job for flags in FLAGS for job in _jobs((128, 128), flags)]
     jobs += [*_jobs((64, 64), "causal"), *_jobs((64, 64), "everything")]
     jobs += [*_jobs((256, 256), "causal"), Job("delta", (128, 128), "softcap+sinks")]
-    jobs += _hopper_jobs("hopper_forward", "hopper_backward", "shares_cast")
+    jobs += _hopper_jobs("hopper_forward", "hopper_backward", "shares_cast", sizes=(64, 128))
     return jobs + _jobs((128, 128), "softcap+sinks", "fp32")
 
 
@@ -177,8 +181,10 @@ def all_jobs() -> list[Job]:
     jobs += [Job("fused", (size, size), "causal") for size in (64, 128)]
     jobs += [job for flags in ("alibi", "dropout") for job in _jobs((256, 256), flags)]
     jobs += [Job("delta", (size, size), "softcap+sinks") for size in (64, 256)]
-    jobs += _hopper_jobs("repair_forward", "repair_dkdv", "repair_dq")
-    jobs += _hopper_jobs("hopper_forward", "repair_forward", flags="softcap+sinks")
+    jobs += _hopper_jobs("repair_forward", "repair_dkdv", "repair_dq", sizes=(64, 128))
+    jobs += _hopper_jobs("hopper_forward", "repair_forward", sizes=(256,))
+    sizes = sorted(HOPPER)
+    jobs += _hopper_jobs("hopper_forward", "repair_forward", sizes=sizes, flags="softcap+sinks")
     return [*jobs, Job("dq_cast", (128, 128), "causal")]
 
 
@@ -291,8 +297,8 @@ def _jobs(dims: tuple[int, int], flags: str, element: str = "bf16") -> list[Job]
     ]
 
 
-def _hopper_jobs(*kernels: HopperName, flags: str = "causal") -> list[Job]:
-    return [Job(kernel, (size, size), flags) for kernel in kernels for size in sorted(HOPPER)]
+def _hopper_jobs(*kernels: HopperName, sizes: Sequence[int], flags: str = "causal") -> list[Job]:
+    return [Job(kernel, (size, size), flags) for kernel in kernels for size in sizes]
 
 
 def _compile(kernel: KernelName | HopperName, problem: Problem, element: str) -> Resources:

@@ -36,11 +36,14 @@ class Configuration:
 class HopperConfiguration:
     """Keys of a block and slots of its ring.
 
-    Registers are those of a thread; twice the consumers' and the producer's make at most 504.
+    `out_in_q`: out has no room beside q. `unrolled`: blocks of one round of the loop. Registers are
+    those of a thread; twice the consumers' and the producer's make at most 504.
     """
 
     BLOCK_N: int
     stages: int
+    out_in_q: bool = False
+    unrolled: int = 2
     producer_registers: int = 24
     consumer_registers: int = 240
 
@@ -200,10 +203,11 @@ FUSED_IS_FASTER: frozenset[tuple[int, int]] = frozenset()
 HOPPER: dict[int, HopperConfiguration] = {
     64: HopperConfiguration(128, 3),
     128: HopperConfiguration(128, 2),
+    256: HopperConfiguration(64, 2, out_in_q=True, unrolled=1),
 }
 
 # (largest padded head_dim, bytes an element) for which a Hopper GPU takes that forward: 1.2 to 1.9
-# times as fast as the portable one (benchmarks/notes.md).
+# times as fast as the portable one (benchmarks/notes.md). (256, 2) has not yet run on a GPU.
 HOPPER_FORWARD: frozenset[tuple[int, int]] = frozenset({(64, 2), (128, 2)})
 
 # Queries of a block of the Hopper backward: its dq has two shares of 64 rows and columns.

@@ -85,6 +85,8 @@ def hopper_forward_kernel(
     STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
+    OUT_IN_Q: gl.constexpr,
+    UNROLLED: gl.constexpr,
     CONFINED: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
@@ -95,7 +97,9 @@ def hopper_forward_kernel(
     descriptor shows a tensor as a matrix; head h begins at row h * row_step, column
     h * column_step. flags: [0] whether any item is flagged, [1] how many items were taken beyond
     the first of each program, [ITEMS + x] whether item x is flagged.
-    CONFINED does flagged items alone, and reads flags where otherwise they are written.
+    OUT_IN_Q passes out through q's place, which the next item's q has to wait for. UNROLLED blocks
+    are a round of the loop. CONFINED does flagged items alone, and reads flags where otherwise they
+    are written.
     """
     if CONFINED:  # noqa: SIM102 - only what a constant alone decides is left out of the kernel
         if gl.load(flags_ptr) == 0:
@@ -103,7 +107,9 @@ def hopper_forward_kernel(
     q = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, HEAD_DIM], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, HEAD_DIM], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, HEAD_DIM], v_desc.layout)
-    staged = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, HEAD_DIM], q_desc.layout)
+    staged = q
+    if not OUT_IN_Q:
+        staged = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, HEAD_DIM], q_desc.layout)
     clean = staged
     if CONFINED:
         clean = gl.allocate_shared_memory(v_desc.dtype, [2, BLOCK_N, HEAD_DIM], v_desc.layout)
@@ -131,13 +137,13 @@ def hopper_forward_kernel(
         [
             (
                 _consume_upper,
-                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, CONFINED,
-                 HAS_SOFTCAP, HAS_SINKS),
+                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, OUT_IN_Q,
+                 UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS),
             ),
             (
                 _consume_lower,
-                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, CONFINED,
-                 HAS_SOFTCAP, HAS_SINKS),
+                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, OUT_IN_Q,
+                 UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS),
             ),
             (_produce, (rings, message, descriptors, steps, lists, BLOCK_N, STAGES, CONFINED)),
         ],
@@ -314,26 +320,26 @@ def _hear(message, AT: gl.constexpr):
 @gluon.jit
 def _consume_upper(
     rings, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, CONFINED: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    HAS_SINKS: gl.constexpr,
+    STAGES: gl.constexpr, OUT_IN_Q: gl.constexpr, UNROLLED: gl.constexpr,
+    CONFINED: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The first 64 rows."""
     _consume(
-        0, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, CONFINED,
-        HAS_SOFTCAP, HAS_SINKS,
+        0, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, OUT_IN_Q,
+        UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
 
 
 @gluon.jit
 def _consume_lower(
     rings, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, CONFINED: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    HAS_SINKS: gl.constexpr,
+    STAGES: gl.constexpr, OUT_IN_Q: gl.constexpr, UNROLLED: gl.constexpr,
+    CONFINED: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The last 64 rows."""
     _consume(
-        1, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, CONFINED,
-        HAS_SOFTCAP, HAS_SINKS,
+        1, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, OUT_IN_Q,
+        UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
 
 
@@ -349,6 +355,8 @@ def _consume(
     HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    OUT_IN_Q: gl.constexpr,
+    UNROLLED: gl.constexpr,
     CONFINED: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
@@ -388,16 +396,22 @@ def _consume(
                     before + y, HALF, acc, m, l, rings, own, hull_start + y * BLOCK_N, start, end,
                     numbers, HEAD_DIM, BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
                 )  # fmt: skip
-            mbarrier.arrive(q_empty.index(HALF))
+            if not OUT_IN_Q:
+                mbarrier.arrive(q_empty.index(HALF))
         else:
             acc, m, l = walk(
                 HALF, acc, m, l, rings, hull_start, start, end, blocks, edge, through, before,
-                numbers, BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
+                numbers, BLOCK_N, STAGES, OUT_IN_Q, UNROLLED, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
         _finish(
             HALF, acc, m, l, live, i, own, results, item, item % heads, first, stop, HEAD_DIM, SUMS,
             CONFINED,
         )  # fmt: skip
+        if OUT_IN_Q:
+            # What was written there as out must not come after what is copied there as q.
+            fence_async_shared()
+            barrier()
+            mbarrier.arrive(q_empty.index(HALF))
         done += 1
         before += blocks
         mbarrier.wait(q_full.index(HALF), done & 1)

@@ -70,7 +70,7 @@ def reasons_against_hopper_kernels(problem: Problem, capability: tuple[int, int]
     if problem.itemsize != 2:
         reasons.append("it needs half precision")
     if problem.head_dim != problem.value_dim or problem.head_dim not in configurations.HOPPER:
-        reasons.append("it needs head_dim 64 or 128, of v too")
+        reasons.append("it needs head_dim 64, 128 or 256, of v too")
     if problem.halves != "either":
         reasons.append("it knows one half of the rule alone")
     if problem.has_alibi or problem.has_dropout:
@@ -136,6 +136,8 @@ def hopper_constants(
         "STAGES": 1 if confined else chosen.stages,
         "PRODUCER_REGISTERS": chosen.producer_registers,
         "CONSUMER_REGISTERS": chosen.consumer_registers,
+        "OUT_IN_Q": chosen.out_in_q,
+        "UNROLLED": chosen.unrolled,
         "CONFINED": confined,
         "HAS_SOFTCAP": problem.has_softcap,
         "HAS_SINKS": problem.has_sinks,

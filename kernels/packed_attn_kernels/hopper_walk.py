@@ -46,6 +46,8 @@ def walk(
     numbers,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    OUT_IN_Q: gl.constexpr,
+    UNROLLED: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     SCORES: gl.constexpr,
     SUMS: gl.constexpr,
@@ -66,20 +68,21 @@ def walk(
                 y, True, HALF, s, acc, m, l, rings, hull_start, start, end, before, numbers,
                 BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
-        # Two at a time: the scores of one block stand where those of the next but one will.
-        pairs = (through - edge) // 2
-        for pair in range(0, pairs):
-            for which in gl.static_range(2):
+        # Two at a time, the scores of one block stand where those of the next but one will.
+        rounds = (through - edge) // UNROLLED
+        for turn in range(0, rounds):
+            for which in gl.static_range(UNROLLED):
                 s, acc, m, l = _step(
-                    edge + 2 * pair + which, False, HALF, s, acc, m, l, rings, hull_start, start,
-                    end, before, numbers, BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
+                    edge + UNROLLED * turn + which, False, HALF, s, acc, m, l, rings, hull_start,
+                    start, end, before, numbers, BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
                 )  # fmt: skip
-        for y in range(edge + 2 * pairs, blocks - 1):
+        for y in range(edge + UNROLLED * rounds, blocks - 1):
             s, acc, m, l = _step(
                 y, True, HALF, s, acc, m, l, rings, hull_start, start, end, before, numbers,
                 BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
-        mbarrier.arrive(q_empty.index(HALF))
+        if not OUT_IN_Q:
+            mbarrier.arrive(q_empty.index(HALF))
         last = before + blocks - 1
         mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
         s, factor = _seen(
@@ -88,7 +91,7 @@ def walk(
         sums, m, l = _weighted(s, factor, acc, m, l, v.index(last % STAGES), SUMS)
         acc = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(v_empty.index(last % STAGES))
-    else:
+    elif not OUT_IN_Q:
         mbarrier.arrive(q_empty.index(HALF))
     return acc, m, l
 
