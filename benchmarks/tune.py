@@ -1,11 +1,13 @@
 """Times the candidate configurations of the kernels on a GPU and prints the table's best rows.
 
-    python -m benchmarks.tune [--case WORD ...] [--rounds N]
+    python -m benchmarks.tune [--case WORD ...] [--kernel NAME ...] [--rounds N]
 
-For each case and kernel, the row of `configurations.TABLE` (or LEAN) and its CANDIDATES take turns
-inside whole forwards and backwards, the other kernels at their rows. A candidate whose results
-differ from the row's by more than rounding is wrong and is not timed. What is printed is the
-fastest of each table key over the geometric mean of its cases, ready to be copied into the table.
+For each case and kernel that this GPU runs, the row of `configurations.TABLE` (LEAN, HOPPER) and
+its CANDIDATES take turns inside whole forwards and backwards, the other kernels at their rows. A
+Hopper forward that HOPPER_FORWARD does not name is timed beside the portable kernel. A candidate
+whose results differ from the row's by more than rounding is wrong and is not timed. What is printed
+is the fastest of each table key over the geometric mean of its cases, ready to be copied into the
+table.
 """
 
 from __future__ import annotations
@@ -15,11 +17,23 @@ import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
+from typing import Literal
 
 import torch
 from packed_attn_kernels import configurations
-from packed_attn_kernels.configurations import CANDIDATES, LEAN, TABLE, Configuration, KernelName
+from packed_attn_kernels.configurations import (
+    CANDIDATES,
+    HOPPER,
+    HOPPER_CANDIDATES,
+    LEAN,
+    TABLE,
+    Configuration,
+    HopperConfiguration,
+    KernelName,
+    Problem,
+)
+from packed_attn_kernels.hopper_launch import reasons_against_hopper_kernels
 from torch import Tensor
 
 from benchmarks.regimes import benchmark_cases, chosen_cases
@@ -28,7 +42,9 @@ from packed_attn import DocumentLayout, attention
 from packed_attn.errors import first_line
 from tests.cases import Case, Inputs
 
-Key = tuple[KernelName, int, int]
+TunedKernel = KernelName | Literal["hopper_forward"]
+Key = tuple[TunedKernel, int, int]
+Row = Configuration | HopperConfiguration | None  # None: the portable kernel, in Hopper's place
 Clock = Callable[..., dict[str, list[float]]]
 DEFAULT_CASES = ("log_normal", "one_32k", "one_16k_256x64", "64x512")
 
@@ -39,29 +55,41 @@ class Result:
 
     key: Key
     case: str
-    configuration: Configuration
+    configuration: Row
     ratio: float
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="*", default=DEFAULT_CASES, help="words of names")
+    parser.add_argument("--kernel", nargs="*", help="names, all by default")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("tune needs a CUDA device: an interpreted kernel has no time to tune")
     results = []
     for case in chosen_cases(benchmark_cases(), options.case):
-        results += tune_case(case, "cuda", options.rounds, paired_milliseconds)
+        found = tune_case(case, "cuda", options.rounds, paired_milliseconds, options.kernel)
+        for result in found:
+            print(f"{case.name}, {result.key}, {result.configuration}: {result.ratio:.3f}")
+        results += found
     print("\n".join(best_rows(results)))
 
 
-def tune_case(case: Case, device: str, rounds: int, clock: Clock) -> list[Result]:
-    """All candidates of the kernels that the case runs; `clock` is `paired_milliseconds`."""
+def tune_case(
+    case: Case, device: str, rounds: int, clock: Clock, kernels: Sequence[str] | None = None
+) -> list[Result]:
+    """All candidates of the kernels that the case runs, or of those named.
+
+    Args:
+        clock: `paired_milliseconds`.
+    """
+    problem = _problem(case)
+    capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
     results = []
-    for key in _keys(case):
-        row = (LEAN if _is_lean(case) and key in LEAN else TABLE)[key]
-        results += _tune_key(case, key, (row, *CANDIDATES.get(key, ())), device, rounds, clock)
+    for key in _keys(problem, capability):
+        if kernels is None or key[0] in kernels:
+            results += _tune_key(case, key, _rows(key, problem), device, rounds, clock)
     return results
 
 
@@ -69,22 +97,37 @@ def best_rows(results: Sequence[Result]) -> list[str]:
     """One line a key, as the table writes it, with its time over the present row's."""
     lines = []
     for key in dict.fromkeys(result.key for result in results):
-        ratios: dict[Configuration, list[float]] = {}
+        ratios: dict[Row, list[float]] = {}
         for result in results:
             if result.key == key:
                 ratios.setdefault(result.configuration, []).append(result.ratio)
         means = {c: math.prod(r) ** (1 / len(r)) for c, r in ratios.items()}
         best = min(means, key=lambda c: means[c])
-        tile = f"Configuration({best.BLOCK_M}, {best.BLOCK_N}, {best.num_warps}, {best.stages})"
-        name, width, size = key
-        lines.append(f'    ("{name}", {width}, {size}): {tile},  # {means[best]:.3f} of the row')
+        lines.append(f"    {_line(key, best)},  # {means[best]:.3f} of the row")
     return lines
+
+
+def _line(key: Key, row: Row) -> str:
+    """As the table writes it."""
+    name, width, size = key
+    match row:
+        case None:
+            return f"not ({width}, {size}) in HOPPER_FORWARD"
+        case HopperConfiguration():
+            own = [
+                f for f in fields(row) if f.default is MISSING or getattr(row, f.name) != f.default
+            ]
+            named = ", ".join(f"{f.name}={getattr(row, f.name)}" for f in own)
+            return f"{width}: HopperConfiguration({named})"
+        case Configuration():
+            tile = f"{row.BLOCK_M}, {row.BLOCK_N}, {row.num_warps}, {row.stages}"
+            return f'("{name}", {width}, {size}): Configuration({tile})'
 
 
 def _tune_key(
     case: Case,
     key: Key,
-    rows: Sequence[Configuration],
+    rows: Sequence[Row],
     device: str,
     rounds: int,
     clock: Clock,
@@ -112,51 +155,74 @@ def _tune_key(
     ]
 
 
-def _keys(case: Case) -> list[Key]:
-    """The table's keys of the kernels that a case runs."""
-    tensors = case.inputs()
-    problem = configurations.Problem(
+def _keys(problem: Problem, capability: tuple[int, int]) -> list[Key]:
+    """The table's keys of the kernels that a GPU runs."""
+    on_hopper = not reasons_against_hopper_kernels(problem, capability)
+    size = problem.width, problem.itemsize
+    forward: TunedKernel = "hopper_forward" if on_hopper else "forward"
+    by_hopper = on_hopper and size in configurations.HOPPER_BACKWARD and not problem.has_softcap
+    backward: tuple[KernelName, ...] = () if by_hopper else (*problem.keys_kernels, "dq")
+    return [(kernel, *size) for kernel in (forward, *backward)]
+
+
+def _rows(key: Key, problem: Problem) -> tuple[Row, ...]:
+    """What the table has, then the candidates."""
+    kernel, *size = key
+    if kernel == "hopper_forward":
+        rows = HOPPER[size[0]], *HOPPER_CANDIDATES.get(size[0], ())
+        return rows if tuple(size) in configurations.HOPPER_FORWARD else (None, *rows)
+    portable = kernel, *size
+    table = LEAN if problem.is_lean and portable in LEAN else TABLE
+    return table[portable], *CANDIDATES.get(portable, ())
+
+
+def _problem(case: Case) -> Problem:
+    visibility = case.layout().visibility(case.causal, case.window_size, chunk_size=case.chunk_size)
+    return Problem(
         case.head_dim,
         case.value_head_dim or case.head_dim,
         case.num_heads // case.num_kv_heads,
-        tensors.q.itemsize,
-        "either",
+        case.dtype.itemsize,
+        visibility.halves,
         has_softcap=case.softcap is not None,
         has_sinks=case.sinks,
+        has_alibi=case.alibi,
     )
-    kernels: tuple[KernelName, ...] = ("forward", *problem.keys_kernels, "dq")
-    return [(kernel, problem.width, problem.itemsize) for kernel in kernels]
-
-
-def _is_lean(case: Case) -> bool:
-    halves = (
-        case.layout().visibility(case.causal, case.window_size, chunk_size=case.chunk_size).halves
-    )
-    return halves == "both" or case.alibi
 
 
 @contextmanager
-def _table_with(key: Key, row: Configuration) -> Iterator[None]:
+def _table_with(key: Key, row: Row) -> Iterator[None]:
     """dk and dv share a list of tiles, so one moves with the other's rows."""
-    saved = dict(TABLE), dict(LEAN)
-    for table in (TABLE, LEAN):
-        for other in table:
-            shares = {other[0], key[0]} == {"dk", "dv"} and other[1:] == key[1:]
-            if other == key or (shares and table[other].BLOCK_N != row.BLOCK_N):
-                table[other] = row
+    saved = dict(TABLE), dict(LEAN), dict(HOPPER)
+    named = configurations.HOPPER_FORWARD
+    if isinstance(row, Configuration):
+        for table in (TABLE, LEAN):
+            for other in table:
+                shares = {other[0], key[0]} == {"dk", "dv"} and other[1:] == key[1:]
+                if other == key or (shares and table[other].BLOCK_N != row.BLOCK_N):
+                    table[other] = row
+    elif row is not None:
+        HOPPER[key[1]] = row
+        configurations.HOPPER_FORWARD = named | {key[1:]}
+    else:
+        configurations.HOPPER_FORWARD = named - {key[1:]}
     try:
         yield
     finally:
         TABLE.update(saved[0])
         LEAN.update(saved[1])
+        HOPPER.update(saved[2])
+        configurations.HOPPER_FORWARD = named
 
 
 def _call(
-    case: Case, key: Key, row: Configuration, inputs: Sequence[Inputs], layout: DocumentLayout
+    case: Case, key: Key, row: Row, inputs: Sequence[Inputs], layout: DocumentLayout
 ) -> Callable[[int], object]:
     def run(round_: int) -> object:
         with _table_with(key, row):
-            return _both(case, inputs[round_ % len(inputs)], layout, backward=key[0] != "forward")
+            return _both(
+                case, inputs[round_ % len(inputs)], layout, backward="forward" not in key[0]
+            )
 
     return run
 

@@ -22,6 +22,7 @@ from packed_attn_kernels.compile_gate import (
     SHARED_MEMORY_LIMIT,
     Resources,
     compile_function,
+    compile_hopper_forward,
     compile_kernel,
     unordered_products,
 )
@@ -29,6 +30,7 @@ from packed_attn_kernels.configurations import (
     BY_KEYS,
     CANDIDATES,
     FUSED,
+    HOPPER_CANDIDATES,
     LEAN,
     PADDED,
     SPAN,
@@ -102,6 +104,13 @@ def test_candidates_compile_and_fit() -> None:
             found = compile_kernel(kernel, problem, "bf16", row)
             assert found.shared_memory <= SHARED_MEMORY_LIMIT, (kernel, row)
             assert found.wgmma, (kernel, row)
+    for size, hopper_rows in HOPPER_CANDIDATES.items():
+        problem = Job("hopper_forward", (size, size), "causal").problem
+        for row in hopper_rows:
+            for confined in (False, True):
+                found = compile_hopper_forward(problem, "bf16", row, confined)
+                assert found.shared_memory <= SHARED_MEMORY_LIMIT, (size, row)
+                assert found.wgmma, (size, row)
 
 
 @pytest.mark.parametrize("kernel", ["forward", "dkdv"])

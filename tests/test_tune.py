@@ -10,8 +10,15 @@ import torch
 
 pytest.importorskip("triton", reason="tuning compiles with triton")
 
-from packed_attn_kernels import configurations
-from packed_attn_kernels.configurations import CANDIDATES, LEAN, TABLE, Configuration
+from packed_attn_kernels import configurations, hopper_launch
+from packed_attn_kernels.configurations import (
+    CANDIDATES,
+    HOPPER,
+    HOPPER_CANDIDATES,
+    LEAN,
+    TABLE,
+    Configuration,
+)
 
 from benchmarks import tune
 from tests.cases import Case
@@ -78,9 +85,46 @@ def test_results_must_agree() -> None:
 
 
 def test_lean_cases_use_the_lean_table() -> None:
-    assert not tune._is_lean(CASE)
-    assert tune._is_lean(replace(CASE, alibi=True))
-    assert tune._is_lean(replace(CASE, parents=(-1, 0), window_size=(3, 0)))
+    key = ("forward", 128, 2)
+    case = replace(CASE, head_dim=128)
+    assert tune._rows(key, tune._problem(case))[0] == TABLE[key]
+    assert tune._rows(key, tune._problem(replace(case, alibi=True)))[0] == LEAN[key]
+    tree = replace(case, parents=(-1, 0), window_size=(3, 0))
+    assert tune._rows(key, tune._problem(tree))[0] == LEAN[key]
+
+
+def test_a_hopper_gpu_tunes_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hopper_launch, "INTERPRETED", False)
+    case = replace(CASE, head_dim=128)
+    keys = tune._keys(tune._problem(case), (9, 0))
+    assert keys == [("hopper_forward", 128, 2)]
+    keys = tune._keys(tune._problem(replace(case, softcap=5.0)), (9, 0))
+    assert keys == [("hopper_forward", 128, 2), ("dkdv", 128, 2), ("dq", 128, 2)]
+    assert tune._keys(tune._problem(case), (8, 0))[0] == ("forward", 128, 2)
+    assert tune._keys(tune._problem(replace(case, alibi=True)), (9, 0))[0] == ("forward", 128, 2)
+
+
+def test_a_kernel_that_is_off_is_timed_beside_the_portable_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    key = ("hopper_forward", 256, 2)
+    problem = tune._problem(replace(CASE, head_dim=256))
+    monkeypatch.setattr(configurations, "HOPPER_FORWARD", frozenset({(128, 2)}))
+    rows = tune._rows(key, problem)
+    assert rows == (None, HOPPER[256], *HOPPER_CANDIDATES[256])
+    before = dict(HOPPER)
+    with tune._table_with(key, rows[-1]):
+        assert HOPPER[256] == rows[-1]
+        assert (256, 2) in configurations.HOPPER_FORWARD
+        assert tune._rows(key, problem)[0] == rows[-1], "on, it is the row itself"
+        with tune._table_with(key, None):
+            assert {(128, 2)} == configurations.HOPPER_FORWARD
+    assert before == HOPPER
+    assert {(128, 2)} == configurations.HOPPER_FORWARD
+    results = [tune.Result(key, "a", row, 1.0 / n) for n, row in enumerate(rows[:2], 1)]
+    named = "256: HopperConfiguration(BLOCK_N=64, stages=2, out_in_q=True, unrolled=1)"
+    assert tune.best_rows(results) == [f"    {named},  # 0.500 of the row"]
+    assert "not (256, 2) in HOPPER_FORWARD" in tune.best_rows(results[:1])[0]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

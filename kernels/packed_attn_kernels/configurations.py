@@ -36,12 +36,14 @@ class Configuration:
 class HopperConfiguration:
     """Keys of a block and slots of its ring.
 
-    `out_in_q`: out has no room beside q. `unrolled`: blocks of one round of the loop. Registers are
-    those of a thread; twice the consumers' and the producer's make at most 504.
+    `q_slots`: items whose q is in shared memory. `out_in_q`: out passes through q's place and has
+    none of its own. `unrolled`: blocks of one round of the loop. Registers are those of a thread;
+    twice the consumers' and the producer's make at most 504.
     """
 
     BLOCK_N: int
     stages: int
+    q_slots: int = 1
     out_in_q: bool = False
     unrolled: int = 2
     producer_registers: int = 24
@@ -204,6 +206,19 @@ HOPPER: dict[int, HopperConfiguration] = {
     64: HopperConfiguration(128, 3),
     128: HopperConfiguration(128, 2),
     256: HopperConfiguration(64, 2, out_in_q=True, unrolled=1),
+}
+
+# What `benchmarks/tune.py` times beside them.
+HOPPER_CANDIDATES: dict[int, tuple[HopperConfiguration, ...]] = {
+    64: (
+        HopperConfiguration(128, 3, q_slots=2, out_in_q=True),
+        HopperConfiguration(128, 4),
+    ),
+    128: (
+        HopperConfiguration(128, 2, q_slots=2, out_in_q=True),
+        HopperConfiguration(128, 3, out_in_q=True),
+    ),
+    256: (HopperConfiguration(32, 4, out_in_q=True),),
 }
 
 # (largest padded head_dim, bytes an element) for which a Hopper GPU takes that forward: 1.2 to 1.9

@@ -85,6 +85,7 @@ def hopper_forward_kernel(
     STAGES: gl.constexpr,
     PRODUCER_REGISTERS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
+    Q_SLOTS: gl.constexpr,
     OUT_IN_Q: gl.constexpr,
     UNROLLED: gl.constexpr,
     CONFINED: gl.constexpr,
@@ -97,14 +98,14 @@ def hopper_forward_kernel(
     descriptor shows a tensor as a matrix; head h begins at row h * row_step, column
     h * column_step. flags: [0] whether any item is flagged, [1] how many items were taken beyond
     the first of each program, [ITEMS + x] whether item x is flagged.
-    OUT_IN_Q passes out through q's place, which the next item's q has to wait for. UNROLLED blocks
-    are a round of the loop. CONFINED does flagged items alone, and reads flags where otherwise they
-    are written.
+    Q_SLOTS items have their q in shared memory. OUT_IN_Q passes out through its item's q, whose
+    place is free only then. UNROLLED blocks are a round of the loop. CONFINED does flagged items
+    alone, and reads flags where otherwise they are written.
     """
     if CONFINED:  # noqa: SIM102 - only what a constant alone decides is left out of the kernel
         if gl.load(flags_ptr) == 0:
             return
-    q = gl.allocate_shared_memory(q_desc.dtype, [2, ROWS, HEAD_DIM], q_desc.layout)
+    q = gl.allocate_shared_memory(q_desc.dtype, [2 * Q_SLOTS, ROWS, HEAD_DIM], q_desc.layout)
     k = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, HEAD_DIM], k_desc.layout)
     v = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, HEAD_DIM], v_desc.layout)
     staged = q
@@ -113,14 +114,13 @@ def hopper_forward_kernel(
     clean = staged
     if CONFINED:
         clean = gl.allocate_shared_memory(v_desc.dtype, [2, BLOCK_N, HEAD_DIM], v_desc.layout)
-    message = gl.allocate_shared_memory(gl.int32, [WORDS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    intervals = gl.allocate_shared_memory(
-        gl.int32, [4, ROWS], gl.SwizzledSharedLayout(1, 1, 1, [0])
-    )
-    q_full = _barriers(2, 1)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    message = gl.allocate_shared_memory(gl.int32, [WORDS * Q_SLOTS, 1], PLAIN)
+    intervals = gl.allocate_shared_memory(gl.int32, [4 * Q_SLOTS, ROWS], PLAIN)
+    q_full = _barriers(2 * Q_SLOTS, 1)
     k_full = _barriers(STAGES, 1)
     v_full = _barriers(STAGES, 1)
-    q_empty = _barriers(2, 1)
+    q_empty = _barriers(2 * Q_SLOTS, 1)
     k_empty = _barriers(STAGES, 2)
     v_empty = _barriers(STAGES, 2)
     fence_async_shared()
@@ -137,15 +137,18 @@ def hopper_forward_kernel(
         [
             (
                 _consume_upper,
-                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, OUT_IN_Q,
-                 UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS),
+                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
+                 OUT_IN_Q, UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS),
             ),
             (
                 _consume_lower,
-                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, OUT_IN_Q,
-                 UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS),
+                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
+                 OUT_IN_Q, UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS),
             ),
-            (_produce, (rings, message, descriptors, steps, lists, BLOCK_N, STAGES, CONFINED)),
+            (
+                _produce,
+                (rings, message, descriptors, steps, lists, BLOCK_N, STAGES, Q_SLOTS, CONFINED),
+            ),
         ],
         [4, 1],
         [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
@@ -187,7 +190,7 @@ def _full_blocks(start, end, live, hull_start, hull_stop, blocks, BLOCK_N: gl.co
 @gluon.jit
 def _produce(
     rings, message, descriptors, steps, lists, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    CONFINED: gl.constexpr,
+    Q_SLOTS: gl.constexpr, CONFINED: gl.constexpr,
 ):  # fmt: skip
     """Finds the items of this program, says which they are, and copies what they read."""
     q, _, _, q_full, _, _, q_empty, _, _ = rings
@@ -233,21 +236,22 @@ def _produce(
             blocks = (hull_stop - hull_start + BLOCK_N - 1) // BLOCK_N
             upper = _full_blocks(start_0, end_0, live_0, hull_start, hull_stop, blocks, BLOCK_N)
             lower = _full_blocks(start_1, end_1, live_1, hull_start, hull_stop, blocks, BLOCK_N)
-            for half in gl.static_range(2):
-                mbarrier.wait(q_empty.index(half), (done + 1) & 1)
-            intervals.index(0).store(start_0)
-            intervals.index(1).store(end_0)
-            intervals.index(2).store(start_1)
-            intervals.index(3).store(end_1)
-            _announce(message, item, first, stop, hull_start, blocks, upper, lower)
+            at = done % Q_SLOTS
+            _wait_for_place(q_empty, done, Q_SLOTS)
+            intervals.index(4 * at).store(start_0)
+            intervals.index(4 * at + 1).store(end_0)
+            intervals.index(4 * at + 2).store(start_1)
+            intervals.index(4 * at + 3).store(end_1)
+            _announce(message, at, item, first, stop, hull_start, blocks, upper, lower)
             h = item % heads
             for half in gl.static_range(2):
-                mbarrier.expect(q_full.index(half), q_desc.block_type.nbytes)
+                slot = 2 * at + half
+                mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes)
                 _load(
                     q_desc,
                     [h * q_row_step + first + half * ROWS, h * q_column_step],
-                    q_full.index(half),
-                    q.index(half),
+                    q_full.index(slot),
+                    q.index(slot),
                 )
             _copy_blocks(
                 h // group, hull_start, blocks, before, rings, descriptors, steps, BLOCK_N, STAGES
@@ -258,26 +262,32 @@ def _produce(
         item = gl.where(first < stop, following, items)
         first = gl.max(gl.where(lane == 0, ends, 0), 0)
         stop = gl.max(gl.where(lane == 1, ends, 0), 0)
-    for half in gl.static_range(2):
-        mbarrier.wait(q_empty.index(half), (done + 1) & 1)
-    _say(message, 0, -1)
+    _wait_for_place(q_empty, done, Q_SLOTS)
+    _say(message, done % Q_SLOTS * WORDS, -1)
     barrier()
     for half in gl.static_range(2):
-        mbarrier.arrive(q_full.index(half))
+        mbarrier.arrive(q_full.index(done % Q_SLOTS * 2 + half))
 
 
 @gluon.jit
-def _announce(message, item, first, stop, hull_start, blocks, upper, lower):
+def _wait_for_place(q_empty, done, Q_SLOTS: gl.constexpr):
+    """Until both warpgroups are done with the item that the next one takes the place of."""
+    for half in gl.static_range(2):
+        mbarrier.wait(q_empty.index(done % Q_SLOTS * 2 + half), (done // Q_SLOTS + 1) & 1)
+
+
+@gluon.jit
+def _announce(message, at, item, first, stop, hull_start, blocks, upper, lower):
     """Writes the message of an item, for all of the consumers' threads to read."""
-    _say(message, 0, item)
-    _say(message, 1, first)
-    _say(message, 2, stop)
-    _say(message, 3, hull_start)
-    _say(message, 4, blocks)
-    _say(message, 5, upper[0])
-    _say(message, 6, upper[1])
-    _say(message, 7, lower[0])
-    _say(message, 8, lower[1])
+    _say(message, at * WORDS, item)
+    _say(message, at * WORDS + 1, first)
+    _say(message, at * WORDS + 2, stop)
+    _say(message, at * WORDS + 3, hull_start)
+    _say(message, at * WORDS + 4, blocks)
+    _say(message, at * WORDS + 5, upper[0])
+    _say(message, at * WORDS + 6, upper[1])
+    _say(message, at * WORDS + 7, lower[0])
+    _say(message, at * WORDS + 8, lower[1])
     barrier()
 
 
@@ -304,42 +314,44 @@ def _copy_blocks(
 
 
 @gluon.jit
-def _say(message, AT: gl.constexpr, value):
+def _say(message, at, value):
     """Writes a word of the message, which the consumers' `q_full` covers."""
     WORD: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    message.index(AT).store(gl.full([1], 0, gl.int32, WORD) + value)
+    message.index(at).store(gl.full([1], 0, gl.int32, WORD) + value)
 
 
 @gluon.jit
-def _hear(message, AT: gl.constexpr):
+def _hear(message, at):
     """Reads a word of the message."""
     WORD: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.max(message.index(AT).load(WORD), 0)
+    return gl.max(message.index(at).load(WORD), 0)
 
 
 @gluon.jit
 def _consume_upper(
     rings, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, OUT_IN_Q: gl.constexpr, UNROLLED: gl.constexpr,
-    CONFINED: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
+    STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_IN_Q: gl.constexpr,
+    UNROLLED: gl.constexpr, CONFINED: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The first 64 rows."""
     _consume(
-        0, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, OUT_IN_Q,
-        UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS,
+        0, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
+        OUT_IN_Q, UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
 
 
 @gluon.jit
 def _consume_lower(
     rings, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, OUT_IN_Q: gl.constexpr, UNROLLED: gl.constexpr,
-    CONFINED: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
+    STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_IN_Q: gl.constexpr,
+    UNROLLED: gl.constexpr, CONFINED: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The last 64 rows."""
     _consume(
-        1, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, OUT_IN_Q,
-        UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS,
+        1, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
+        OUT_IN_Q, UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
 
 
@@ -355,6 +367,7 @@ def _consume(
     HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    Q_SLOTS: gl.constexpr,
     OUT_IN_Q: gl.constexpr,
     UNROLLED: gl.constexpr,
     CONFINED: gl.constexpr,
@@ -372,15 +385,18 @@ def _consume(
     mbarrier.wait(q_full.index(HALF), 0)
     item = _hear(message, 0)
     while item >= 0:
-        first = _hear(message, 1) + HALF * ROWS
-        stop = _hear(message, 2)
-        hull_start = _hear(message, 3)
-        blocks = _hear(message, 4)
-        edge = _hear(message, 5 + 2 * HALF)
-        through = _hear(message, 6 + 2 * HALF)
+        at = done % Q_SLOTS
+        mine = 2 * at + HALF
+        word = at * WORDS
+        first = _hear(message, word + 1) + HALF * ROWS
+        stop = _hear(message, word + 2)
+        hull_start = _hear(message, word + 3)
+        blocks = _hear(message, word + 4)
+        edge = _hear(message, word + 5 + 2 * HALF)
+        through = _hear(message, word + 6 + 2 * HALF)
         i = first + gl.arange(0, ROWS, ROW)
-        start = intervals.index(2 * HALF).load(ROW)
-        end = intervals.index(2 * HALF + 1).load(ROW)
+        start = intervals.index(4 * at + 2 * HALF).load(ROW)
+        end = intervals.index(4 * at + 2 * HALF + 1).load(ROW)
         live = end > start
         m = gl.full([ROWS], LOWEST, gl.float32, ROW)
         l = gl.full([ROWS], 0.0, gl.float32, ROW)
@@ -393,40 +409,40 @@ def _consume(
         if CONFINED:
             for y in range(0, blocks):
                 acc, m, l = confined_step(
-                    before + y, HALF, acc, m, l, rings, own, hull_start + y * BLOCK_N, start, end,
-                    numbers, HEAD_DIM, BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
+                    before + y, HALF, mine, acc, m, l, rings, own, hull_start + y * BLOCK_N, start,
+                    end, numbers, HEAD_DIM, BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
                 )  # fmt: skip
             if not OUT_IN_Q:
-                mbarrier.arrive(q_empty.index(HALF))
+                mbarrier.arrive(q_empty.index(mine))
         else:
             acc, m, l = walk(
-                HALF, acc, m, l, rings, hull_start, start, end, blocks, edge, through, before,
+                mine, acc, m, l, rings, hull_start, start, end, blocks, edge, through, before,
                 numbers, BLOCK_N, STAGES, OUT_IN_Q, UNROLLED, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
+        staged = own[0].index(mine if OUT_IN_Q else HALF)
         _finish(
-            HALF, acc, m, l, live, i, own, results, item, item % heads, first, stop, HEAD_DIM, SUMS,
+            staged, acc, m, l, live, i, results, item, item % heads, first, stop, HEAD_DIM, SUMS,
             CONFINED,
         )  # fmt: skip
         if OUT_IN_Q:
             # What was written there as out must not come after what is copied there as q.
             fence_async_shared()
             barrier()
-            mbarrier.arrive(q_empty.index(HALF))
+            mbarrier.arrive(q_empty.index(mine))
         done += 1
         before += blocks
-        mbarrier.wait(q_full.index(HALF), done & 1)
-        item = _hear(message, 0)
+        mbarrier.wait(q_full.index(done % Q_SLOTS * 2 + HALF), (done // Q_SLOTS) & 1)
+        item = _hear(message, done % Q_SLOTS * WORDS)
 
 
 @gluon.jit
 def _finish(
-    HALF: gl.constexpr,
+    staged,
     acc,
     m,
     l,
     live,
     i,
-    own,
     results,
     item,
     h,
@@ -456,7 +472,6 @@ def _finish(
         acc * gl.convert_layout(factor, SUM_ROW)[:, None],
     )
     # No warp may still read the item before.
-    staged = own[0].index(HALF)
     barrier()
     staged.store(out.to(staged.dtype))
     barrier()

@@ -136,6 +136,7 @@ def hopper_constants(
         "STAGES": 1 if confined else chosen.stages,
         "PRODUCER_REGISTERS": chosen.producer_registers,
         "CONSUMER_REGISTERS": chosen.consumer_registers,
+        "Q_SLOTS": chosen.q_slots,
         "OUT_IN_Q": chosen.out_in_q,
         "UNROLLED": chosen.unrolled,
         "CONFINED": confined,

@@ -31,7 +31,7 @@ ROWS: gl.constexpr = gl.constexpr(64)
 
 @gluon.jit
 def walk(
-    HALF: gl.constexpr,
+    mine,
     acc,
     m,
     l,
@@ -52,20 +52,23 @@ def walk(
     SCORES: gl.constexpr,
     SUMS: gl.constexpr,
 ):
-    """All blocks of an item; those from `edge` to `through` are seen by all of its rows."""
+    """All blocks of an item, whose q of this warpgroup is the ring's `mine`.
+
+    Those from `edge` to `through` are seen by all of its rows.
+    """
     q, k, v, _, k_full, v_full, q_empty, k_empty, v_empty = rings
     if blocks > 0:
         slot = before % STAGES
         mbarrier.wait(k_full.index(slot), (before // STAGES) & 1)
         none = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
         products = warpgroup_mma(
-            q.index(HALF), k.index(slot).permute((1, 0)), none, use_acc=False, is_async=True
+            q.index(mine), k.index(slot).permute((1, 0)), none, use_acc=False, is_async=True
         )
         s = warpgroup_mma_wait(0, deps=[products])
         mbarrier.arrive(k_empty.index(slot))
         for y in range(0, edge):
             s, acc, m, l = _step(
-                y, True, HALF, s, acc, m, l, rings, hull_start, start, end, before, numbers,
+                y, True, mine, s, acc, m, l, rings, hull_start, start, end, before, numbers,
                 BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
         # Two at a time, the scores of one block stand where those of the next but one will.
@@ -73,16 +76,16 @@ def walk(
         for turn in range(0, rounds):
             for which in gl.static_range(UNROLLED):
                 s, acc, m, l = _step(
-                    edge + UNROLLED * turn + which, False, HALF, s, acc, m, l, rings, hull_start,
+                    edge + UNROLLED * turn + which, False, mine, s, acc, m, l, rings, hull_start,
                     start, end, before, numbers, BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
                 )  # fmt: skip
         for y in range(edge + UNROLLED * rounds, blocks - 1):
             s, acc, m, l = _step(
-                y, True, HALF, s, acc, m, l, rings, hull_start, start, end, before, numbers,
+                y, True, mine, s, acc, m, l, rings, hull_start, start, end, before, numbers,
                 BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
         if not OUT_IN_Q:
-            mbarrier.arrive(q_empty.index(HALF))
+            mbarrier.arrive(q_empty.index(mine))
         last = before + blocks - 1
         mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
         s, factor = _seen(
@@ -92,7 +95,7 @@ def walk(
         acc = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(v_empty.index(last % STAGES))
     elif not OUT_IN_Q:
-        mbarrier.arrive(q_empty.index(HALF))
+        mbarrier.arrive(q_empty.index(mine))
     return acc, m, l
 
 
@@ -100,7 +103,7 @@ def walk(
 def _step(
     y,
     MASKED: gl.constexpr,
-    HALF: gl.constexpr,
+    mine,
     s,
     acc,
     m,
@@ -126,7 +129,7 @@ def _step(
     mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1)
     none = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
     products = warpgroup_mma(
-        q.index(HALF), k.index(after % STAGES).permute((1, 0)), none, use_acc=False, is_async=True
+        q.index(mine), k.index(after % STAGES).permute((1, 0)), none, use_acc=False, is_async=True
     )
     # No instruction passes this wait: the products are on their way before the exponentials.
     mbarrier.wait(v_full.index(at % STAGES), (at // STAGES) & 1)
@@ -163,6 +166,7 @@ def _weighted(s, factor, acc, m, l, v, SUMS: gl.constexpr):
 def confined_step(
     at,
     HALF: gl.constexpr,
+    mine,
     acc,
     m,
     l,
@@ -201,7 +205,7 @@ def confined_step(
     mbarrier.wait(k_full.index(slot), phase)
     none = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
     products = warpgroup_mma(
-        q.index(HALF), k.index(slot).permute((1, 0)), none, use_acc=False, is_async=True
+        q.index(mine), k.index(slot).permute((1, 0)), none, use_acc=False, is_async=True
     )
     s = warpgroup_mma_wait(0, deps=[products])
     mbarrier.arrive(k_empty.index(slot))
