@@ -127,7 +127,7 @@ def compile_hopper_forward(
     signature = {name: _argument_type(name, element) for name in hopper_forward_kernel.arg_names}
     for name, rows in (("q", ROWS), ("k", chosen.BLOCK_N), ("v", chosen.BLOCK_N)):
         block = [rows, problem.head_dim]
-        signature[f"{name}_desc"] = f"tensordesc<{element}{block},{block_layout(block)!r}>"
+        signature[f"{name}_desc"] = f"tensordesc<{element}{block},{block_layout(*block)!r}>"
     return compile_function(
         hopper_forward_kernel, signature, values, HOPPER_OPTIONS, source=GluonASTSource
     )
@@ -145,7 +145,7 @@ def compile_hopper_backward(
     signature = {name: _argument_type(name, element) for name in hopper_backward_kernel.arg_names}
     for name, rows in (("q", chosen.BLOCK_M), ("k", ROWS), ("v", ROWS), ("dout", chosen.BLOCK_M)):
         block = [rows, problem.head_dim]
-        signature[f"{name}_desc"] = f"tensordesc<{element}{block},{block_layout(block)!r}>"
+        signature[f"{name}_desc"] = f"tensordesc<{element}{block},{block_layout(*block)!r}>"
     for name in ("row_lse", "delta"):
         signature[f"{name}_desc"] = f"tensordesc<fp32{[chosen.BLOCK_M]},{line_layout()!r}>"
     signature["sums_desc"] = f"tensordesc<fp32{SHARE},{share_layout()!r}>"

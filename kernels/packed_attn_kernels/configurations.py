@@ -101,7 +101,8 @@ class Problem:
     @property
     def width(self) -> int:
         """The table's head_dim: 64, 128 or 256."""
-        return next(w for w in (64, 128, 256) if max(self.block_d, self.block_dv) <= w)
+        widest = max(self.block_d, self.block_dv)
+        return 64 if widest <= 64 else 128 if widest <= 128 else 256
 
 
 # (kernel, largest padded head_dim, bytes an element): configuration

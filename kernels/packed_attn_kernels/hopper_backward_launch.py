@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -82,10 +83,9 @@ def _launch_gradients(inputs: Inputs, arguments: dict[str, Any], sums: Tensor) -
 
 def _launch_shares_cast(inputs: Inputs, arguments: dict[str, Any], sums: Tensor) -> None:
     _, heads, head_dim = inputs.q.shape
-    wanted = set(shares_cast_kernel.arg_names)
     grid = (arguments["padded_queries"] // ROWS, heads, head_dim // ROWS)
     shares_cast_kernel[grid](
-        **{name: value for name, value in arguments.items() if name in wanted},
+        **_taken(shares_cast_kernel, arguments),
         **{"dq_sums_ptr": sums, "HEAD_DIM": head_dim},
         **HOPPER_OPTIONS,
     )
@@ -99,13 +99,17 @@ def _launch_backward_repair(inputs: Inputs, arguments: dict[str, Any]) -> None:
         (repair_dq_kernel, "dq", inputs.tiles[2], {"heads": heads}),
     )
     for kernel, name, tiles, counts in kernels:
-        wanted = set(kernel.arg_names)
         kernel[(PROGRAMS,)](
-            **{name: value for name, value in arguments.items() if name in wanted},
+            **_taken(kernel, arguments),
             **counts | {"tiles_ptr": tiles, "tiles": tiles.shape[0]},
             **backward_repair_constants(name, problem),
             **configurations.options(name, problem),
         )
+
+
+def _taken(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """The arguments that a kernel has."""
+    return {name: arguments[name] for name in kernel.arg_names if name in arguments}
 
 
 def hopper_backward_constants(
@@ -132,6 +136,7 @@ def backward_repair_constants(kernel: KernelName, problem: Problem) -> dict[str,
     }
 
 
+@lru_cache
 def line_layout() -> Any:
     """How a block of lse or delta stands in shared memory."""
     from triton.experimental.gluon import language as gl
@@ -139,6 +144,7 @@ def line_layout() -> Any:
     return gl.NVMMASharedLayout(0, 32, rank=1)
 
 
+@lru_cache
 def share_layout() -> Any:
     """How a share of dq, as `SHARE`, stands in shared memory."""
     from triton.experimental.gluon import language as gl

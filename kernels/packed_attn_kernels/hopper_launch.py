@@ -59,6 +59,7 @@ def reasons_against_hopper_backward(inputs: Inputs) -> list[str]:
     return reasons
 
 
+@lru_cache
 def split_problem(problem: Problem) -> Problem:
     """The problem of the kernels that repair."""
     return replace(problem, fused=False)
@@ -84,10 +85,16 @@ def _reasons_against(inputs: Inputs) -> list[str]:
     device = inputs.q.device
     on_gpu = device.type == "cuda"
     capability = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
-    reasons = reasons_against_hopper_kernels(inputs.problem, capability)
+    reasons = [*_kernel_reasons(inputs.problem, capability)]
     return reasons + reasons_against_hopper_inputs(
         inputs.softmax_scale, q=inputs.q, k=inputs.k, v=inputs.v
     )
+
+
+# A layer asks at every step; `reasons_against_hopper_kernels` itself a compiler traces.
+@lru_cache
+def _kernel_reasons(problem: Problem, capability: tuple[int, int]) -> tuple[str, ...]:
+    return tuple(reasons_against_hopper_kernels(problem, capability))
 
 
 def reasons_against_hopper_inputs(softmax_scale: float, **tensors: Tensor) -> list[str]:
@@ -157,11 +164,13 @@ def copyable(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def block_layout(block: list[int]) -> Any:
+@lru_cache
+def block_layout(rows: int, head_dim: int) -> Any:
     """How a block `[rows, head_dim]` of half precision stands in shared memory."""
     from triton.experimental.gluon import language as gl
 
     # Both dtypes of half precision have the same layout.
+    block = [rows, head_dim]
     return gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16)  # pyright: ignore[reportCallIssue]
 
 
@@ -176,7 +185,7 @@ def described(name: str, x: Tensor, rows: int) -> dict[str, Any]:
     block = [rows, x.shape[2]]
     strides = [x.stride(0), 1]
     return {
-        f"{name}_desc": TensorDescriptor(x, shape, strides, block, block_layout(block)),
+        f"{name}_desc": TensorDescriptor(x, shape, strides, block, block_layout(*block)),
         f"{name}_row_step": row_step,
         f"{name}_column_step": column_step,
     }
