@@ -1,11 +1,11 @@
 """A prompt computed once for all of its answers, against a copy for each, forward and backward.
 
-    python -m benchmarks.bench_forest [--device cuda] [--json PATH]
+    python -m benchmarks.bench_forest [--device cuda] [--rows attention,planning] [--json PATH]
 
 Packed attention of one prompt with n answers: as a forest, and as n documents of prompt and answer
 without padding. Prints how many times fewer tokens and attention FLOPs (pairs of query and key that
-see each other) the forest has, how many times less time it takes, how its time grows with the
-answers, and, on the CPU, how fast forests are planned.
+see each other) the forest has, how many times less time it takes and how its time grows with the
+answers (attention), and, on the CPU, how fast forests are planned (planning).
 
 On the CPU times are CPU time on one thread, which other work on the machine disturbs little, of two
 heads in float32; on CUDA the device's time of an eager call, of Llama 3 8B's heads in bfloat16.
@@ -135,26 +135,29 @@ class Row:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", choices=SIDES, default="cpu")
+    parser.add_argument("--rows", default="attention,planning", help="which, by name")
     parser.add_argument("--json", type=Path, default=None, help="where the figures go")
     options = parser.parse_args(arguments)
     side = SIDES[options.device]
     on_cpu = side.device == "cpu"
     if on_cpu:
         torch.set_num_threads(1)
-    report = {
+    path = options.json or RESULTS / ("forest_cpu.json" if on_cpu else "forest_gpu.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    report = json.loads(path.read_text()) if path.exists() else {}
+    report |= {
         "machine": machine() if on_cpu else machine() | gpu_facts(),
         "clock": "CPU time of the process, one thread" if on_cpu else "events on the device",
         "heads": side.heads,
         "head_dim": side.head_dim,
         "dtype": str(side.dtype),
-        "rows": [{**asdict(row), "of_flops": row.of_flops} for row in timed(side)],
-        "time_per_pair_by_answers": growth(side),
     }
-    if on_cpu:
+    rows = options.rows.split(",")
+    if "attention" in rows:
+        report["rows"] = [{**asdict(row), "of_flops": row.of_flops} for row in timed(side)]
+        report["time_per_pair_by_answers"] = growth(side)
+    if "planning" in rows and on_cpu:
         report["planning"] = planning()
-    name = "forest_cpu.json" if on_cpu else "forest_gpu.json"
-    path = options.json or RESULTS / name
-    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(report, indent=2) + "\n")
 
 
@@ -250,7 +253,8 @@ def planning() -> dict[str, float]:
     """Documents and tokens planned a second of CPU time, on one core."""
     random = np.random.default_rng(0)
     figures = {}
-    for group, capacity in ((8, 8192), (64, 8192), (8, 2048)):  # the last two split every tree
+    # All but the first split every tree.
+    for group, capacity in ((8, 8192), (64, 8192), (8, 2048), (2, 1024)):
         lengths = random.integers(600, 900, 1_000_000)
         ids = random.permutation(np.arange(lengths.size) // group)
         prompts = np.full(lengths.size, 512)

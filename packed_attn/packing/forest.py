@@ -31,19 +31,33 @@ class ForestPlan:
     document `parents[d]`; list i is the path that ends in document `ends[i]`.
 
     Attributes:
-        lengths, parents, lists, starts: int64 `[num_documents]`; -1 is the parent of a root.
+        documents: int64 `[num_documents, 4]`: parent (-1 for a root), list, length and start of
+            each; `parents`, `lists`, `lengths` and `starts` are its columns.
         ends: int64 `[num_lists]`; -1 where the list is empty.
     """
 
-    lengths: NDArray[np.int64]
-    parents: NDArray[np.int64]
-    lists: NDArray[np.int64]
-    starts: NDArray[np.int64]
+    documents: NDArray[np.int64]
     ends: NDArray[np.int64]
 
     @property
+    def parents(self) -> NDArray[np.int64]:
+        return self.documents[:, 0]
+
+    @property
+    def lists(self) -> NDArray[np.int64]:
+        return self.documents[:, 1]
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        return self.documents[:, 2]
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        return self.documents[:, 3]
+
+    @property
     def num_documents(self) -> int:
-        return self.lengths.size
+        return len(self.documents)
 
     @property
     def tokens(self) -> int:
@@ -105,9 +119,14 @@ def plan_prompts(
         at = int(np.argmax(prompts < 0))
         raise ValueError(f"prompt_lengths must not be negative, but [{at}] is {prompts[at]}")
     numbers, ends = np.empty_like(given), np.empty_like(given)
-    groups = tries.number_groups(ids, given > 0, numbers)
+    table = np.full(2 << given.size.bit_length(), -1, np.int32)
+    groups = tries.number_groups(ids, given > 0, numbers, table)
+    del table
     counts, shared = tries.shortest_prompts(numbers, np.minimum(prompts, given), groups)
-    return _plan(tries.emit_groups(numbers, given, shared, counts, min_shared, ends), ends)
+    members = np.empty((counts.sum(), 2), np.int64)
+    documents = np.empty((len(members) + np.count_nonzero(counts > 1), 4), np.int64)
+    used = tries.emit_groups(numbers, given, shared, counts, min_shared, members, documents, ends)
+    return ForestPlan(documents[:used], ends)
 
 
 def plan_flat(
@@ -128,10 +147,17 @@ def plan_flat(
 
     number = lengths.size
     leaf_of, nodes = np.empty(number, np.int32), np.empty((2 * number + 1, 4), np.int32)
-    table = np.full(4 << number.bit_length(), -1, np.int32)
-    used = tries.insert_lists(tokens, second, starts, lengths, leaf_of, nodes, table)
-    ends = np.empty(number, np.int64)
-    return _plan(tries.emit_documents(nodes[:used], leaf_of, min_shared, ends), ends)
+    used = tries.insert_lists(
+        # The table is freed before documents are made: a quarter of the memory that this takes.
+        tokens, second, starts, lengths, leaf_of, nodes,
+        np.full(4 << number.bit_length(), -1, np.int32),
+    )  # fmt: skip
+    nodes = nodes[:used]
+    order, facts = np.zeros(used, np.int32), np.empty((used, 4), np.int32)
+    found = tries.weigh(nodes, leaf_of, min_shared, order, facts)
+    documents, ends = np.empty((found, 4), np.int64), np.empty(number, np.int64)
+    tries.emit_documents(nodes, leaf_of, order, facts, documents, ends)
+    return ForestPlan(documents, ends)
 
 
 def bits(values: NDArray[Any]) -> NDArray[np.int32]:
@@ -156,11 +182,6 @@ def check_min_shared(min_shared: Any) -> None:
     """Refuses what is no number of tokens that sharing could save."""
     if isinstance(min_shared, bool) or not isinstance(min_shared, int) or min_shared < 1:
         raise ValueError(f"min_shared must be an integer of at least 1, got {min_shared!r}")
-
-
-def _plan(documents: NDArray[np.int64], ends: NDArray[np.int64]) -> ForestPlan:
-    lengths, parents, lists, starts = (np.ascontiguousarray(column) for column in documents.T)
-    return ForestPlan(lengths, parents, lists, starts, ends)
 
 
 def _flat(token_lists: Any) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int64]]:

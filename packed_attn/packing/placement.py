@@ -98,6 +98,16 @@ def place(
     return groups.unfold(placement)
 
 
+def in_random_order(
+    offsets: NDArray[np.int64], random: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Packs shuffled: where the members of each now come from, and the offsets of the packs."""
+    packs = random.permutation(offsets.size - 1)
+    sizes = np.diff(offsets)[packs]
+    ends = np.append(0, np.cumsum(sizes))
+    return np.repeat(offsets[:-1][packs] - ends[:-1], sizes) + np.arange(ends[-1]), ends
+
+
 def _place_items(
     items: Items, capacity: int, strategy: Strategy, max_documents: int | None
 ) -> Placement:

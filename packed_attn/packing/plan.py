@@ -27,7 +27,7 @@ from packed_attn.packing.arguments import (
 from packed_attn.packing.best_fit import Histogram
 from packed_attn.packing.forest import ForestPlan
 from packed_attn.packing.in_order import cut, wrap
-from packed_attn.packing.placement import Constraints, Strategy, place
+from packed_attn.packing.placement import Constraints, Strategy, in_random_order, place
 from packed_attn.packing.report import PackingReport
 from packed_attn.packing.shared import Plan, Trees, attention_pairs, place_forest, with_rests
 
@@ -313,13 +313,22 @@ def _plan_shared(kept: NDArray[np.int64], share: Share, request: _Request) -> Pl
         raise ValueError(
             f"share must plan all {kept.size} documents, but it planned {forest.ends.size}"
         )
-    order, starts, lengths = cut(kept, request.capacity, np.zeros_like(kept))
-    rest = starts > 0
-    forest = with_rests(forest, order[rest], starts[rest], lengths[rest])
-    documents = np.append(np.arange(kept.size), order[rest])
-    random = None if request.seed is None else request.random(0)
-    plan = place_forest(forest, documents, request.capacity, request.strategy, random)
-    return plan if request.seed is None else _shuffled(plan, request)
+    order, starts, lengths = _rests(kept, request.capacity)
+    forest = with_rests(forest, order, starts, lengths)
+    random = None if request.seed is None else request.random
+    plan = place_forest(forest, request.capacity, request.strategy, random)
+    assert plan.trees is not None
+    ended = plan.trees.documents
+    late = np.flatnonzero(ended >= kept.size)
+    ended[late] = order[ended[late] - kept.size]
+    return plan
+
+
+def _rests(kept: NDArray[np.int64], capacity: int) -> tuple[NDArray[np.int64], ...]:
+    """What documents have beyond their first `capacity` tokens: document, start and length."""
+    long = np.flatnonzero(kept > capacity)
+    order, starts, lengths = cut(kept[long] - capacity, capacity, np.zeros_like(long))
+    return long[order], starts + capacity, lengths
 
 
 def _plan_in_order(
@@ -359,35 +368,14 @@ def _wrapped(kept: NDArray[np.int64], request: _Request) -> Plan:
 
 def _shuffled(plan: Plan, request: _Request) -> Plan:
     """The same packs in random order."""
-    packs = request.random(1).permutation(plan.offsets.size - 1)
-    moved, offsets = _moved(plan.offsets, packs)
-    trees = plan.trees
-    if trees is not None:
-        documents, bounds = _moved(trees.offsets, packs)
-        trees = Trees(
-            trees.parents[moved],
-            trees.documents[documents],
-            trees.ends[documents],
-            bounds,
-            trees.lengths[documents],
-        )
+    moved, offsets = in_random_order(plan.offsets, request.random(1))
     return replace(
         plan,
         order=plan.order[moved],
         starts=plan.starts[moved],
         lengths=plan.lengths[moved],
         offsets=offsets,
-        trees=trees,
     )
-
-
-def _moved(
-    offsets: NDArray[np.int64], packs: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Where the members of packs in another order come from, and the offsets of those packs."""
-    sizes = np.diff(offsets)[packs]
-    ends = np.append(0, np.cumsum(sizes))
-    return np.repeat(offsets[:-1][packs] - ends[:-1], sizes) + np.arange(ends[-1]), ends
 
 
 def _reported(plan: Plan, fates: Fates, request: _Request) -> Packs:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from packed_attn.packing.best_fit import Histogram
 from packed_attn.packing.forest import ForestPlan
-from packed_attn.packing.placement import Constraints, Groups, Strategy, place
+from packed_attn.packing.placement import Constraints, Strategy, in_random_order, place
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,80 +62,64 @@ def with_rests(
         order, starts, lengths: int64 `[num_parts]`: the document of each part, where it begins
             inside it, and its tokens. Further `ends` stand in this order.
     """
+    if not order.size:
+        return plan
+    rests = np.stack([np.full(order.size, -1), order, lengths, starts], axis=1)
     own = plan.num_documents + np.arange(order.size)
-    return ForestPlan(
-        np.append(plan.lengths, lengths),
-        np.append(plan.parents, np.full(order.size, -1)),
-        np.append(plan.lists, order),
-        np.append(plan.starts, starts),
-        np.append(plan.ends, own),
-    )
+    return ForestPlan(np.concatenate([plan.documents, rests]), np.append(plan.ends, own))
 
 
 def place_forest(
     plan: ForestPlan,
-    documents: NDArray[np.int64],
     capacity: int,
     strategy: Strategy,
-    random: np.random.Generator | None = None,
+    random: Callable[[int], np.random.Generator] | None = None,
 ) -> Plan:
-    """Places whole trees; those over capacity are split first.
+    """Places whole trees; those over capacity are split first. `trees.documents` are lists.
 
     Args:
         plan: no list of it is longer than capacity.
-        documents: int64 `[num_lists]`, the document of each entry of `plan.ends`.
-        random: which of equally large trees and branches come first; None is as they stand.
+        random: random numbers for which of equally large trees and branches come first (use 0),
+            and for the order of packs (use 1); None is as they stand.
     """
-    rank = np.arange(plan.num_documents)
-    if random is not None:
-        rank = random.permutation(plan.num_documents)
-    copied, parents = split_trees(plan, capacity, rank)
-    roots = np.flatnonzero(parents < 0)
-    firsts = np.append(roots, parents.size)
-    tree_order = np.argsort(rank[copied[roots]], kind="stable")
-    lengths = plan.lengths[copied]
-    totals = np.add.reduceat(lengths, roots) if roots.size else lengths
+    from packed_attn.packing import trees as passes
+
+    documents, heads = plan.documents, np.full(plan.num_documents, -1)
+    after = np.empty_like(plan.ends)
+    lists = np.empty((3, passes.chain_lists(plan.ends, heads, after)), np.int64)
+    rank = np.arange(heads.size) if random is None else random(0).permutation(heads.size)
+    firsts, totals = measured(documents)
+    if totals.max(initial=0) > capacity:
+        # Room that is not used is never touched.
+        room = [np.empty((2 * heads.size, *shape), np.int64) for shape in ((4,), (), ())]
+        documents, heads, rank = passes.split_trees(
+            documents, firsts, totals, heads, rank, capacity, *room
+        )
+        firsts, totals = measured(documents)
+    tree_order = np.argsort(rank[firsts[:-1]], kind="stable")
+    totals = totals[tree_order]
     histogram = Histogram.of(totals)
-    placed = place(totals[tree_order], histogram, capacity, strategy, Constraints())
-    # Trees stand where they were placed, their pieces as they stood.
-    groups = Groups(np.arange(copied.size), firsts, roots)
-    unfolded = groups.unfold(replace(placed, order=tree_order[placed.order]))
-    order, offsets = unfolded.order, unfolded.offsets
-    place_of = np.empty_like(order)
-    place_of[order] = np.arange(order.size)
-    pack = np.repeat(np.arange(offsets.size - 1), np.diff(offsets))
-    above = parents[order]
-    in_pack = np.where(above < 0, -1, place_of[above] - offsets[pack])
-    trees = _trees(plan, documents, copied, place_of, offsets, in_pack)
-    pieces = copied[order]
-    return Plan(
-        plan.lists[pieces],
-        plan.starts[pieces],
-        plan.lengths[pieces],
-        offsets,
-        histogram,
-        placed.bound,
-        trees,
-    )
+    placed = place(totals, histogram, capacity, strategy, Constraints())
+    order, packs = tree_order[placed.order], placed.offsets
+    if random is not None:
+        moved, packs = in_random_order(packs, random(1))
+        order = order[moved]
+    pieces = np.empty((4, heads.size), np.int64)
+    bounds = np.empty((2, packs.size), np.int64)
+    passes.lay_out(order, packs, firsts, documents, heads, after, pieces, lists, bounds)
+    order, starts, lengths, parents = pieces
+    ended = Trees(parents, lists[0], lists[1], bounds[1], lists[2])
+    return Plan(order, starts, lengths, bounds[0], histogram, placed.bound, ended)
 
 
-def split_trees(
-    plan: ForestPlan, capacity: int, rank: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Copies of documents in trees of at most `capacity` tokens, depth-first.
+def measured(documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Where each tree begins, int64 `[num_trees + 1]`, and its tokens, int64 `[num_trees]`."""
+    from packed_attn.packing import trees as passes
 
-    Returns:
-        copied and parents, int64 `[num_copies]`: the document that each copy is of, and the copy
-        that it continues.
-    """
-    roots = np.flatnonzero(plan.parents < 0)
-    totals = np.add.reduceat(plan.lengths, roots) if roots.size else plan.lengths
-    if totals.max(initial=0) <= capacity:
-        return np.arange(plan.num_documents), plan.parents
-    from packed_attn.packing import tries
-
-    bounds = np.append(roots, plan.num_documents)
-    return tries.split_trees(plan.lengths, plan.parents, bounds, capacity, rank)
+    totals = np.empty(np.count_nonzero(documents[:, passes.PARENT] < 0), np.int64)
+    firsts = np.empty(totals.size + 1, np.int64)
+    passes.measure_trees(documents, firsts, totals)
+    return firsts, totals
 
 
 def attention_pairs(
@@ -147,27 +132,3 @@ def attention_pairs(
     """
     before = np.where(parents < 0, 0, starts)
     return lengths * (lengths + 2 * before)
-
-
-def _trees(
-    plan: ForestPlan,
-    documents: NDArray[np.int64],
-    copied: NDArray[np.int64],
-    place_of: NDArray[np.int64],
-    offsets: NDArray[np.int64],
-    in_pack: NDArray[np.int64],
-) -> Trees:
-    """Where each document ends: in the first copy of the piece in which its list ends."""
-    first_copy = np.empty(plan.num_documents, np.int64)
-    first_copy[copied[::-1]] = np.arange(copied.size)[::-1]
-    lists = np.flatnonzero(plan.ends >= 0)
-    piece = place_of[first_copy[plan.ends[lists]]]
-    order = np.argsort(piece, kind="stable")
-    lists, piece = lists[order], piece[order]
-    bounds = np.searchsorted(piece, offsets)
-    pack = np.repeat(np.arange(offsets.size - 1), np.diff(bounds))
-    end = plan.ends[lists]
-    before = np.where(plan.parents[end] < 0, 0, plan.starts[end])
-    return Trees(
-        in_pack, documents[lists], piece - offsets[pack], bounds, before + plan.lengths[end]
-    )

@@ -1,4 +1,4 @@
-"""Passes over every document that find shared prefixes and split trees, compiled by numba.
+"""Passes over every document that find shared prefixes, compiled by numba.
 
 Imported when first needed, as `compiled` is.
 """
@@ -12,6 +12,8 @@ from packed_attn.packing.compiled import compiled
 # Columns of a trie's nodes, int32 `[num_nodes, 4]`: the node above, the first list that goes
 # through the node, the tokens up to its end, and how many lists end in it.
 PARENT, LIST, DEPTH, ENDS = range(4)
+# Columns of documents, as in `ForestPlan`: PARENT, LIST, and
+LENGTH, START = 2, 3
 HASH = np.uint64(0x9E3779B97F4A7C15)  # 2^64 / golden ratio
 BLOCK = 16  # tokens compared without a branch between them
 
@@ -117,58 +119,16 @@ DOCUMENT = WEIGHT
 
 
 @compiled
-def emit_documents(nodes, leaf_of, min_shared, ends):
-    """The trie's documents, depth-first, without prefixes that save less than `min_shared`.
-
-    Branches stand in the order of the first list of each.
+def weigh(nodes, leaf_of, min_shared, order, facts):
+    """How many documents a trie has without prefixes that save less than `min_shared`.
 
     Args:
-        ends: int64 `[num_lists]`, written: the document in which each list ends, -1 if empty.
-
-    Returns:
-        int64 `[num_documents, 4]`: length, parent, list, start.
+        nodes, leaf_of: as `insert_lists` writes them.
+        order: int32 `[num_nodes]`, 0; written: every node behind the one above it, by the first
+            list and then by depth, so that neighbours are neighbours in `nodes`.
+        facts: int32 `[num_nodes, 4]`, written.
     """
-    order = _by_list(nodes, leaf_of)
-    facts = np.empty((nodes.shape[0], 4), np.int32)
-    _weigh(nodes, order, min_shared, facts)
-    documents = np.empty((facts[0, PLACE], 4), np.int64)
-    facts[0, PLACE] = 0
-    for node in order[1:]:
-        parent = nodes[node, PARENT]
-        place, above, before = facts[parent, PLACE], facts[parent, ABOVE], facts[parent, BEFORE]
-        facts[parent, PLACE] += facts[node, PLACE]
-        facts[node, PLACE] = place
-        if nodes[node, ENDS] > 0 or facts[node, ABOVE] == node:
-            documents[place, 0] = nodes[node, DEPTH] - before
-            documents[place, 1] = facts[above, DOCUMENT] if above >= 0 else -1
-            documents[place, 2], documents[place, 3] = nodes[node, LIST], before
-            facts[node, DOCUMENT] = place
-            facts[node, PLACE] = place + 1
-    for i in range(leaf_of.size):
-        ends[i] = facts[leaf_of[i], DOCUMENT] if leaf_of[i] >= 0 else -1
-    return documents
-
-
-@compiled
-def _by_list(nodes, leaf_of):
-    """Every node behind the one above it, by the first list and then by depth: int32
-    `[num_nodes]`. Neighbours here are neighbours in `nodes`, unlike those in depth-first order."""
-    order = np.zeros(nodes.shape[0], np.int32)
-    used = 1
-    for i in range(leaf_of.size):
-        node, begin = leaf_of[i], used
-        while node > 0 and nodes[node, LIST] == i:
-            order[used] = node
-            node = nodes[node, PARENT]
-            used += 1
-        if used > begin + 1:
-            order[begin:used] = order[begin:used][::-1].copy()
-    return order
-
-
-@compiled
-def _weigh(nodes, order, min_shared, facts):
-    """Writes which nodes are documents, and how many are in each and below."""
+    _by_list(nodes, leaf_of, order)
     facts[:, WEIGHT] = nodes[:, ENDS]
     for node in order[:0:-1]:
         facts[nodes[node, PARENT], WEIGHT] += facts[node, WEIGHT]
@@ -183,30 +143,66 @@ def _weigh(nodes, order, min_shared, facts):
         facts[node, ABOVE], facts[node, BEFORE], facts[node, PLACE] = above, before, is_document
     for node in order[:0:-1]:
         facts[nodes[node, PARENT], PLACE] += facts[node, PLACE]
+    return facts[0, PLACE]
 
 
 @compiled
-def number_groups(ids, counted, numbers):
+def emit_documents(nodes, leaf_of, order, facts, documents, ends):
+    """Writes the trie's documents, depth-first, branches in the order of the first list of each.
+
+    Args:
+        order, facts: as `weigh` writes them; facts is changed.
+        documents: int64 `[num_documents, 4]`, written as in `ForestPlan`.
+        ends: int64 `[num_lists]`, written: the document in which each list ends, -1 if empty.
+    """
+    facts[0, PLACE] = 0
+    for node in order[1:]:
+        parent = nodes[node, PARENT]
+        place, above, before = facts[parent, PLACE], facts[parent, ABOVE], facts[parent, BEFORE]
+        facts[parent, PLACE] += facts[node, PLACE]
+        facts[node, PLACE] = place
+        if nodes[node, ENDS] > 0 or facts[node, ABOVE] == node:
+            documents[place, PARENT] = facts[above, DOCUMENT] if above >= 0 else -1
+            documents[place, LIST] = nodes[node, LIST]
+            documents[place, LENGTH], documents[place, START] = nodes[node, DEPTH] - before, before
+            facts[node, DOCUMENT] = place
+            facts[node, PLACE] = place + 1
+    for i in range(leaf_of.size):
+        ends[i] = facts[leaf_of[i], DOCUMENT] if leaf_of[i] >= 0 else -1
+
+
+@compiled
+def _by_list(nodes, leaf_of, order):
+    used = 1
+    for i in range(leaf_of.size):
+        node, begin = leaf_of[i], used
+        while node > 0 and nodes[node, LIST] == i:
+            order[used] = node
+            node = nodes[node, PARENT]
+            used += 1
+        if used > begin + 1:
+            order[begin:used] = order[begin:used][::-1].copy()
+
+
+@compiled
+def number_groups(ids, counted, numbers, table):
     """Numbers groups in the order of their first member: how many there are.
 
     Args:
         ids: int64 `[num_documents]`; a negative one is a group of its own.
         counted: bool `[num_documents]`; others are in no group, number -1.
         numbers: int64 `[num_documents]`, written.
+        table: int32, -1, a power of two of more than as many: a group's first member by its id.
     """
-    slots = 4
-    while slots < 2 * ids.size:
-        slots *= 2
-    table = np.full(slots, -1, np.int64)  # the first member of a group by its id
-    groups = 0
+    groups, last = 0, table.size - 1
     for i in range(ids.size):
         numbers[i] = -1
         if not counted[i]:
             continue
         if ids[i] >= 0:
-            slot = _slot(0, ids[i]) & (slots - 1)
+            slot = _slot(0, ids[i]) & last
             while table[slot] >= 0 and ids[table[slot]] != ids[i]:
-                slot = (slot + 1) & (slots - 1)
+                slot = (slot + 1) & last
             if table[slot] >= 0:
                 numbers[i] = numbers[table[slot]]
                 continue
@@ -231,41 +227,44 @@ def shortest_prompts(numbers, prompts, groups):
 
 
 @compiled
-def emit_groups(numbers, lengths, prompts, counts, min_shared, ends):
-    """`emit_documents` of groups that share one prompt each.
+def emit_groups(numbers, lengths, prompts, counts, min_shared, members, documents, ends):
+    """`emit_documents` of groups that share one prompt each: how many documents.
 
     Args:
-        numbers: int64 `[num_documents]`, each document's group, -1 for none.
+        numbers: int64 `[num_lists]`, each list's group, -1 for none.
         prompts, counts: int64 `[num_groups]`: tokens that its members share, and members.
-        ends: int64 `[num_documents]`, written as in `ForestPlan`.
+        members: int64 `[all members, 2]`, scratch.
+        documents: int64 `[all members and groups of several, 4]`, written.
+        ends: int64 `[num_lists]`, written as in `ForestPlan`.
     """
-    begins = np.zeros(counts.size + 1, np.int64)
-    begins[1:] = np.cumsum(counts)
-    members, at = np.empty(begins[-1], np.int64), begins[:-1].copy()
+    stops = np.cumsum(counts) - counts  # of the members so far
     for i in range(numbers.size):
         ends[i] = -1
         if numbers[i] >= 0:
-            members[at[numbers[i]]] = i
-            at[numbers[i]] += 1
-    documents = np.empty((begins[-1] + counts.size, 4), np.int64)
+            at = stops[numbers[i]]
+            members[at, 0], members[at, 1] = i, lengths[i]
+            stops[numbers[i]] = at + 1
     used = 0
     for group in range(counts.size):
         prompt, above = prompts[group], -1
+        begin, stop = stops[group] - counts[group], stops[group]
         if prompt * (counts[group] - 1) < min_shared:
             prompt = 0
         if prompt:
             above = used
-            documents[used] = (prompt, -1, members[begins[group]], 0)
+            documents[used, PARENT], documents[used, LIST] = -1, members[begin, 0]
+            documents[used, LENGTH], documents[used, START] = prompt, 0
             used += 1
-        for k in range(begins[group], begins[group + 1]):
-            i = members[k]
-            if lengths[i] == prompt:
+        for k in range(begin, stop):
+            i, length = members[k]
+            if length == prompt:
                 ends[i] = above
                 continue
-            documents[used] = (lengths[i] - prompt, above, i, prompt)
+            documents[used, PARENT], documents[used, LIST] = above, i
+            documents[used, LENGTH], documents[used, START] = length - prompt, prompt
             ends[i] = used
             used += 1
-    return documents[:used].copy()
+    return used
 
 
 @compiled
@@ -279,160 +278,3 @@ def first_difference(tokens, second, starts, others, lengths):
         if same < n:
             return i
     return -1
-
-
-@compiled
-def split_trees(lengths, parents, bounds, capacity, rank):
-    """`split_tree` of every tree over capacity; the others stay as they are.
-
-    Args:
-        lengths, parents, rank: int64 `[num_documents]`, of all trees, depth-first.
-        bounds: int64 `[num_trees + 1]`: tree t is documents `bounds[t] : bounds[t + 1]`.
-
-    Returns:
-        copied and parents, int64 `[num_copies]`.
-    """
-    copied, above = np.empty(2 * lengths.size, np.int64), np.empty(2 * lengths.size, np.int64)
-    used = 0
-    for tree in range(bounds.size - 1):
-        first, stop = bounds[tree], bounds[tree + 1]
-        if lengths[first:stop].sum() <= capacity:
-            documents, links = np.arange(stop - first), parents[first:stop] - first
-        else:
-            documents, links = split_tree(
-                lengths[first:stop], parents[first:stop] - first, capacity, rank[first:stop]
-            )
-        if used + documents.size > copied.size:
-            copied = np.append(copied, np.empty(copied.size + documents.size, np.int64))
-            above = np.append(above, np.empty(copied.size - above.size, np.int64))
-        for k in range(documents.size):
-            copied[used + k] = documents[k] + first
-            above[used + k] = links[k] + used if links[k] >= 0 else -1
-        used += documents.size
-    return copied[:used].copy(), above[:used].copy()
-
-
-@compiled
-def split_tree(lengths, parents, capacity, rank):
-    """One tree as several of at most `capacity` tokens, their common prefixes repeated in each.
-
-    From the leaves up, what hangs below a document is distributed over copies of it, by
-    first-fit-decreasing into what its own path leaves of the capacity.
-
-    Args:
-        lengths, parents: int64 `[num_documents]`, depth-first from the root; no path is longer
-            than the capacity.
-        rank: int64 `[num_documents]`, which of equally large branches is placed first.
-
-    Returns:
-        copied and parents, int64 `[num_copies]`: the document that each copy is of, and the copy
-        that it continues (-1 for a root), depth-first.
-    """
-    room = np.empty(lengths.size, np.int64)  # what the path before a document leaves
-    branches = np.zeros(lengths.size + 1, np.int64)
-    has_child = np.zeros(lengths.size, np.bool_)
-    room[0] = capacity
-    for d in range(1, lengths.size):
-        room[d] = room[parents[d]] - lengths[parents[d]]
-        has_child[parents[d]] = True
-    most = 0
-    for d in range(lengths.size - 1, -1, -1):  # copies that a document can have: its leaves
-        branches[d] += not has_child[d]
-        most += branches[d]
-        if d:
-            branches[parents[d]] += branches[d]
-    document, size = np.empty(most, np.int64), np.empty(most, np.int64)
-    first, after = np.full(most, -1, np.int64), np.full(most, -1, np.int64)
-    waiting = np.full(lengths.size, -1, np.int64)  # of each document: copies below it, chained
-    used, roots = 0, 0
-    for d in range(lengths.size - 1, -1, -1):
-        copies = used
-        if waiting[d] < 0:  # a leaf
-            document[used], size[used] = d, lengths[d]
-            used += 1
-        else:
-            below = _chain(waiting[d], after)
-            sizes = size[below]
-            bins, number = first_fit(sizes, rank[document[below]], room[d] - lengths[d])
-            used += number
-            document[copies:used] = d
-            size[copies:used] = lengths[d]
-            for k in range(below.size - 1, -1, -1):
-                copy = copies + bins[k]
-                size[copy] += sizes[k]
-                after[below[k]] = first[copy]
-                first[copy] = below[k]
-        for copy in range(used - 1, copies - 1, -1):
-            if d:
-                after[copy] = waiting[parents[d]]
-                waiting[parents[d]] = copy
-        roots = copies
-    return _copies(document, first, after, roots, used)
-
-
-@compiled
-def _chain(head, after):
-    number, at = 0, head
-    while at >= 0:
-        number += 1
-        at = after[at]
-    members, at = np.empty(number, np.int64), head
-    for k in range(number):
-        members[k] = at
-        at = after[at]
-    return members
-
-
-@compiled
-def _copies(document, first, after, roots, stop):
-    """Copies depth-first from those of the root, `roots : stop`."""
-    copied, parents = np.empty(stop, np.int64), np.empty(stop, np.int64)
-    stack = np.empty((stop, 2), np.int64)  # (copy, the place of the copy that it continues)
-    used = 0
-    for root in range(roots, stop):
-        stack[0, 0], stack[0, 1] = root, -1
-        depth = 1
-        while depth:
-            depth -= 1
-            copy = stack[depth, 0]
-            copied[used], parents[used] = document[copy], stack[depth, 1]
-            # The first branch comes off the stack first.
-            branch, begin = first[copy], depth
-            while branch >= 0:
-                stack[depth, 0], stack[depth, 1] = branch, used
-                depth += 1
-                branch = after[branch]
-            if depth > begin + 1:
-                stack[begin:depth] = stack[begin:depth][::-1].copy()
-            used += 1
-    return copied, parents
-
-
-@compiled
-def first_fit(sizes, rank, capacity):
-    """First-fit-decreasing: the bin of each item, int64 `[num_items]`, and how many bins.
-
-    A tournament tree over the bins' rooms finds the first with enough.
-    """
-    bins = np.zeros(sizes.size, np.int64)
-    if sizes.sum() <= capacity:
-        return bins, 1
-    order = np.argsort(rank - (sizes << 32))  # sizes and ranks have less than 32 bits
-    leaves = 1
-    while leaves < sizes.size:
-        leaves *= 2
-    room = np.full(2 * leaves, capacity, np.int64)
-    number = 0
-    for item in order:
-        at = 1
-        while at < leaves:
-            at *= 2
-            if room[at] < sizes[item]:
-                at += 1
-        bins[item] = at - leaves
-        number = max(number, at - leaves + 1)
-        room[at] -= sizes[item]
-        while at > 1:
-            at //= 2
-            room[at] = max(room[2 * at], room[2 * at + 1])
-    return bins, number

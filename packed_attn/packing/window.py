@@ -135,7 +135,7 @@ class Window:
         second = np.concatenate([agreeing(piece.columns) for piece in self.pool])
         begins = np.cumsum(lengths) - lengths
         forest = plan_flat(tokens, begins, lengths, self.min_shared, second)
-        placed = place_forest(forest, np.arange(lengths.size), self.capacity, "bfd")
+        placed = place_forest(forest, self.capacity, "bfd")
         trees, members, shared = placed.trees, [], []
         assert trees is not None
         for pack, (first, stop) in enumerate(pairwise(placed.offsets.tolist())):
