@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from packed_attn.packing.sources import IGNORED_LABEL, MASK_COLUMNS, WRITTEN_COLUMNS
+from packed_attn.packing.sources import DOCUMENTS, IGNORED_LABEL, MASK_COLUMNS, WRITTEN_COLUMNS
 
+# What rows of `pack_dataset` say of their documents, and documents have no use for.
+BOUNDARY_COLUMNS = (*WRITTEN_COLUMNS, "parents", "ends", DOCUMENTS)
 WHOLE_COLUMNS = ("input_ids", "labels", "attention_mask", *MASK_COLUMNS)  # integers or booleans
 
 
@@ -49,6 +51,68 @@ class DocumentReader:
         return _without_padding(where, columns)
 
 
+def unpacked(number: int, given: Any) -> list[tuple[str, Any]]:
+    """The documents of a stream's item, each with what errors call it: itself, or those of a pack.
+
+    Args:
+        number: of the item in its stream, from 0.
+        given: a document, or a row of `pack_dataset` with `seq_lengths` and, where prefixes are
+            shared, `parents` and `ends`. A document that shares its prefix gets a copy of it.
+
+    Raises:
+        ValueError: boundaries that contradict the tokens.
+    """
+    lengths = given.get("seq_lengths") if isinstance(given, Mapping) else None
+    if lengths is None:
+        return [(f"document {number}", given)]
+    stops = np.cumsum(np.asarray(lengths, np.int64))
+    spans = list(zip((stops - lengths).tolist(), stops.tolist()))
+    columns, others = _divisible(f"pack {number}", given, spans[-1][1] if spans else 0)
+    return [
+        (
+            f"document {i} of pack {number}",
+            {n: np.concatenate([v[a:b] for a, b in path]) for n, v in columns.items()} | others,
+        )
+        for i, path in enumerate(_paths(given, spans))
+    ]
+
+
+def _divisible(
+    where: str, pack: Mapping[str, Any], tokens: int
+) -> tuple[dict[str, NDArray[Any]], dict[str, None]]:
+    """The columns with one value per token, and the names of those that documents cannot have."""
+    columns, others = {}, {}
+    for name, values in pack.items():
+        if name in BOUNDARY_COLUMNS or values is None:
+            continue
+        sized = hasattr(values, "__len__") and not isinstance(values, str | bytes)
+        if sized and len(values) == tokens:
+            columns[name] = np.asarray(values)
+        elif name in WHOLE_COLUMNS:
+            raise ValueError(
+                f"{where} must have one value per token in {name!r}, but its seq_lengths add to "
+                f"{tokens} and it has {len(values)}"
+            )
+        else:
+            others[name] = None
+    return columns, others
+
+
+def _paths(pack: Mapping[str, Any], spans: list[tuple[int, int]]) -> list[list[tuple[int, int]]]:
+    """Of each document, the ranges of a pack's tokens that it is made of."""
+    if pack.get("parents") is None:
+        return [[span] for span in spans]
+    parents, paths = [int(p) for p in pack["parents"]], []
+    for end in pack["ends"]:
+        path = []
+        piece = int(end)
+        while piece >= 0:
+            path.insert(0, spans[piece])
+            piece = parents[piece]
+        paths.append(path)
+    return paths
+
+
 def count_learned(columns: Mapping[str, NDArray[Any]], longest: int | None = None) -> int:
     """Tokens of a document that a label counts for; a first token is not among them.
 
@@ -71,8 +135,8 @@ def _aligned(where: str, given: Any) -> dict[str, NDArray[Any]]:
     for name in WRITTEN_COLUMNS:
         if name in document:
             raise ValueError(
-                f"{where} must not have {name!r}: either it is packed already, or packing"
-                " would overwrite positions of its own"
+                f"{where} must not have {name!r}: either it is packed already, and lacks"
+                " seq_lengths, or packing would overwrite positions of its own"
             )
     if document.get("input_ids") is None:
         raise ValueError(

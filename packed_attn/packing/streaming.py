@@ -9,7 +9,6 @@ there plans the same packs again.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -22,8 +21,16 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
+from packed_attn.loaders import (
+    check_loader,
+    checked_ranks,
+    is_hugging_face,
+    require_ranks_if_distributed,
+    rows_divided_at_once,
+    warn_if_uneven,
+)
 from packed_attn.packing.arguments import check_choice, checked_whole
-from packed_attn.packing.documents import DocumentReader, count_learned
+from packed_attn.packing.documents import DocumentReader, count_learned, unpacked
 from packed_attn.packing.forest import check_min_shared
 from packed_attn.packing.plan import Overflow
 from packed_attn.packing.prefixes import MIN_SHARED, require_shareable
@@ -50,6 +57,10 @@ class PackedIterableDataset(IterableDataset[Row]):
     i mod (workers x ranks); a Hugging Face IterableDataset divides itself, by files where it can.
     Each shard has a window of its own.
 
+    Where accelerate or Trainer divide rows among processes, every process gets as many rows and
+    every document is in one of them: at the end of a pass packs are cut in two, between documents,
+    until the rows divide.
+
     State, in three ways, all exact at every row:
 
         no workers                   `state_dict()` and `load_state_dict()` of this data set
@@ -60,7 +71,9 @@ class PackedIterableDataset(IterableDataset[Row]):
     Args:
         source: tokenised documents (mappings with `input_ids`, or token ids): a sequence, another
             iterable that can be iterated again, a function that returns an iterator, or a Hugging
-            Face IterableDataset. It must give the same documents every time (in an epoch).
+            Face IterableDataset. It must give the same documents every time (in an epoch). Packs
+            (rows with `seq_lengths`, as `pack_dataset` writes them) are taken apart into their
+            documents and packed again.
         capacity: tokens a row holds.
         lookahead: documents in the window, at least 1. Memory is theirs.
         overflow: what happens to documents over capacity, as in `pack_lengths`.
@@ -110,16 +123,17 @@ class PackedIterableDataset(IterableDataset[Row]):
         self.overflow: Overflow = overflow
         self.learnable_only = learnable_only
         self.on_report = on_report
-        self._rank, self._world_size = _checked_ranks(rank, world_size)
+        self._rank, self._world_size = checked_ranks(rank, world_size)
         self._source: Any = _divided_by_rank(source, self._rank, self._world_size)
         self._epoch = 0
+        self._multiple = 1  # of rows, for which accelerate waits before it divides them
         self._shard: _Shard | None = None  # the one being iterated
         self._start: State | None = None  # where the next iteration begins
         self._skip: tuple[int, int, bool] | None = None
 
     def __iter__(self) -> Iterator[Row]:
         # Not a generator: the state to start from is taken here, once, and not at the first row.
-        _require_ranks_if_distributed(self._rank)
+        require_ranks_if_distributed(self._rank)
         start, self._start = self._start, None
         skip, self._skip = self._skip, None
         worker, workers = _worker()
@@ -184,7 +198,9 @@ class PackedIterableDataset(IterableDataset[Row]):
                 or to divide among ranks what was divided already.
         """
         # The one call that accelerate makes in every process before it asks for the first batch.
-        _check_loader(sys._getframe(1).f_locals.get("self"), self._world_size)
+        loader = sys._getframe(1).f_locals.get("self")
+        check_loader(loader, self._world_size)
+        self._multiple = rows_divided_at_once(loader) or self._multiple
         self._epoch = epoch
         if hasattr(self._source, "set_epoch"):
             self._source.set_epoch(epoch)
@@ -216,7 +232,8 @@ class PackedIterableDataset(IterableDataset[Row]):
                 f"state must be of worker {worker} of {workers}, but it was taken in worker "
                 f"{state['worker'][0]} of {state['worker'][1]}; use as many workers as then"
             )
-        shard = _Shard(self, index, count, ours)
+        multiple = self._multiple if state is None else state["multiple"]
+        shard = _Shard(self, index, count, ours, multiple)
         if state is not None:
             shard.load_state_dict(state)
         return shard
@@ -247,16 +264,24 @@ class _Shard:
         data: the data set.
         index, count: takes the source's documents index, index + count, index + 2 count, ...
         worker: (number of the worker, number of workers).
+        multiple: of rows that a pass gives, where its documents allow it.
     """
 
     def __init__(
-        self, data: PackedIterableDataset, index: int, count: int, worker: tuple[int, int]
+        self,
+        data: PackedIterableDataset,
+        index: int,
+        count: int,
+        worker: tuple[int, int],
+        multiple: int,
     ) -> None:
         self._source: Any = data._source
         self._learnable_only = data.learnable_only
         self._longest = data.capacity if data.overflow == "truncate" else None
         self._index, self._count, self._worker = index, count, worker
-        self._window = Window(data.capacity, data.lookahead, min_shared=data.min_shared)
+        self._window = Window(
+            data.capacity, data.lookahead, min_shared=data.min_shared, multiple=multiple
+        )
         self._reader = DocumentReader()
         self._tally = Tally(data.capacity, data.overflow, shares=data.min_shared is not None)
         self._position = 0  # documents of the source that have been read, other shards' included
@@ -280,7 +305,7 @@ class _Shard:
         return {**self._mark, "released": self._released}
 
     def load_state_dict(self, state: State) -> None:
-        self._window.pool = _pieces_of_state(state["pool"])
+        self._window.pool, self._window.held = _pieces_of_state(state["pool"]), state["held"]
         self._reader = DocumentReader(state["columns"] and tuple(state["columns"]))
         self._tally = Tally(**state["tally"])
         self._position = state["position"]
@@ -298,6 +323,8 @@ class _Shard:
             "source": self._source.state_dict() if exact else None,
             "columns": self._reader.names and list(self._reader.names),
             "pool": _state_of_pieces(self._window.pool),
+            "held": self._window.held,
+            "multiple": self._window.multiple,
             "tally": asdict(self._tally),
         }
 
@@ -306,7 +333,7 @@ class _Shard:
         ended = False
         while not ended:
             ended = self._fill_window(documents)
-            packs = self._window.release(everything=ended)
+            packs = self._window.release(everything=ended, before=self._tally.packs)
             for pack in packs:
                 self._tally.count_pack(pack.tokens, *pack.saved)
                 if pack.shared is not None and self._learnable_only:
@@ -317,6 +344,7 @@ class _Shard:
             if not ended:
                 self._released = 0
                 self._mark = self._take_mark()
+        warn_if_uneven(self._tally.packs, self._window.multiple)
 
     def _fill_window(self, documents: Iterator[tuple[int, Any]]) -> bool:
         """Reads until the window is full; True at the end of the stream."""
@@ -324,18 +352,23 @@ class _Shard:
             number, given = next(documents, (-1, None))
             if number < 0:
                 return True
-            columns, padding = self._reader.read(f"document {number}", given)
-            length = columns["input_ids"].size
-            learned = None
-            if self._learnable_only:
-                learned = count_learned(columns, self._longest)
-            if self._window.min_shared is not None:
-                require_shareable(columns)
-            cuts = self._tally.count_document(f"document {number}", length, padding, learned)
-            for first, stop in cuts:
-                cut = {name: values[first:stop] for name, values in columns.items()}
-                self._window.pool.append(Piece(number // self._count, cut))
+            for where, document in unpacked(number, given):
+                self._take(where, document)
         return False
+
+    def _take(self, where: str, given: Any) -> None:
+        """Puts a document into the window, in as many pieces as it takes."""
+        columns, padding = self._reader.read(where, given)
+        length = columns["input_ids"].size
+        learned = None
+        if self._learnable_only:
+            learned = count_learned(columns, self._longest)
+        if self._window.min_shared is not None:
+            require_shareable(columns)
+        number = self._tally.documents
+        for first, stop in self._tally.count_document(where, length, padding, learned):
+            cut = {name: values[first:stop] for name, values in columns.items()}
+            self._window.pool.append(Piece(number, cut))
 
     def _documents(self) -> Iterator[tuple[int, Any]]:
         """This shard's documents from the position on, with their numbers in the source."""
@@ -355,7 +388,7 @@ class _Shard:
 
 def _with_state(source: Any, state: State) -> Any:
     """The source, set to give the documents that were left when the state was taken."""
-    if _is_hugging_face(source):
+    if is_hugging_face(source):
         # Every later pass over one with a state would start there again, so a copy gets it; not
         # copy.copy, which datasets gives the attributes of the original themselves.
         original, source = source, object.__new__(type(source))
@@ -376,7 +409,7 @@ def _has_exact_state(source: Any) -> bool:
     """
     if not (hasattr(source, "state_dict") and hasattr(source, "load_state_dict")):
         return False
-    return not _is_hugging_face(source) or not _has_shuffle_buffer(source._ex_iterable)
+    return not is_hugging_face(source) or not _has_shuffle_buffer(source._ex_iterable)
 
 
 def _has_shuffle_buffer(examples: Any) -> bool:
@@ -386,38 +419,12 @@ def _has_shuffle_buffer(examples: Any) -> bool:
     return any(_has_shuffle_buffer(one) for one in inner if one is not None)
 
 
-def _is_hugging_face(source: Any) -> bool:
-    """A streaming data set of datasets, which must have been imported to make one."""
-    datasets = sys.modules.get("datasets")
-    return datasets is not None and isinstance(source, datasets.IterableDataset)
-
-
 def _divides_among_workers(source: Any) -> bool:
-    return _is_hugging_face(source)
-
-
-def _check_loader(loader: Any, world_size: int) -> None:
-    """Whether what accelerate made of the DataLoader gives every process packs of its own, once."""
-    accelerate: Any = sys.modules.get("accelerate.data_loader")
-    if accelerate is None:
-        return
-    if isinstance(loader, accelerate.DataLoaderDispatcher) and loader.state.num_processes > 1:
-        raise ValueError(
-            "accelerate would let one process fetch packs and stack them for the others, which "
-            "packs of unlike documents cannot be: let every process fetch its own, by "
-            "TrainingArguments(accelerator_config={'dispatch_batches': False}) or "
-            "DataLoaderConfiguration(dispatch_batches=False)"
-        )
-    if isinstance(loader, accelerate.IterableDatasetShard) and world_size > 1:
-        raise ValueError(
-            f"documents must be divided among ranks once, but these are those of one rank of "
-            f"{world_size} already, and accelerate would drop most of their rows: use rank=0, "
-            "world_size=1 where accelerate or Trainer divide the rows"
-        )
+    return is_hugging_face(source)
 
 
 def _divided_by_rank(source: Any, rank: int | None, world_size: int) -> Any:
-    if world_size == 1 or not _is_hugging_face(source):
+    if world_size == 1 or not is_hugging_face(source):
         return source
     from datasets.distributed import split_dataset_by_node
 
@@ -463,27 +470,4 @@ def _check_source(source: Any) -> None:
         raise ValueError(
             "source must be an iterable of documents or a function that returns one, got "
             f"{type(source).__name__}"
-        )
-
-
-def _checked_ranks(rank: int | None, world_size: int | None) -> tuple[int | None, int]:
-    if rank is None and world_size is None:
-        return None, 1
-    if rank is None or world_size is None or not 0 <= rank < world_size:
-        raise ValueError(
-            "rank and world_size must be given together, with 0 <= rank < world_size, got "
-            f"{rank!r} and {world_size!r}"
-        )
-    return rank, world_size
-
-
-def _require_ranks_if_distributed(rank: int | None) -> None:
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        processes = torch.distributed.get_world_size()
-    if rank is None and processes > 1:
-        raise ValueError(
-            f"rank and world_size must be given in a run of {processes} processes: those of the "
-            "process behind a plain DataLoader, or rank=0, world_size=1 where accelerate or "
-            "Trainer divide the rows"
         )

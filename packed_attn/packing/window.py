@@ -91,25 +91,37 @@ class Window:
         lookahead: pieces that the window holds before it is planned.
         pool: the pieces, in the order in which they came.
         min_shared: tokens that sharing a prefix must save; None shares none.
+        multiple: packs of the whole stream come to a multiple of this, where documents allow it.
+        held: pieces of the pool that only wait for the stream's end, to be cut apart there.
     """
 
     capacity: int
     lookahead: int
     pool: list[Piece] = field(default_factory=list)
     min_shared: int | None = None
+    multiple: int = 1
+    held: int = 0
 
     @property
     def full(self) -> bool:
-        return len(self.pool) >= self.lookahead
+        return len(self.pool) - self.held >= self.lookahead
 
-    def release(self, *, everything: bool) -> list[Pack]:
+    def release(self, *, everything: bool, before: int = 0) -> list[Pack]:
         """Takes packs out of the window, in the order of their earliest documents.
 
         Packs at least 0.999 full leave, the fuller half always, and so does a pack with a document
-        that eight windows' worth of documents have passed; at the end of a stream all leave.
+        that eight windows' worth of documents have passed; at the end of a stream all leave. Then
+        the packs with the most documents are cut in two until there is a `multiple` of packs, for
+        which some packs of several documents are held back until the end.
+
+        Args:
+            everything: whether the stream has ended.
+            before: packs that have left.
         """
         members, fills, shared = self._planned()
         leave = np.ones(fills.size, bool) if everything else self._leaving(members, fills)
+        if not everything:
+            self._hold_back(members, leave)
         # Documents that share nothing stand in their own order, others as their tree has them.
         out = [
             (pieces if tree is not None else np.sort(pieces), tree)
@@ -122,7 +134,9 @@ class Window:
         for pieces, _ in out:
             kept[pieces] = False
         self.pool = [piece for piece, stays in zip(self.pool, kept) if stays]
-        return packs
+        # A window that stayed full would be planned again, for ever.
+        self.held = max(self.held, len(self.pool) - self.lookahead + 1)
+        return self._evened(packs, before) if everything else packs
 
     def _planned(self) -> tuple[list[NDArray[np.int64]], NDArray[Any], list[Shared | None]]:
         """Of each pack: its documents by their place in the pool, its tokens, and its tree."""
@@ -163,6 +177,31 @@ class Window:
         newest = self.pool[-1].document
         oldest = np.array([self.pool[pieces.min()].document for pieces in members])
         return leave | (newest - oldest > LONGEST_WAIT * self.lookahead)
+
+    def _hold_back(self, members: list[NDArray[np.int64]], leave: NDArray[np.bool_]) -> None:
+        """Lets the newest packs of several documents stay, until `multiple - 1` cuts are left."""
+        cuts = np.array([pieces.size - 1 for pieces in members])
+        missing = self.multiple - 1 - cuts[~leave].sum()
+        self.held = 0
+        for pack in sorted(np.flatnonzero(leave & (cuts > 0)), key=lambda p: -members[p].min()):
+            if missing <= 0:
+                break
+            leave[pack] = False
+            missing -= cuts[pack]
+            self.held += members[pack].size
+
+    def _evened(self, packs: list[Pack], before: int) -> list[Pack]:
+        """The last packs of a stream, some cut in two between documents."""
+        while (before + len(packs)) % self.multiple:
+            most = max(packs, key=lambda pack: len(pack.documents), default=None)
+            if most is None or len(most.documents) < 2:
+                break
+            packs = [pack for pack in packs if pack is not most]
+            half = len(most.documents) // 2
+            for part in (most.documents[:half], most.documents[half:]):
+                window = Window(self.capacity, self.lookahead, part, self.min_shared)
+                packs += window.release(everything=True)
+        return sorted(packs, key=lambda pack: min(piece.document for piece in pack.documents))
 
 
 def _readers(
