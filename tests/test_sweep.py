@@ -24,6 +24,7 @@ REPRESENTATIVES = (
     ("causal", "recurrent_gemma"),
     ("causal", "mamba2"),
     ("causal", "lfm2"),
+    ("causal", "prophetnet"),
     ("masked", "bert"),
     ("masked", "distilbert"),
     ("token", "modernbert"),

@@ -227,6 +227,44 @@ def test_a_decoder_that_its_config_makes_an_encoder() -> None:
         model(input_ids=torch.arange(3, 8)[None], layout=layout)
 
 
+def test_predictions_further_ahead() -> None:
+    """ProphetNet's decoder alone: its relative positions reach later tokens, so no batch is padded,
+    and every stream of predictions comes back."""
+    model: Any = tiny.tiny_model(
+        "prophetnet", auto_class=AutoModelForCausalLM, ngram=3, eps=0.1
+    ).train()
+    for name, parameter in model.named_parameters():
+        if "relative_pos" in name:
+            nn.init.normal_(parameter, std=0.3)
+    docs = documents(lengths=(5, 1, 5, 8, 5))
+    later = docs[3].clone()
+    later[-1] = 5 + docs[3][-1] % 9
+    with torch.no_grad():
+        changed = model(input_ids=later[None]).logits_ngram - model(docs[3][None]).logits_ngram
+    assert changed[:, :, :-1].abs().max() > 1e-4
+
+    outputs = [model(input_ids=d[None], labels=d[None], output_hidden_states=True) for d in docs]
+    tokens = sum(map(len, docs))
+    loss = sum(out.loss * len(d) / tokens for out, d in zip(outputs, docs))
+    loss.backward()
+    want = gradients(model)
+    patch_model(model)
+    model.zero_grad()
+    batch = packed(docs)
+    ids = batch["input_ids"]
+    got = model(input_ids=ids, layout=batch["layout"], labels=ids, output_hidden_states=True)
+    got.loss.backward()
+    assert got.loss.item() == pytest.approx(loss.item(), rel=1e-6)
+    assert relative(gradients(model), want) <= 2e-6
+    assert close(got.logits, torch.cat([out.logits for out in outputs], dim=1))
+    assert close(got.logits_ngram, torch.cat([out.logits_ngram for out in outputs], dim=2))
+    ahead = [out.hidden_states_ngram[1].unflatten(1, (3, -1)) for out in outputs]
+    assert close(got.hidden_states_ngram[1].unflatten(1, (3, -1)), torch.cat(ahead, dim=2))
+    assert audit(model.eval()).isolated
+    with pytest.raises(NotImplementedError, match="may look both ways"):
+        model(input_ids=ids, layout=DocumentLayout.from_lengths([24, 0], parents=[-1, 0]))
+
+
 def test_a_router_loss_over_all_documents_is_refused() -> None:
     model = patch_model(tiny.tiny_model("jamba"))
     with pytest.raises(NotImplementedError, match="the output aux_loss of shape"):

@@ -139,10 +139,12 @@ UNPACK_MASKED = frozenset({
     "squeezebert", "t5", "tapas", "ultrabert", "ultravbert", "umt5", "xlm", "xlm-roberta",
     "xlm-roberta-xl", "xlnet", "xmod",
 })
-# Proven exact unpacked without any padding: what mixes tokens takes no mask, or (doge, with
-# transformers 5.17) lets later tokens change it.
+# Proven exact unpacked without any padding: what mixes tokens takes no mask, or lets later tokens
+# change it (doge with transformers 5.17; ProphetNet's relative positions are read from other tokens
+# of the row than they are of).
 UNPACK_EQUAL = frozenset({
-    "convbert", "cpmant", "doge", "fnet", "mra", "nystromformer", "paligemma", "yoso",
+    "convbert", "cpmant", "doge", "fnet", "mra", "nystromformer", "paligemma", "prophetnet",
+    "yoso",
 })
 # Encoder-decoders: source and target documents, unpacked in pairs. Proven exact right-padded and
 # masked, in batches of equal lengths, or one pair at a time: rows of one batch share the capacity

@@ -28,14 +28,12 @@ from packed_attn_patches.unpack import (
     REPLACED,
     PackedCalls,
     UnpackedForward,
-    in_stream,
+    in_rows,
     no_rows,
 )
 
 DECODER = "decoder_"
 _TARGETS = ("decoder_input_ids", "decoder_inputs_embeds", "labels")
-# Rows of several streams of one document end to end: ProphetNet's predictions further ahead.
-_STREAMS = ("logits_ngram", "last_hidden_state_ngram")
 
 
 @dataclass(frozen=True)
@@ -192,8 +190,7 @@ class _Side:
 
     def put_back(self, name: str, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
         """Bucket rows `[batch, length, ...]` -> `[B, T, ...]`."""
-        stream = in_stream(name, parts, self.layout.total_tokens)
-        return stream.unflatten(0, (self.rows, self.tokens))
+        return in_rows(name, parts, self.layout, self.rows)
 
 
 @dataclass(frozen=True)
@@ -266,21 +263,9 @@ class _Pairs(PackedCalls):
             inputs[name].view(-1)[bucket.pads] = self.forward.pad_token_id() or 0
 
     def put_back(self, name: str, parts: list[tuple[tuple[Bucket, Bucket], Tensor]]) -> Tensor:
-        if name in _STREAMS:
-            return self._streams(name, parts)
         if name.startswith("encoder_"):
             return self.source.put_back(name, [(source, value) for (source, _), value in parts])
         return self.target.put_back(name, [(target, value) for (_, target), value in parts])
-
-    def _streams(self, name: str, parts: list[tuple[tuple[Bucket, Bucket], Tensor]]) -> Tensor:
-        """`[batch, streams, length, ...]`, or `[batch, streams * length, ...]`, put back."""
-        flat = parts[0][1].ndim == 3
-        apart = [
-            (target, (value.unflatten(1, (-1, target.length)) if flat else value).movedim(1, 2))
-            for (_, target), value in parts
-        ]
-        whole = self.target.put_back(name, apart).movedim(2, 1)
-        return whole.flatten(1, 2) if flat else whole
 
     def targets(self, batch: tuple[Bucket, Bucket]) -> Tensor:
         labels = self.target.values["labels"]

@@ -38,6 +38,14 @@ PER_DOCUMENT = ("pooler_output",)
 # A head of text and entities calls its loss over text by a name of its own as well.
 LOSSES = ("loss", "mlm_loss")
 
+# Rows of several streams of one document end to end: ProphetNet's predictions further ahead.
+_STREAMS = (
+    "logits_ngram",
+    "last_hidden_state_ngram",
+    "hidden_states_ngram",
+    "decoder_ngram_hidden_states",
+)
+
 # Outputs that hold a past to go on from; a packed forward has none.
 PASTS = (*CACHE_NAMES, "cache_params", "mems", "state", "rnn_state")
 
@@ -139,7 +147,7 @@ class PackedCalls:
                 joined[name] = self._loss([(batch, o[name]) for batch, o in parts])
             elif isinstance(value, Tensor):
                 joined[name] = self.put_back(name, [(batch, o[name]) for batch, o in parts])
-            elif isinstance(value, tuple) and name.endswith("hidden_states"):
+            elif isinstance(value, tuple) and "hidden_states" in name:
                 joined[name] = tuple(
                     self.put_back(name, [(batch, o[name][i]) for batch, o in parts])
                     for i in range(len(value))
@@ -288,9 +296,7 @@ class _Unpacked(PackedCalls):
     def put_back(self, name: str, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
         if name in PER_DOCUMENT or (name == "logits" and self.forward.head.per_document):
             return self._per_document(parts)
-        return in_stream(name, parts, self.layout.total_tokens).unflatten(
-            0, (self.rows, self.tokens)
-        )
+        return in_rows(name, parts, self.layout, self.rows)
 
     def _per_document(self, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
         """Bucket rows `[batch, width]` -> `[num_documents, width]`."""
@@ -327,6 +333,25 @@ def _refuse_shards(model: nn.Module) -> None:
             "one rank than on another, while FSDP or ZeRO-3 makes ranks wait for each other at "
             "every layer: use DDP, or ZeRO up to stage 2"
         )
+
+
+def in_rows(
+    name: str, parts: list[tuple[Bucket, Tensor]], layout: DocumentLayout, rows: int
+) -> Tensor:
+    """Bucket rows `[batch, length, ...]` of the output `name` -> `[rows, tokens, ...]`.
+
+    Of several streams `[batch, streams, length, ...]` or `[batch, streams * length, ...]` likewise.
+    """
+    shape = (rows, layout.total_tokens // rows)
+    if name not in _STREAMS:
+        return in_stream(name, parts, layout.total_tokens).unflatten(0, shape)
+    flat = parts[0][1].ndim == 3
+    apart = [
+        (bucket, (value.unflatten(1, (-1, bucket.length)) if flat else value).movedim(1, 2))
+        for bucket, value in parts
+    ]
+    whole = in_stream(name, apart, layout.total_tokens).unflatten(0, shape).movedim(2, 1)
+    return whole.flatten(1, 2) if flat else whole
 
 
 def in_stream(name: str, parts: list[tuple[Bucket, Tensor]], total_tokens: int) -> Tensor:
