@@ -18,6 +18,7 @@ from packed_attn_patches import tiny
 from torch import Tensor
 from transformers import Trainer
 from triton.runtime import interpreter
+from triton.runtime.autotuner import Autotuner
 
 from packed_attn import PackedCollator, PackedLoss, pack_dataset, patch_model, unpatch_model
 from packed_attn.audit import leaks_between_documents
@@ -40,7 +41,7 @@ slow = pytest.mark.slow
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers given to a kernel become tensors, as a compiler makes them; libdevice is CUDA's."""
-    from liger_kernel.ops import cross_entropy, geglu, rms_norm
+    from liger_kernel.ops import cross_entropy, fused_moe_kernels, geglu, rms_norm
 
     convert = interpreter._implicit_cvt
 
@@ -54,6 +55,9 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.math.rsqrt(x))
     for module in (cross_entropy, geglu):
         monkeypatch.setattr(module, "tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1)
+    for kernel in vars(fused_moe_kernels).values():
+        if isinstance(kernel, Autotuner):  # which times its choices, on a GPU
+            monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
 
 
 def one_by_one(model: Any, docs: list[Tensor]) -> tuple[float, dict[str, Tensor]]:
@@ -89,6 +93,31 @@ def test_packs_equal_documents(family: str, order: Order, monkeypatch: pytest.Mo
     again = one_by_one(model, docs)
     assert again[0] == want[0]
     assert relative(again[1], want[1]) == 0
+
+
+@slow
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "hunyuan_v1_moe"])
+def test_experts(family: str, order: Order, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tokens of an expert share a tile whichever document they are of, and each has its own row."""
+    first_dense = {"first_k_dense_replace": 0} if family == "deepseek_v3" else {}
+    model: Any = tiny.tiny_model(family, num_hidden_layers=1, **first_dense).train()
+    docs = documents(lengths=(1, 4))
+    stock = one_by_one(model, docs)
+    both(model, order, monkeypatch)
+    assert_liger_experts(model)
+    want = one_by_one(model, docs)
+    assert want[0] == pytest.approx(stock[0], rel=1e-6)
+    assert relative(want[1], stock[1]) <= 1e-5
+    check_exact(model, docs, want)
+
+
+def assert_liger_experts(model: Any) -> None:
+    names = [
+        m.forward.__func__.__qualname__ for n, m in model.named_modules() if n.endswith(".experts")
+    ]
+    assert names
+    assert set(names) == {"LigerExperts.forward"}
 
 
 @slow
