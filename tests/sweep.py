@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import transformers
 from packed_attn_patches import route_of
+from packed_attn_patches.families import is_encoder_decoder
 from packed_attn_patches.fast_mixers import reason_against
 from packed_attn_patches.tiny import tiny_model
 from torch import Tensor, nn
@@ -166,10 +167,15 @@ class _Stock:
 
         self.head = head
         device = next(model.parameters()).device
-        self.docs = [d.to(device) for d in documents(lengths=LENGTHS)]
+        self.end = _end_token(model) if head.per_document else None
+        docs = documents(lengths=LENGTHS)
+        if self.end is not None:
+            docs = [torch.cat([d[d != self.end], torch.tensor([self.end])]) for d in docs]
+        self.docs = [d.to(device) for d in docs]
         with torch.no_grad():
             self.alone = torch.cat([_rows(model(input_ids=d[None])) for d in self.docs])
         self.scale = float(self.alone.abs().max())
+        self._check_power(model)
         self.otherwise = stock_outcomes(model)
         self.loss = self._backward(model.train())
         self.gradients = _gradients(model)
@@ -179,6 +185,18 @@ class _Stock:
 
     def labels(self) -> list[Tensor]:
         return [self.head.labels(d) for d in self.docs]
+
+    def _check_power(self, model: nn.Module) -> None:
+        """Raises where no output depends on another token: then no leak could be seen."""
+        doc = max(self.docs, key=len)
+        other = doc.clone()
+        other[1:-1] = 3 + (doc[1:-1] - 2) % 147
+        with torch.no_grad():
+            moved = _rows(model(input_ids=other[None])) - _rows(model(input_ids=doc[None]))
+        if not self.head.per_document:
+            moved[1:-1] = 0
+        if not moved.any():
+            raise RuntimeError("no output depends on another token: a leak could not be seen")
 
     def _backward(self, model: nn.Module) -> float:
         """The mean loss over all targets, from documents one by one."""
@@ -207,6 +225,14 @@ class _Stock:
     def _loss(self, model: nn.Module, doc: Tensor, labels: Tensor) -> Tensor:
         given = labels if self.head.per_document else labels[None]
         return model(input_ids=doc[None], labels=given).loss
+
+
+def _end_token(model: Any) -> int | None:
+    """What every document ends with, where a head of a sequence pools at it and takes none without.
+
+    Heads of encoder-decoders do.
+    """
+    return model.config.eos_token_id if is_encoder_decoder(model) else None
 
 
 def _checks(model: nn.Module, stock: _Stock) -> dict[str, Callable[[], str]]:
@@ -269,13 +295,14 @@ def _isolated(model: nn.Module, stock: _Stock, packed: Mapping[str, Tensor]) -> 
     for (a, b), (first, last) in zip(spans, places):
         ids = packed["input_ids"].clone()
         ids[0, first:last] = 3 + (ids[0, first:last] - 2) % 147
+        ids = _ending(ids, packed["input_ids"], stock.end)
         with torch.no_grad():
             moved = _rows(model(**{**packed, "input_ids": ids})) - clean
         moved[a:b] = 0
         worst = max(worst, _largest(moved))
         own = torch.zeros(ids.numel(), dtype=torch.bool)
         own[first:last] = True
-        leaked = _gradient_outside(model, packed, slice(a, b), own)
+        leaked = _gradient_outside(model, packed, slice(a, b), own, end=stock.end)
         if leaked > 0:
             return f"leaks: gradient {leaked:.1e}"
     if worst > bound:
@@ -283,17 +310,28 @@ def _isolated(model: nn.Module, stock: _Stock, packed: Mapping[str, Tensor]) -> 
     return "exact" if worst == 0 else "rounding"
 
 
+def _ending(ids: Tensor, batch: Tensor, end: int | None) -> Tensor:
+    """`ids` with the end tokens of the batch at their places."""
+    return ids if end is None else batch.where(batch == end, ids)
+
+
 def _gradient_outside(
-    model: nn.Module, packed: Mapping[str, Any], rows: slice | Tensor, own: Tensor
+    model: nn.Module,
+    packed: Mapping[str, Any],
+    rows: slice | Tensor,
+    own: Tensor,
+    end: int | None = None,
 ) -> float:
     """The largest gradient of a document's outputs (`rows`) in the embeddings of all tokens but its
     own, bool `[T]`.
 
     A forward may embed its tokens in batches of its own. So the document is one token id over and
-    over and the others are another: an embedding's id says whose it is.
+    over and the others are another: an embedding's id says whose it is. An `end` token is of the
+    document before it.
     """
     ids = torch.full_like(packed["input_ids"], 4)
     ids[0, own] = 5
+    ids = _ending(ids, packed["input_ids"], end)
     embedded: list[tuple[Tensor, Tensor]] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
@@ -311,7 +349,8 @@ def _gradient_outside(
     weights = torch.linspace(-1, 1, outputs.numel(), device=outputs.device).view_as(outputs)
     leaves = [leaf for _, leaf in embedded]
     gradients = torch.autograd.grad((outputs * weights).sum(), leaves, allow_unused=True)
-    others = [g[given == 4] for (given, _), g in zip(embedded, gradients) if g is not None]
+    owners = [x if end is None else x.where(x != end, x.roll(1, -1)) for x, _ in embedded]
+    others = [g[owner == 4] for owner, g in zip(owners, gradients) if g is not None]
     if not any(g is not None and bool(g.any()) for g in gradients):
         raise RuntimeError("the outputs depend on no embedding: the check sees nothing")
     return max(map(_largest, others))

@@ -50,6 +50,10 @@ class StockPairs:
                 ]
             )
         self.scale = float(self.alone.abs().max())
+        with torch.no_grad():
+            other = model(input_ids=self.sources[2][None], decoder_input_ids=self.targets[0][None])
+        if torch.equal(other.logits[0], self.alone[: TARGETS[0]]):
+            raise RuntimeError("the outputs depend on no source: a pair that sees another's passes")
         self.otherwise = outcomes(model)
         self.shifts = _shifts_labels(model, self.sources[0], self.targets[0])
         self.loss = self._backward(model.train())

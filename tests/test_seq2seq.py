@@ -25,7 +25,7 @@ from packed_attn import DocumentLayout, PackedCollator, audit, patch_model, unpa
 from packed_attn.audit import leaks_between_documents
 from tests.exactness import close, gradients, relative
 from tests.sweep import sweep_type
-from tests.sweep_pairs import SOURCES, TARGETS, drawn
+from tests.sweep_pairs import SOURCES, TARGETS, StockPairs, drawn
 
 # Relative positions and a shift of the model's own; positions counted by padding; equal lengths.
 REPRESENTATIVES = ("t5", "m2m_100", "encoder-decoder")
@@ -66,6 +66,15 @@ def t5() -> Any:
 def test_exact_under_every_convention(model_type: str) -> None:
     outcome = sweep_type("seq2seq", model_type)
     assert outcome.status == "exact", outcome
+
+
+def test_targets_that_see_no_source_are_no_proof() -> None:
+    config: Any = tiny.tiny_config("encoder-decoder")
+    assert config.decoder.is_decoder
+    assert config.decoder.add_cross_attention
+    config.decoder.is_decoder = config.decoder.add_cross_attention = False
+    with pytest.raises(RuntimeError, match="depend on no source"):
+        StockPairs(AutoModelForSeq2SeqLM.from_config(config).eval())
 
 
 def test_float64_loss_and_gradients_equal_the_pairs_alone() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import time
+from typing import Any
 
 import pytest
+import transformers
 from packed_attn_patches.children import GIGABYTE, ChildFailed, in_children
-from packed_attn_patches.tiny import tiny_config
+from packed_attn_patches.tiny import tiny_config, tiny_model
+from torch import nn
 
 from benchmarks.sweep_models import quiet_sweep
-from tests.sweep import HEADS, Outcome, model_types, sweep_type
+from tests.sweep import HEADS, Outcome, _Stock, model_types, sweep_type
 
 # What is special about each is in another place: positions, masks, state, shapes, losses, heads.
 REPRESENTATIVES = (
@@ -33,6 +36,7 @@ REPRESENTATIVES = (
     ("vision", "qwen2_5_vl"),
     ("sequence", "llama"),
     ("sequence", "electra"),
+    ("sequence", "bart"),
 )
 
 
@@ -40,6 +44,15 @@ REPRESENTATIVES = (
 def test_exact_under_every_convention(head: str, model_type: str) -> None:
     outcome = sweep_type(head, model_type)
     assert outcome.status == "exact", outcome
+
+
+@pytest.mark.parametrize("head", ["causal", "sequence"])
+def test_a_model_in_which_no_leak_could_be_seen_is_no_proof(head: str) -> None:
+    model: Any = tiny_model("gpt2", auto_class=getattr(transformers, HEADS[head].auto_class))
+    for block in model.base_model.h:
+        nn.init.zeros_(block.attn.c_proj.weight)
+    with pytest.raises(RuntimeError, match="no output depends on another token"):
+        _Stock(model, HEADS[head])
 
 
 @pytest.mark.slow
@@ -60,6 +73,11 @@ def test_a_tiny_config_is_the_same_whatever_was_built_before() -> None:
     first = tiny_config("glm_ocr").to_dict()
     tiny_config("glm4v_moe")
     assert tiny_config("glm_ocr").to_dict() == first
+
+
+def test_no_branch_of_a_tiny_model_begins_at_zero() -> None:
+    """AFMoE's routers do, and so would choose no expert by a token."""
+    assert all(p.any() for p in tiny_model("afmoe").parameters() if p.ndim > 1)
 
 
 @pytest.mark.slow  # starting the server costs more than the rest of this file

@@ -16,6 +16,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    Qwen2VLForConditionalGeneration,
 )
 
 from packed_attn import DocumentLayout, PackedCollator, audit, patch_model, unpatch_model
@@ -209,6 +210,25 @@ def test_text_of_a_vision_model_with_rotary_ids_of_three_axes() -> None:
     assert close(model(**batch).logits[0], want)
     with pytest.raises(NotImplementedError, match=r"pixel_values of shape .* takes text only"):
         model(**batch, pixel_values=torch.zeros(4, 1176))
+
+
+class RemembersPositions(Qwen2VLForConditionalGeneration):
+    """As transformers 5.17 after a generation: outputs carry where a next token's position is."""
+
+    def forward(self, input_ids: torch.Tensor, **kwargs: Any) -> Any:
+        output = super().forward(input_ids=input_ids, **kwargs)
+        output["rope_deltas"] = torch.zeros(len(input_ids), 1)
+        return output
+
+
+def test_what_generation_goes_on_from_is_no_output_of_a_pack() -> None:
+    torch.manual_seed(0)
+    model = RemembersPositions(tiny.tiny_config("qwen2_vl")).eval()
+    docs = documents()
+    want = alone(model, docs)
+    output = patch_model(model)(**packed(docs))
+    assert close(output.logits[0], want)
+    assert "rope_deltas" not in output
 
 
 def test_a_decoder_that_its_config_makes_an_encoder() -> None:

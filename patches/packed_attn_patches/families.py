@@ -116,7 +116,7 @@ UNPACK_CAUSAL = frozenset({
     "idefics2", "idefics3", "inkling2", "inkling2_loop", "inkling2_loop_text",
     "inkling2_text", "inkling_mm_model", "inkling_text", "internvl", "jamba", "janus",
     "kimi_k25", "kimi_linear", "kosmos-2.5", "lara_mini", "lfm2", "lfm2_moe", "lfm2_vl",
-    "lfm3", "lfm3_vl", "lighton_ocr", "llava", "llava_next", "llava_next_video",
+    "lfm3", "lfm3_vl", "lighton_ocr", "llama4", "llava", "llava_next", "llava_next_video",
     "llava_onevision", "mamba", "mamba2", "marian", "mbart", "minicpm_ocr", "minicpmv4_6",
     "minicpmv4_7", "minimax", "minimax_m3_vl", "minimax_m3_vl_text", "mistral3",
     "mistral_large4", "mllama", "mllama_text_model", "moshi", "moss_transcribe_diarize",
@@ -143,8 +143,7 @@ UNPACK_MASKED = frozenset({
 # change it (doge with transformers 5.17; ProphetNet's relative positions are read from other tokens
 # of the row than they are of).
 UNPACK_EQUAL = frozenset({
-    "convbert", "cpmant", "doge", "fnet", "mra", "nystromformer", "paligemma", "prophetnet",
-    "yoso",
+    "convbert", "cpmant", "doge", "fnet", "nystromformer", "paligemma", "prophetnet", "yoso",
 })
 # Encoder-decoders: source and target documents, unpacked in pairs. Proven exact right-padded and
 # masked, in batches of equal lengths, or one pair at a time: rows of one batch share the capacity

@@ -12,6 +12,7 @@ import copy
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 VOCABULARY = 199
@@ -230,6 +231,9 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "zaya": {"num_experts_per_tok": 1, "layer_types": ["hybrid", "hybrid_sliding"]},
 }
 
+# Parts that are of another type by default in transformers 5.17, and then build no model.
+_PARTS = {("granite4_vision", "text_config"): "granite4_vision_text"}
+
 
 def tiny_config(model_type: str, **overrides: Any) -> PreTrainedConfig:
     """The config of a tiny model of `model_type`.
@@ -262,10 +266,20 @@ def tiny_model(
     decoder = {"is_decoder": True} if auto_class is AutoModelForCausalLM else {}
     config = tiny_config(model_type, **{**decoder, **overrides})
     torch.manual_seed(seed)
-    return auto_class.from_config(config, attn_implementation=attn_implementation).eval()
+    model = auto_class.from_config(config, attn_implementation=attn_implementation).eval()
+    # A branch whose projection begins at zero says nothing, and would hide a leak.
+    for weight in model.parameters():
+        if weight.ndim > 1 and weight.numel() and not weight.any():
+            nn.init.normal_(weight, std=_VALUES["initializer_range"])
+    return model
 
 
 def _tiny(cls: type[Any], special: dict[str, Any]) -> PreTrainedConfig:
+    if cls.model_type == "encoder-decoder":
+        # Its default has no parts in transformers 5.17, and says elsewhere that one is a decoder.
+        encoder, decoder = (_tiny(CONFIG_MAPPING["bert"], {}) for _ in range(2))
+        parts = cls.from_encoder_decoder_configs(encoder, decoder)
+        return cls(**{**parts.to_dict(), "pad_token_id": 0, "decoder_start_token_id": 3, **special})
     default: Any = cls()
     known = {**{n: getattr(default, n, None) for n in cls.attribute_map}, **vars(default)}
     # Where a default is a list, the table's single size would be of another kind.
@@ -280,8 +294,10 @@ def _tiny(cls: type[Any], special: dict[str, Any]) -> PreTrainedConfig:
     values |= _layer_types(known)
     for name in cls.sub_configs:
         part = known.get(name)
-        if isinstance(part, PreTrainedConfig):
-            values[name] = _tiny(type(part), _special(part.model_type))
+        if isinstance(part, PreTrainedConfig) and name not in special:
+            kind = _PARTS.get((cls.model_type, name))
+            part_cls = type(part) if kind is None else CONFIG_MAPPING[kind]
+            values[name] = _tiny(part_cls, _special(part_cls.model_type))
     if "qk_rope_head_dim" in known:  # latent attention: a key of its own for every query head
         values["num_key_value_heads"] = values["num_attention_heads"]
         values.pop("head_dim", None)

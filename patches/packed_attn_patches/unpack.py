@@ -47,7 +47,7 @@ _STREAMS = (
 )
 
 # Outputs that hold a past to go on from; a packed forward has none.
-PASTS = (*CACHE_NAMES, "cache_params", "mems", "state", "rnn_state")
+PASTS = (*CACHE_NAMES, "cache_params", "mems", "state", "rnn_state", "rope_deltas")
 
 # Inputs whose documents are those of another stream.
 _OTHER_STREAM = (
