@@ -5,7 +5,7 @@
 The same pairs of log-normal lengths go through the stock model as rows that are padded to the
 longest source and target, and through the patched model as one pack of each side. A ratio is the
 median over rounds in one process, so that load on the machine slows both sides. The report holds
-both losses, which are equal but for ProphetNet's: its stock model mixes the rows of a batch.
+both losses, which are equal but for ProphetNet's, where padding changes what the stock model says.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from benchmarks.bench_cpu import log_normal_lengths
 from benchmarks.by_type import compared, run, training_step
 from packed_attn import PackedCollator, patch_model
 
-# Padded and masked; in batches of equal lengths; one pair at a time.
+# The first two run padded and masked, the others in batches of equal lengths.
 TYPES = ("t5", "bart", "umt5", "prophetnet")
 PAIRS = 24
 SOURCES = log_normal_lengths(PAIRS, 2048, 400)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Callable
 from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext
@@ -47,6 +48,7 @@ def in_processes(ranks: int, work: Callable[..., Any], *args: Any) -> list[Any]:
 
 def _process(rank: int, ranks: int, folder: str, work: Callable[..., Any], args: Any) -> None:
     torch.set_num_threads(1)
+    warnings.simplefilter("ignore")  # pytest does not see them to collect
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
     torch.save(work(*args), Path(folder) / f"{rank}.pt")

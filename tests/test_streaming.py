@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import socket
+import warnings
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -382,6 +383,7 @@ def test_accelerate_with_two_processes() -> None:
 
 def accelerate_rank(rank: int, port: int, results: Any) -> None:
     """One process of two: reads its rows both ways, stops and continues at every one."""
+    warnings.simplefilter("ignore")  # pytest does not see them to collect
     address = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "LOCAL_RANK": str(rank)}
     os.environ.update(address, RANK=str(rank), WORLD_SIZE="2")
     config = DataLoaderConfiguration(use_stateful_dataloader=True, dispatch_batches=False)

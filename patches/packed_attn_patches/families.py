@@ -147,15 +147,15 @@ UNPACK_EQUAL = frozenset({
 })
 # Encoder-decoders: source and target documents, unpacked in pairs. Proven exact right-padded and
 # masked, in batches of equal lengths, or one pair at a time: rows of one batch share the capacity
-# of NLLB's experts, and ProphetNet numbers its relative positions across them. With sdpa and
-# transformers 5.17 UMT5's decoder sees later tokens, so no padding may stand there.
+# of NLLB's experts. ProphetNet's relative positions reach later tokens (see above), and with sdpa
+# and transformers 5.17 UMT5's decoder does, so no padding may stand there.
 PAIRS_MASKED = frozenset({
     "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "fsmt", "led", "longt5",
     "m2m_100", "marian", "mbart", "mt5", "mvp", "pegasus", "pegasus_x", "plbart",
     "seamless_m4t", "seamless_m4t_v2", "switch_transformers", "t5", "t5gemma", "t5gemma2",
 })
-PAIRS_EQUAL = frozenset({"encoder-decoder", "umt5"})
-PAIRS_SINGLE = frozenset({"nllb-moe", "prophetnet"})
+PAIRS_EQUAL = frozenset({"encoder-decoder", "prophetnet", "umt5"})
+PAIRS_SINGLE = frozenset({"nllb-moe"})
 # Types whose positions begin behind the padding id.
 POSITIONS_AFTER_PADDING = frozenset({
     "camembert", "data2vec-text", "roberta", "roberta-prelayernorm", "xlm-roberta",
