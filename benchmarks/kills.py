@@ -68,7 +68,7 @@ def killed_runs(case: Case, runs: int, *, workers: int, seed: int) -> Iterator[K
     """
     case.folder.mkdir(parents=True, exist_ok=True)
     context = clean_processes(*PRELOAD)
-    with ProcessPoolExecutor(1, context, _load, (case, workers)) as launcher:
+    with ProcessPoolExecutor(1, context, _load, (case,)) as launcher:
 
         def ends(output: Path, seconds: float | None) -> bool:
             return launcher.submit(_ends, case, output, workers, seconds).result()
@@ -121,17 +121,32 @@ def documents_in(folder: Path) -> Counter[tuple[int, ...]]:
     return documents
 
 
-def _load(case: Case, workers: int) -> None:
-    """In the launcher: what all runs find loaded, and one server for the workers of all."""
+def _load(case: Case) -> None:
+    """In the launcher: what all runs find loaded."""
     pack_lengths([1], 1)
     load_tokenizer(case.arguments["tokenizer"])
-    if workers > 1:
-        clean_processes(*PRELOAD)
+
+
+def _serve() -> None:
+    """One server for the workers of all runs. One that is killed while it asks for a worker takes
+    the server with it, as it would take its own."""
+    context = clean_processes(*PRELOAD)
+    while True:
         forkserver.ensure_running()
+        probe = context.Process(target=int)
+        try:
+            probe.start()
+        except (OSError, EOFError):
+            time.sleep(0.05)
+            continue
+        probe.join()
+        return
 
 
 def _ends(case: Case, output: Path, workers: int, seconds: float | None) -> bool:
     """In the launcher: packs in a fork, killed after so many seconds; whether it ended before."""
+    if workers > 1:
+        _serve()
     process = multiprocessing.get_context("fork").Process(
         target=_pack, args=(case, output, workers)
     )

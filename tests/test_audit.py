@@ -7,6 +7,7 @@ import pickle
 
 import pytest
 import torch
+from packed_attn_patches import tiny
 from torch import nn
 
 from packed_attn import PackedCollator, audit, patch_model
@@ -133,6 +134,12 @@ def test_every_convention_of_a_patched_model() -> None:
     assert len(train.checks) == 6
     assert "dropout was set to 0" in str(train)
     assert pickle.loads(pickle.dumps(reports)) == reports
+
+
+def test_a_document_alone_has_no_cache_under_checkpointing() -> None:
+    """RoFormer's layers would find in it what they put there before they were computed again."""
+    report = audit(patch_model(tiny.tiny_model("roformer")), convention="checkpointing")
+    assert report.isolated
 
 
 def test_a_live_batch_in_train_mode() -> None:

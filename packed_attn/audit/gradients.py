@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from packed_attn.audit.conventions import AuditBatch
 from packed_attn.audit.embeddings import Embeddings
-from packed_attn.audit.subject import Subject, kwargs_alone
+from packed_attn.audit.subject import Subject, accepts, kwargs_alone
 
 
 def gradients_by_document(
@@ -32,10 +33,17 @@ def gradients_by_document(
     return found
 
 
-def gradient_alone(subject: Subject, index: int) -> Tensor:
-    """The gradient of a document's outputs in its embeddings, run by itself."""
+def gradient_alone(subject: Subject, index: int, *, checkpointing: bool) -> Tensor:
+    """The gradient of a document's outputs in its embeddings, run by itself.
+
+    What checkpointing computes again would find the cache of the first time (RoFormer), so there is
+    none, as a Trainer has it.
+    """
+    kwargs: dict[str, Any] = {**kwargs_alone(subject.documents[index])}
+    if checkpointing and accepts(subject.model, "use_cache"):
+        kwargs["use_cache"] = False
     with torch.enable_grad(), Embeddings(subject.model) as embeddings:
-        output = subject.run(kwargs_alone(subject.documents[index]))
+        output = subject.run(kwargs)
         loss = _weighted(subject.flat(output))
         return _own_and_others(embeddings.gradients(loss), subject.pools, index)[0]
 

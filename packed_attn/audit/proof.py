@@ -269,7 +269,10 @@ class _Proof:
         for index, (own, others) in enumerate(found):
             worst = max(worst, largest(others))
             if self.convention.training:
-                apart = max(apart, difference(own, gradient_alone(self.subject, index)))
+                alone = gradient_alone(
+                    self.subject, index, checkpointing=self.convention.checkpointing
+                )
+                apart = max(apart, difference(own, alone))
         verdict: Verdict = "holds" if worst == 0 else "fails"
         gradient = Check("gradient into other documents is 0", verdict, worst, 0.0)
         bound = GRADIENT_FACTOR * TOLERANCE[self.clean.dtype]

@@ -67,7 +67,7 @@ class Subject:
         if not self.patched:
             batch.kwargs.pop("layout", None)
             batch.kwargs.pop("decoder_layout", None)
-        if not _accepts(self.model, "use_cache"):
+        if not accepts(self.model, "use_cache"):
             batch.kwargs.pop("use_cache", None)
         return batch
 
@@ -287,7 +287,8 @@ def _check_weights(model: nn.Module) -> None:
                 )
 
 
-def _accepts(model: nn.Module, name: str) -> bool:
+def accepts(model: nn.Module, name: str) -> bool:
+    """Whether a model's forward takes an argument of that name."""
     parameters = inspect.signature(model.forward).parameters
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
