@@ -131,12 +131,15 @@ def _serve() -> None:
     """One server for the workers of all runs. One that is killed while it asks for a worker takes
     the server with it, as it would take its own."""
     context = clean_processes(*PRELOAD)
+    deadline = time.monotonic() + LIMIT
     while True:
         forkserver.ensure_running()
         probe = context.Process(target=int)
         try:
             probe.start()
         except (OSError, EOFError):
+            if time.monotonic() > deadline:
+                raise
             time.sleep(0.05)
             continue
         probe.join()
