@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 HAS_GPU := $(shell nvidia-smi -L 2>/dev/null | head -n 1)
 CONSTRAINTS := $(if $(HAS_GPU),,--constraint constraints-cpu.txt)
 # Tests that need triton's interpreter run in a process of their own: it is chosen at import.
-INTERPRETED := tests/test_kernels_interpreter.py tests/test_triton_backend.py tests/test_bug_classes.py tests/test_tune.py tests/test_bookkeeping.py tests/test_hopper_backward.py tests/test_liger.py
+INTERPRETED := tests/test_kernels_interpreter.py tests/test_triton_backend.py tests/test_bug_classes.py tests/test_tune.py tests/test_bookkeeping.py tests/test_hopper_kernels.py tests/test_liger.py
 
 # Tests compute on tiny tensors: more threads only wait for each other.
 test test-all: export OMP_NUM_THREADS ?= 1
@@ -36,7 +36,7 @@ test-all: lint oldest-triton
 oldest-triton: export OMP_NUM_THREADS ?= 1
 oldest-triton: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest tests/test_compile_gate.py
-	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest tests/test_kernels_interpreter.py
+	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest tests/test_kernels_interpreter.py tests/test_hopper_kernels.py -m "not slow"
 	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest tests/test_conformance.py -k "triton and exact" -m "not gpu"
 
 # Writes benchmarks/results/sm90_resources.md, which the compile gate holds machine code against.

@@ -1,0 +1,271 @@
+"""The Hopper kernels in an interpreter of Gluon (`tests/gluon/`): exact, isolated, confined.
+
+Every case runs through the launches that a Hopper GPU takes, under schedules that a seed makes.
+Kernels that are broken on purpose must be found out. The other kernels of a call run in triton's
+interpreter, so that these tests need a process started with TRITON_INTERPRET=1.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+if os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip(
+        "needs a process started with TRITON_INTERPRET=1 (make test)", allow_module_level=True
+    )
+
+from packed_attn_kernels import configurations, hopper_launch, launch
+from packed_attn_kernels.configurations import HOPPER, HOPPER_CANDIDATES, HopperConfiguration
+
+from packed_attn.backends import triton as backend
+from tests.cases import BY_NAME, Case
+from tests.gluon import Kernel, interpreted
+from tests.gluon.machine import Deadlock, Fault
+from tests.oracle import assert_confined, assert_exact, assert_isolated, run
+
+MODULES = ("hopper_walk", "hopper_forward", "hopper_backward")
+# Each block's place in the rings is taken by others of its item.
+LONG = Case("long", (530, 70), num_heads=2, num_kv_heads=1)
+# Fewer than the items of most cases, so that programs go through several.
+MULTIPROCESSORS = 3
+FORMS = [
+    (head_dim, form)
+    for head_dim, chosen in HOPPER.items()
+    for form in (chosen, *HOPPER_CANDIDATES[head_dim])
+]
+
+
+def _case(entry: str, head_dim: int, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> Case:
+    """A case of the table; one of another name has results of its own (`oracle._clean`)."""
+    case = LONG if entry == "long" else BY_NAME[entry]
+    return replace(case, **{"head_dim": head_dim, "dtype": dtype} | fields)
+
+
+@pytest.fixture
+def hopper(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Launches take this CPU for a Hopper GPU; gives the names of the kernels that ran."""
+    with _hopper(monkeypatch) as ran:
+        yield ran
+
+
+@contextmanager
+def _hopper(
+    monkeypatch: pytest.MonkeyPatch, edits: tuple[tuple[str, str], ...] = ()
+) -> Iterator[list[str]]:
+    ran: list[str] = []
+
+    def noted(name: str) -> Callable[..., Any]:
+        real = getattr(launch, f"launch_hopper_{name}")
+
+        def run_it(*arguments: Any) -> Any:
+            ran.append(name)
+            return real(*arguments)
+
+        return run_it
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(launch, f"launch_hopper_{name}", noted(name))
+    reasons = hopper_launch.reasons_against_hopper_kernels
+    monkeypatch.setattr(hopper_launch, "INTERPRETED", False)
+    monkeypatch.setattr(
+        hopper_launch, "_kernel_reasons", lambda problem, _: reasons(problem, (9, 0))
+    )
+    monkeypatch.setattr(hopper_launch, "_multiprocessors", lambda _: MULTIPROCESSORS)
+    # As on a GPU that has it.
+    monkeypatch.setattr(
+        backend,
+        "_backward",
+        lambda request, _: "split" if request.confine_nonfinite else "fused",
+    )
+    with interpreted(*(f"packed_attn_kernels.{name}" for name in MODULES), edits=edits):
+        yield ran
+
+
+EXACT = (
+    "long",
+    "mixed",
+    "two_longer_than_a_tile",
+    "hundreds_of_tiny",
+    "empty_documents",
+    "no_tokens",
+    "one_token",
+    "padding_between",
+    "all_padding",
+    "multi_query",
+    "group_of_three",
+    "strided",
+    "bidirectional",
+    "window_left_long",
+    "window_both",
+    "chunk_window",
+    "prefix",
+    "softmax_scale",
+    "sinks_padding",
+    "lse_gradient_padding",
+)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", EXACT)
+def test_exact(hopper: list[str], name: str, head_dim: int) -> None:
+    case = _case(name, head_dim)
+    assert_exact("triton", case, "cpu")
+    assert hopper == ([] if sum(case.lengths) == 0 else ["forward", "backward"])
+
+
+def test_softcap_has_the_forward_alone(hopper: list[str]) -> None:
+    assert_exact("triton", _case("softcap", 64), "cpu")
+    assert hopper == ["forward"]
+
+
+def test_float16(hopper: list[str]) -> None:
+    assert_exact("triton", _case("sinks_window", 128, torch.float16), "cpu")
+    assert hopper == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", ["mixed", "two_longer_than_a_tile"])
+def test_isolated(hopper: list[str], name: str, head_dim: int) -> None:
+    assert_isolated("triton", _case(name, head_dim), "cpu")
+    assert set(hopper) == {"forward", "backward"}
+
+
+@pytest.fixture(params=FORMS, ids=[f"head_dim_{x}_form_{n}" for n, (x, _) in enumerate(FORMS)])
+def form(
+    request: pytest.FixtureRequest, hopper: list[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[int]:
+    """Each form of the forward that is in a table; gives its head_dim."""
+    head_dim, chosen = request.param
+    monkeypatch.setitem(HOPPER, head_dim, chosen)
+    monkeypatch.setattr(configurations, "HOPPER_FORWARD", frozenset((dim, 2) for dim in HOPPER))
+    yield head_dim
+    assert "forward" in hopper
+
+
+SMALL_HEADS = {"num_heads": 2, "num_kv_heads": 1}
+
+
+@pytest.mark.parametrize("name", ["sinks_window", pytest.param("long", marks=pytest.mark.slow)])
+def test_forms_are_exact(form: int, request: pytest.FixtureRequest, name: str) -> None:
+    assert_exact("triton", _case(name, form, name=request.node.name, **SMALL_HEADS), "cpu")
+
+
+@pytest.mark.parametrize(
+    "name", ["longer_than_a_tile", pytest.param("long", marks=pytest.mark.slow)]
+)
+def test_forms_are_confined(form: int, request: pytest.FixtureRequest, name: str) -> None:
+    """A second kernel repairs tiles that a NaN reached: all other rows keep their bits."""
+    assert_confined("triton", _case(name, form, name=request.node.name, **SMALL_HEADS), "cpu")
+
+
+def test_a_backward_that_is_not_finite_is_done_again(
+    hopper: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A NaN that reached every row leaves no trace: gradients are the portable ones, to the bit,
+    with NaNs in its own document alone."""
+    case = _case("padding_between", 64)
+    inputs = case.inputs()
+    inputs.k[70, 1, 5] = float("nan")
+    done_again = run("triton", case, inputs, "cpu")
+    assert hopper == ["forward", "backward"]
+    monkeypatch.setattr(backend, "_backward", lambda *_: "split")
+    portable = run("triton", case, inputs, "cpu")
+    assert hopper == ["forward", "backward", "forward"]
+    for name, gradient in done_again.grads.items():
+        torch.testing.assert_close(gradient, portable.grads[name], rtol=0, atol=0, equal_nan=True)
+        assert gradient[68:82].isnan().any()
+        assert not gradient[:68].isnan().any()
+        assert not gradient[82:].isnan().any()
+
+
+def test_a_finite_backward_is_not_done_again(
+    hopper: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = _case("padding_between", 64)
+    found = run("triton", case, case.inputs(), "cpu")
+    monkeypatch.setattr(backend, "_backward", lambda *_: "split")
+    portable = run("triton", case, case.inputs(), "cpu")
+    for name, gradient in found.grads.items():
+        assert not torch.equal(gradient, portable.grads[name]), "products are rounded elsewhere"
+    assert hopper == ["forward", "backward", "forward"]
+
+
+@pytest.mark.parametrize("seed", range(1, 6))
+def test_schedules(hopper: list[str], monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Another order of what runs beside each other gives out, lse, dk and dv to the bit."""
+    case = _case("two_longer_than_a_tile", 128)
+    first = run("triton", case, case.inputs(), "cpu")
+    monkeypatch.setattr(Kernel, "seed", seed)
+    other = run("triton", case, case.inputs(), "cpu")
+    assert torch.equal(first.out, other.out)
+    assert torch.equal(first.lse, other.lse)
+    for name in ("k", "v"):
+        assert torch.equal(first.grads[name], other.grads[name])
+    torch.testing.assert_close(first.grads["q"], other.grads["q"], rtol=1e-2, atol=1e-2)
+
+
+# A broken line of a kernel, what stands there instead, and what comes of it.
+BROKEN: dict[str, tuple[str, str, type[BaseException]]] = {
+    "v's place is never free": (
+        "    acc = warpgroup_mma_wait(0, deps=[sums])\n"
+        "    mbarrier.arrive(v_empty.index(at % STAGES))\n    return s, acc, m, l",
+        "    acc = warpgroup_mma_wait(0, deps=[sums])\n    return s, acc, m, l",
+        Deadlock,
+    ),
+    "v's place is free before the product": (
+        "    acc = warpgroup_mma_wait(0, deps=[sums])\n"
+        "    mbarrier.arrive(v_empty.index(at % STAGES))\n",
+        "    mbarrier.arrive(v_empty.index(at % STAGES))\n"
+        "    acc = warpgroup_mma_wait(0, deps=[sums])\n",
+        Fault,
+    ),
+    "k is not waited for": (
+        "    mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1)\n", "", Fault,
+    ),
+    "the other phase": ("phase = ((before + y) // STAGES + 1) & 1", "phase = 0", Deadlock),
+    "a mask that is never set": (
+        "s = _visible(s, hull_start + y * BLOCK_N, start, end, BLOCK_N, SCORES)", "pass",
+        AssertionError,
+    ),
+    "q is overwritten": (
+        "            _wait_for_place(q_empty, done, Q_SLOTS)\n            intervals",
+        "            intervals",
+        Fault,
+    ),
+    "out is written after q": (
+        "            fence_async_shared()\n            barrier()\n            mbarrier.arrive(q_e",
+        "            barrier()\n            mbarrier.arrive(q_e",
+        Fault,
+    ),
+    "ds is not fenced": (
+        "    fence_async_shared()\n    mbarrier.arrive(ds_full.index(pair))",
+        "    mbarrier.arrive(ds_full.index(pair))",
+        Fault,
+    ),
+    "ds of the other warpgroup is not waited for": (
+        "    mbarrier.wait(ds_full.index(pair), (n // 2) & 1)\n", "", Fault,
+    ),
+    "a share is overwritten": (
+        "    tma.store_wait(0)\n    _barrier()\n    shares", "    _barrier()\n    shares", Fault,
+    ),
+    "a share of the wrong head": (
+        "row = ((number + g * padded_queries + at)", "row = ((number + at)", AssertionError,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_kernels_are_found_out(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    old, new, error = BROKEN[what]
+    case = _case("long", 128, name=what)
+    if what == "out is written after q":
+        monkeypatch.setitem(HOPPER, 128, HopperConfiguration(128, 2, q_slots=2, out_in_q=True))
+    with _hopper(monkeypatch, ((old, new),)), pytest.raises(error):
+        assert_exact("triton", case, "cpu")
