@@ -18,6 +18,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from typing import Literal
 
 import torch
@@ -33,7 +34,7 @@ from packed_attn_kernels.configurations import (
     KernelName,
     Problem,
 )
-from packed_attn_kernels.hopper_launch import reasons_against_hopper_kernels
+from packed_attn_kernels.hopper_launch import reasons_against_hopper_kernel
 from torch import Tensor
 
 from benchmarks.regimes import benchmark_cases, chosen_cases
@@ -157,11 +158,10 @@ def _tune_key(
 
 def _keys(problem: Problem, capability: tuple[int, int]) -> list[Key]:
     """The table's keys of the kernels that a GPU runs."""
-    on_hopper = not reasons_against_hopper_kernels(problem, capability)
     size = problem.width, problem.itemsize
-    forward: TunedKernel = "hopper_forward" if on_hopper else "forward"
-    by_hopper = on_hopper and size in configurations.HOPPER_BACKWARD and not problem.has_softcap
-    backward: tuple[KernelName, ...] = () if by_hopper else (*problem.keys_kernels, "dq")
+    reasons = partial(reasons_against_hopper_kernel, problem=problem, capability=capability)
+    forward: TunedKernel = "forward" if reasons("forward") else "hopper_forward"
+    backward = (*problem.keys_kernels, "dq") if reasons("backward") else ()
     return [(kernel, *size) for kernel in (forward, *backward)]
 
 

@@ -72,11 +72,9 @@ def _hopper(
 
     for name in ("forward", "backward"):
         monkeypatch.setattr(launch, f"launch_hopper_{name}", noted(name))
-    reasons = hopper_launch.reasons_against_hopper_kernels
+    reasons = hopper_launch.reasons_against_hopper_kernel
     monkeypatch.setattr(hopper_launch, "INTERPRETED", False)
-    monkeypatch.setattr(
-        hopper_launch, "_kernel_reasons", lambda problem, _: reasons(problem, (9, 0))
-    )
+    monkeypatch.setattr(hopper_launch, "_kernel_reasons", lambda *x: reasons(*x[:2], (9, 0)))
     monkeypatch.setattr(hopper_launch, "_multiprocessors", lambda _: MULTIPROCESSORS)
     # As on a GPU that has it.
     monkeypatch.setattr(
@@ -118,6 +116,31 @@ def test_exact(hopper: list[str], name: str, head_dim: int) -> None:
     case = _case(name, head_dim)
     assert_exact("triton", case, "cpu")
     assert hopper == ([] if sum(case.lengths) == 0 else ["forward", "backward"])
+
+
+FORESTS = ("forest_nested", "forest_many_answers", "forest_long", "forest_padding")
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("name", [*FORESTS, "forest_bidirectional"])
+def test_forests_are_exact(hopper: list[str], name: str, head_dim: int) -> None:
+    assert_exact("triton", _case(name, head_dim), "cpu")
+    assert hopper == ["backward"]
+
+
+def test_forests_are_isolated_and_confined(
+    hopper: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = _case("forest_nested", 64)
+    assert_isolated("triton", case, "cpu")
+    assert "backward" in hopper
+    inputs = case.inputs()
+    inputs.k[30, 1, 5] = float("nan")
+    done_again = run("triton", case, inputs, "cpu")
+    monkeypatch.setattr(backend, "_backward", lambda *_: "split")
+    portable = run("triton", case, inputs, "cpu")
+    for name, gradient in done_again.grads.items():
+        torch.testing.assert_close(gradient, portable.grads[name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_softcap_has_the_forward_alone(hopper: list[str]) -> None:

@@ -120,7 +120,8 @@ PLAIN = dict.fromkeys(("has_softcap", "has_alibi", "has_dropout"), False) | {
         ("split", 128, (9, 0), {"softmax_scale": -0.1}),
         ("split", 128, (9, 0), {"has_softcap": True}),
         ("split", 128, (9, 0), {"has_dropout": True}),
-        ("split", 128, (9, 0), {"halves": "query"}),
+        ("fused", 128, (9, 0), {"halves": "query"}),
+        ("split", 128, (9, 0), {"halves": "both"}),
     ],
 )
 def test_backward_that_was_measured_to_be_faster(

@@ -124,6 +124,8 @@ def repair_dq_kernel(
     tiles_ptr,
     key_start_ptr,
     key_stop_ptr,
+    query_start_ptr,
+    query_stop_ptr,
     softmax_scale,
     tiles,
     heads,
@@ -144,6 +146,9 @@ def repair_dq_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    SPAN: tl.constexpr,
+    KEY_HALF: tl.constexpr,
+    QUERY_HALF: tl.constexpr,
 ):
     """dq of all tiles of queries, if the flag is set."""
     if tl.load(flag_ptr) == 0:
@@ -155,9 +160,10 @@ def repair_dq_kernel(
             h = tl.cast(slot % heads, tl.int64)
             dq_tile(
                 first, stop, h, q_ptr, k_ptr, v_ptr, dout_ptr, row_lse_ptr, delta_ptr, dq_ptr, None,
-                None, key_start_ptr, key_stop_ptr, None, None, None, None, softmax_scale, None,
-                None, None, total_queries, total_keys, padded_queries, q_stride_t, q_stride_h,
-                k_stride_t, k_stride_h, v_stride_t, v_stride_h, dout_stride_t, dout_stride_h,
-                dq_stride_t, dq_stride_h, GROUP, HEAD_DIM, HEAD_DIM, HEAD_DIM, HEAD_DIM, BLOCK_M,
-                BLOCK_N, 0, 1, True, False, False, False, False, False,
+                None, key_start_ptr, key_stop_ptr, query_start_ptr, query_stop_ptr, None, None,
+                softmax_scale, None, None, None, total_queries, total_keys, padded_queries,
+                q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
+                dout_stride_t, dout_stride_h, dq_stride_t, dq_stride_h, GROUP, HEAD_DIM, HEAD_DIM,
+                HEAD_DIM, HEAD_DIM, BLOCK_M, BLOCK_N, SPAN, 1, KEY_HALF, QUERY_HALF, False, False,
+                False, False,
             )  # fmt: skip

@@ -127,13 +127,11 @@ def hopper_backward_constants(
 
 def backward_repair_constants(kernel: KernelName, problem: Problem) -> dict[str, Any]:
     """The compile-time arguments of a kernel that repairs the backward, by name."""
-    chosen = configurations.configuration(kernel, problem)
-    return {
-        "GROUP": problem.group,
-        "HEAD_DIM": problem.head_dim,
-        "BLOCK_M": chosen.BLOCK_M,
-        "BLOCK_N": chosen.BLOCK_N,
-    }
+    names = ("GROUP", "HEAD_DIM", "BLOCK_M", "BLOCK_N")
+    if kernel == "dq":
+        names += ("SPAN", "KEY_HALF", "QUERY_HALF")
+    constants = configurations.constants(kernel, problem)
+    return {name: constants[name] for name in names}
 
 
 @lru_cache

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ from packed_attn_kernels.rules import INTERPRETED
 if TYPE_CHECKING:
     from packed_attn_kernels.launch import Inputs
 
+HopperKernel = Literal["forward", "backward"]
+
 # Query rows of a warpgroup, as in `hopper_forward.py`; a tile has two.
 ROWS = 64
 # Bytes that addresses and row strides of a matrix must be multiples of to be copied (TMA).
@@ -28,11 +30,11 @@ HOPPER_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 
 
 def reasons_against_hopper(inputs: Inputs) -> list[str]:
-    """Why the portable kernel must run; empty where the Hopper kernel may."""
+    """Why the portable forward must run; empty where the Hopper kernel may."""
     problem = inputs.problem
     if (problem.width, problem.itemsize) not in configurations.HOPPER_FORWARD:
         return ["HOPPER_FORWARD does not name this head_dim and element size"]
-    reasons = _reasons_against(inputs)
+    reasons = _reasons_against("forward", inputs)
     for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v)):
         if x.data_ptr() % ALIGNMENT:
             reasons.append(f"{name} does not begin at a multiple of {ALIGNMENT} bytes")
@@ -47,13 +49,9 @@ def reasons_against_hopper_backward(inputs: Inputs) -> list[str]:
     Nothing but what `faster_backward` knows too decides, unless "fused" was asked for by name.
     """
     problem = inputs.problem
-    if (problem.width, problem.itemsize) not in configurations.HOPPER_BACKWARD:
-        return ["HOPPER_BACKWARD does not name this head_dim and element size"]
-    reasons = _reasons_against(inputs)
+    reasons = _reasons_against("backward", inputs)
     if not problem.fused:
         reasons.append("it adds dq in any order")
-    if problem.has_softcap:
-        reasons.append("it has no softcap")
     if any(configurations.tile_rows(x)[1] != 2 * ROWS for x in (problem, split_problem(problem))):
         reasons.append(f"it needs tiles of {2 * ROWS} keys")
     return reasons
@@ -65,36 +63,51 @@ def split_problem(problem: Problem) -> Problem:
     return replace(problem, fused=False)
 
 
-def reasons_against_hopper_kernels(problem: Problem, capability: tuple[int, int]) -> list[str]:
-    """What a problem or a GPU has that neither Hopper kernel takes."""
+def reasons_against_hopper_kernel(
+    kernel: HopperKernel, problem: Problem, capability: tuple[int, int]
+) -> list[str]:
+    """What a problem or a GPU has that this Hopper kernel does not take.
+
+    A size that HOPPER_FORWARD does not name is no reason here: tuning times it all the same.
+    """
     reasons = []
     if problem.itemsize != 2:
         reasons.append("it needs half precision")
     if problem.head_dim != problem.value_dim or problem.head_dim not in configurations.HOPPER:
         reasons.append("it needs head_dim 64, 128 or 256, of v too")
-    if problem.halves != "either":
-        reasons.append("it knows one half of the rule alone")
     if problem.has_alibi or problem.has_dropout:
         reasons.append("it has neither ALiBi nor dropout")
+    if kernel == "forward":
+        if problem.halves != "either":
+            reasons.append("it knows the half of the rule that queries hold alone")
+    else:
+        if (problem.width, problem.itemsize) not in configurations.HOPPER_BACKWARD:
+            reasons.append("HOPPER_BACKWARD does not name this head_dim and element size")
+        if problem.halves == "both":
+            reasons.append("it knows the half of the rule that keys hold alone")
+        if problem.has_softcap:
+            reasons.append("it has no softcap")
     if INTERPRETED or torch.version.hip is not None or capability[0] != 9:
         reasons.append("it needs an NVIDIA GPU of compute capability 9.x")
     return reasons
 
 
-def _reasons_against(inputs: Inputs) -> list[str]:
+def _reasons_against(kernel: HopperKernel, inputs: Inputs) -> list[str]:
     device = inputs.q.device
     on_gpu = device.type == "cuda"
     capability = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
-    reasons = [*_kernel_reasons(inputs.problem, capability)]
+    reasons = [*_kernel_reasons(kernel, inputs.problem, capability)]
     return reasons + reasons_against_hopper_inputs(
         inputs.softmax_scale, q=inputs.q, k=inputs.k, v=inputs.v
     )
 
 
-# A layer asks at every step; `reasons_against_hopper_kernels` itself a compiler traces.
+# A layer asks at every step; `reasons_against_hopper_kernel` itself a compiler traces.
 @lru_cache
-def _kernel_reasons(problem: Problem, capability: tuple[int, int]) -> tuple[str, ...]:
-    return tuple(reasons_against_hopper_kernels(problem, capability))
+def _kernel_reasons(
+    kernel: HopperKernel, problem: Problem, capability: tuple[int, int]
+) -> tuple[str, ...]:
+    return tuple(reasons_against_hopper_kernel(kernel, problem, capability))
 
 
 def reasons_against_hopper_inputs(softmax_scale: float, **tensors: Tensor) -> list[str]:

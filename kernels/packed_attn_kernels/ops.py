@@ -12,14 +12,13 @@ from torch.autograd.function import once_differentiable
 
 from packed_attn_kernels.configurations import (
     FUSED_IS_FASTER,
-    HOPPER_BACKWARD,
     LARGEST_TOKEN_STRIDE,
     Problem,
     tile_rows,
 )
 from packed_attn_kernels.hopper_launch import (
     reasons_against_hopper_inputs,
-    reasons_against_hopper_kernels,
+    reasons_against_hopper_kernel,
 )
 from packed_attn_kernels.launch import Inputs, launch_backward, launch_forward
 from packed_attn_kernels.tiles import Tiles, plan_tiles
@@ -161,11 +160,11 @@ def faster_backward(
         has_alibi=has_alibi,
         has_dropout=has_dropout,
     )
-    size = problem.width, problem.itemsize
-    reasons = reasons_against_hopper_kernels(problem, capability)
+    reasons = reasons_against_hopper_kernel("backward", problem, capability)
     reasons += reasons_against_hopper_inputs(softmax_scale, q=q, k=k, v=v)
-    by_hopper = size in HOPPER_BACKWARD and not reasons and not has_softcap
-    return "fused" if by_hopper or size in FUSED_IS_FASTER else "split"
+    if not reasons or (problem.width, problem.itemsize) in FUSED_IS_FASTER:
+        return "fused"
+    return "split"
 
 
 @torch.library.custom_op("packed_attn::interval_forward", mutates_args=())
