@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from packed_attn_kernels import configurations
@@ -30,6 +30,7 @@ from packed_attn_kernels.configurations import (
     LEAN,
     TABLE,
     Configuration,
+    Halves,
     HopperConfiguration,
     KernelName,
     Problem,
@@ -47,6 +48,7 @@ TunedKernel = KernelName | Literal["hopper_forward"]
 Key = tuple[TunedKernel, int, int]
 Row = Configuration | HopperConfiguration | None  # None: the portable kernel, in Hopper's place
 Clock = Callable[..., dict[str, list[float]]]
+HALVES: tuple[Halves, ...] = get_args(Halves)
 DEFAULT_CASES = ("log_normal", "one_32k", "one_16k_256x64", "64x512")
 
 
@@ -170,7 +172,8 @@ def _rows(key: Key, problem: Problem) -> tuple[Row, ...]:
     kernel, *size = key
     if kernel == "hopper_forward":
         rows = HOPPER[size[0]], *HOPPER_CANDIDATES.get(size[0], ())
-        return rows if tuple(size) in configurations.HOPPER_FORWARD else (None, *rows)
+        named = (*size, problem.halves) in configurations.HOPPER_FORWARD
+        return rows if named else (None, *rows)
     portable = kernel, *size
     table = LEAN if problem.is_lean and portable in LEAN else TABLE
     return table[portable], *CANDIDATES.get(portable, ())
@@ -203,9 +206,9 @@ def _table_with(key: Key, row: Row) -> Iterator[None]:
                     table[other] = row
     elif row is not None:
         HOPPER[key[1]] = row
-        configurations.HOPPER_FORWARD = named | {key[1:]}
+        configurations.HOPPER_FORWARD = named | {(*key[1:], halves) for halves in HALVES}
     else:
-        configurations.HOPPER_FORWARD = named - {key[1:]}
+        configurations.HOPPER_FORWARD = frozenset(x for x in named if x[:2] != key[1:])
     try:
         yield
     finally:

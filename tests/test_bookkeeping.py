@@ -20,6 +20,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 from packed_attn_kernels import plan_tiles, tile_list
 from packed_attn_kernels.bookkeeping import mask_intervals, tile_lists
 from packed_attn_kernels.configurations import Problem, capacity
+from packed_attn_kernels.tiles import key_blocks
 from triton.runtime import interpreter
 
 from packed_attn import DocumentLayout, Visibility, attention, visibility
@@ -204,7 +205,7 @@ def test_no_launch_without_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     for lengths in ((), (0, 0)):
         vis = DocumentLayout.from_lengths(lengths).visibility()
         lists = tile_lists(vis.key_start, vis.key_stop, vis.query_start, vis.query_stop, ROWS)
-        assert [list(x.shape) for x in lists] == [[0, 2]] * 3
+        assert [list(x.shape) for x in lists] == [*[[0, 2]] * 3, [4, 0]]
     assert launches == []
 
 
@@ -303,6 +304,7 @@ def _assert_lists(vis: Visibility, rows: tuple[int, int, int]) -> None:
     for got, (start, stop), block in zip(lists, (*sides, sides[0]), rows):
         assert list(got.shape) == [capacity(start.numel(), block), 2]
         assert torch.equal(got, tile_list(start, stop, block))
+    assert torch.equal(lists[3], key_blocks(vis.query_start, vis.query_stop))
 
 
 def _poisoned(like: Tensor, *size: Any, **options: Any) -> Tensor:

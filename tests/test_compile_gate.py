@@ -31,6 +31,7 @@ from packed_attn_kernels.configurations import (
     CANDIDATES,
     FUSED,
     HOPPER_CANDIDATES,
+    KEY_BLOCK,
     LEAN,
     PADDED,
     SPAN,
@@ -259,6 +260,7 @@ def test_machine_code_of_intervals(absent: dict[str, None]) -> None:
 @pytest.mark.parametrize("rows", [64, 128])
 def test_machine_code_of_lists(rows: int) -> None:
     values = {"TILES": bookkeeping.TILES, "OTHERS": bookkeeping.OTHERS, "SCAN": bookkeeping.SCAN}
+    values |= {"BLOCK": KEY_BLOCK}
     _assert_fits(bookkeeping.tile_lists_kernel, values | {"ROWS": rows}, bookkeeping.WARPS)
 
 

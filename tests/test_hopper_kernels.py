@@ -7,11 +7,12 @@ interpreter, so that these tests need a process started with TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
@@ -22,8 +23,15 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     )
 
 from packed_attn_kernels import configurations, hopper_launch, launch
-from packed_attn_kernels.configurations import HOPPER, HOPPER_CANDIDATES, HopperConfiguration
+from packed_attn_kernels.configurations import (
+    HOPPER,
+    HOPPER_CANDIDATES,
+    Halves,
+    HopperConfiguration,
+)
 
+import tests.gluon.hopper
+from packed_attn import attention
 from packed_attn.backends import triton as backend
 from tests.cases import BY_NAME, Case
 from tests.gluon import Kernel, interpreted
@@ -33,6 +41,12 @@ from tests.oracle import assert_confined, assert_exact, assert_isolated, run
 MODULES = ("hopper_walk", "hopper_forward", "hopper_backward")
 # Each block's place in the rings is taken by others of its item.
 LONG = Case("long", (530, 70), num_heads=2, num_kv_heads=1)
+# A tree over many blocks, whose tiles begin inside of them; answers have answers, and there are
+# documents and another tree beside it.
+LONG_FOREST = Case(
+    "long_forest", (70, 300, 40, 130, 5, 260, 70, 200, 33), (-1, -1, 1, 1, 3, 1, -1, -1, 7),
+    num_heads=2, num_kv_heads=1,
+)  # fmt: skip
 # Fewer than the items of most cases, so that programs go through several.
 MULTIPROCESSORS = 3
 FORMS = [
@@ -44,7 +58,7 @@ FORMS = [
 
 def _case(entry: str, head_dim: int, dtype: torch.dtype = torch.bfloat16, **fields: Any) -> Case:
     """A case of the table; one of another name has results of its own (`oracle._clean`)."""
-    case = LONG if entry == "long" else BY_NAME[entry]
+    case = (BY_NAME | {x.name: x for x in (LONG, LONG_FOREST)})[entry]
     return replace(case, **{"head_dim": head_dim, "dtype": dtype} | fields)
 
 
@@ -73,6 +87,8 @@ def _hopper(
     for name in ("forward", "backward"):
         monkeypatch.setattr(launch, f"launch_hopper_{name}", noted(name))
     reasons = hopper_launch.reasons_against_hopper_kernel
+    everything = itertools.product(HOPPER, (2,), get_args(Halves))
+    monkeypatch.setattr(configurations, "HOPPER_FORWARD", frozenset(everything))
     monkeypatch.setattr(hopper_launch, "INTERPRETED", False)
     monkeypatch.setattr(hopper_launch, "_kernel_reasons", lambda *x: reasons(*x[:2], (9, 0)))
     monkeypatch.setattr(hopper_launch, "_multiprocessors", lambda _: MULTIPROCESSORS)
@@ -118,14 +134,57 @@ def test_exact(hopper: list[str], name: str, head_dim: int) -> None:
     assert hopper == ([] if sum(case.lengths) == 0 else ["forward", "backward"])
 
 
-FORESTS = ("forest_nested", "forest_many_answers", "forest_long", "forest_padding")
+FORESTS = ("forest_nested", "forest_many_answers", "forest_long", "forest_padding", "long_forest")
 
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("name", [*FORESTS, "forest_bidirectional"])
 def test_forests_are_exact(hopper: list[str], name: str, head_dim: int) -> None:
     assert_exact("triton", _case(name, head_dim), "cpu")
-    assert hopper == ["backward"]
+    assert hopper == ["forward", "backward"]
+
+
+WINDOWS: dict[str, dict[str, Any]] = {
+    "forest_window": {},
+    "forest_chunk": {},
+    "forest_sinks_softcap": {"window_size": (9, 0)},
+    "long_forest": {"window_size": (200, 0)},
+}
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_forests_with_windows_take_the_forward_alone(hopper: list[str], name: str) -> None:
+    """Both halves of the rule decide."""
+    case = _case(name, 128, name=f"{name} and a window", **WINDOWS[name])
+    assert_exact("triton", case, "cpu")
+    assert hopper == ["forward"]
+
+
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_siblings_cost_nothing(monkeypatch: pytest.MonkeyPatch, head_dim: int) -> None:
+    """Blocks that are copied: those of the prompt for each answer, not those of other answers."""
+    copied = []
+    real = tests.gluon.hopper.tma.async_copy_global_to_shared
+
+    def counted(descriptor: Any, *rest: Any) -> None:
+        copied.append(tuple(descriptor.block_type.shape))
+        real(descriptor, *rest)
+
+    monkeypatch.setattr(tests.gluon.hopper.tma, "async_copy_global_to_shared", counted)
+    counts = []
+    for answers in (1, 3, 5):
+        case = Case(
+            "siblings", (256, *[256] * answers), (-1, *[0] * answers), num_heads=1, num_kv_heads=1,
+            head_dim=head_dim, dtype=torch.bfloat16,
+        )  # fmt: skip
+        inputs = case.inputs()
+        copied.clear()
+        with monkeypatch.context() as patch, _hopper(patch):
+            attention(inputs.q, inputs.k, inputs.v, case.layout(), backend="triton")
+        block = (HOPPER[head_dim].BLOCK_N, head_dim)
+        counts.append(copied.count(block) // 2)
+    per_answer = (128 + 256 + 2 * 256) // HOPPER[head_dim].BLOCK_N
+    assert counts[2] - counts[1] == counts[1] - counts[0] == 2 * per_answer
 
 
 def test_forests_are_isolated_and_confined(
@@ -167,7 +226,6 @@ def form(
     """Each form of the forward that is in a table; gives its head_dim."""
     head_dim, chosen = request.param
     monkeypatch.setitem(HOPPER, head_dim, chosen)
-    monkeypatch.setattr(configurations, "HOPPER_FORWARD", frozenset((dim, 2) for dim in HOPPER))
     yield head_dim
     assert "forward" in hopper
 
@@ -175,13 +233,25 @@ def form(
 SMALL_HEADS = {"num_heads": 2, "num_kv_heads": 1}
 
 
-@pytest.mark.parametrize("name", ["sinks_window", pytest.param("long", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "sinks_window",
+        "forest_nested",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("long", "long_forest")),
+    ],
+)
 def test_forms_are_exact(form: int, request: pytest.FixtureRequest, name: str) -> None:
     assert_exact("triton", _case(name, form, name=request.node.name, **SMALL_HEADS), "cpu")
 
 
 @pytest.mark.parametrize(
-    "name", ["longer_than_a_tile", pytest.param("long", marks=pytest.mark.slow)]
+    "name",
+    [
+        "longer_than_a_tile",
+        "forest_nested",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("long", "long_forest")),
+    ],
 )
 def test_forms_are_confined(form: int, request: pytest.FixtureRequest, name: str) -> None:
     """A second kernel repairs tiles that a NaN reached: all other rows keep their bits."""
@@ -234,27 +304,38 @@ def test_schedules(hopper: list[str], monkeypatch: pytest.MonkeyPatch, seed: int
     torch.testing.assert_close(first.grads["q"], other.grads["q"], rtol=1e-2, atol=1e-2)
 
 
-# A broken line of a kernel, what stands there instead, and what comes of it.
+# What is broken: the lines of a kernel, what stands there instead, what comes of it.
 BROKEN: dict[str, tuple[str, str, type[BaseException]]] = {
     "v's place is never free": (
-        "    acc = warpgroup_mma_wait(0, deps=[sums])\n"
-        "    mbarrier.arrive(v_empty.index(at % STAGES))\n    return s, acc, m, l",
-        "    acc = warpgroup_mma_wait(0, deps=[sums])\n    return s, acc, m, l",
+        """\
+    acc = warpgroup_mma_wait(0, deps=[sums])
+    mbarrier.arrive(v_empty.index(at % STAGES))
+    return s, acc, m, l""",
+        """\
+    acc = warpgroup_mma_wait(0, deps=[sums])
+    return s, acc, m, l""",
         Deadlock,
     ),
     "v's place is free before the product": (
-        "    acc = warpgroup_mma_wait(0, deps=[sums])\n"
-        "    mbarrier.arrive(v_empty.index(at % STAGES))\n",
-        "    mbarrier.arrive(v_empty.index(at % STAGES))\n"
-        "    acc = warpgroup_mma_wait(0, deps=[sums])\n",
+        """\
+    acc = warpgroup_mma_wait(0, deps=[sums])
+    mbarrier.arrive(v_empty.index(at % STAGES))
+    return s""",
+        """\
+    mbarrier.arrive(v_empty.index(at % STAGES))
+    acc = warpgroup_mma_wait(0, deps=[sums])
+    return s""",
         Fault,
     ),
     "k is not waited for": (
-        "    mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1)\n", "", Fault,
+        "    mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1)\n",
+        "",
+        Fault,
     ),
-    "the other phase": ("phase = ((before + y) // STAGES + 1) & 1", "phase = 0", Deadlock),
-    "a mask that is never set": (
-        "s = _visible(s, hull_start + y * BLOCK_N, start, end, BLOCK_N, SCORES)", "pass",
+    "the other phase": ("phase = (at // STAGES + 1) & 1", "phase = 0", Deadlock),
+    "nothing is masked": (
+        's = gl.where(sees, s, -float("inf"))\n    return s, factor',
+        "pass\n    return s, factor",
         AssertionError,
     ),
     "q is overwritten": (
@@ -263,9 +344,32 @@ BROKEN: dict[str, tuple[str, str, type[BaseException]]] = {
         Fault,
     ),
     "out is written after q": (
-        "            fence_async_shared()\n            barrier()\n            mbarrier.arrive(q_e",
-        "            barrier()\n            mbarrier.arrive(q_e",
+        """\
+            fence_async_shared()
+            barrier()
+            mbarrier.arrive(q_empty""",
+        """\
+            barrier()
+            mbarrier.arrive(q_empty""",
         Fault,
+    ),
+    "forest: intervals of keys are not waited for": (
+        """\
+    if MASKED and QUERY_HALF:
+        mbarrier.wait(v_full.index(at % STAGES), (at // STAGES) & 1)
+""",
+        "",
+        Fault,
+    ),
+    "forest: a block counts as full where one row sees it": (
+        "mask=there, other=FAR) <= first\n",
+        "mask=there, other=FAR) <= last\n",
+        AssertionError,
+    ),
+    "forest: a block is skipped where one row does not see it": (
+        "mask=there, other=FAR) <= last\n",
+        "mask=there, other=FAR) <= first\n",
+        AssertionError,
     ),
     "ds is not fenced": (
         "    fence_async_shared()\n    mbarrier.arrive(ds_full.index(pair))",
@@ -273,22 +377,30 @@ BROKEN: dict[str, tuple[str, str, type[BaseException]]] = {
         Fault,
     ),
     "ds of the other warpgroup is not waited for": (
-        "    mbarrier.wait(ds_full.index(pair), (n // 2) & 1)\n", "", Fault,
+        "    mbarrier.wait(ds_full.index(pair), (n // 2) & 1)\n",
+        "",
+        Fault,
     ),
     "a share is overwritten": (
-        "    tma.store_wait(0)\n    _barrier()\n    shares", "    _barrier()\n    shares", Fault,
+        "    tma.store_wait(0)\n    _barrier()\n    shares",
+        "    _barrier()\n    shares",
+        Fault,
     ),
-    "a share of the wrong head": (
-        "row = ((number + g * padded_queries + at)", "row = ((number + at)", AssertionError,
+    "a share goes to another head": (
+        "row = ((number + g * padded_queries + at)",
+        "row = ((number + at)",
+        AssertionError,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", BROKEN)
 def test_broken_kernels_are_found_out(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     old, new, error = BROKEN[what]
-    case = _case("long", 128, name=what)
+    case = _case("long_forest" if "forest" in what else "long", 128, name=what)
     if what == "out is written after q":
         monkeypatch.setitem(HOPPER, 128, HopperConfiguration(128, 2, q_slots=2, out_in_q=True))
+    if "forest" in what:  # a single full block is masked where rounds are of two
+        monkeypatch.setitem(HOPPER, 128, HopperConfiguration(128, 2, unrolled=1))
     with _hopper(monkeypatch, ((old, new),)), pytest.raises(error):
         assert_exact("triton", case, "cpu")

@@ -10,7 +10,9 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="the kernels are written in triton")
 
-from packed_attn_kernels.tiles import capacity, tile_list
+from packed_attn_kernels.configurations import KEY_BLOCK
+from packed_attn_kernels.rules import FAR
+from packed_attn_kernels.tiles import capacity, key_blocks, tile_list
 
 from packed_attn import DocumentLayout
 from packed_attn.visibility import Visibility
@@ -31,6 +33,22 @@ def test_every_row_is_in_one_tile(case: Case) -> None:
             rows = [row for first, last in tiles.tolist() for row in range(first, last)]
             assert sorted(rows) == list(range(start.numel()))
             assert max((last - first for first, last in tiles.tolist()), default=0) <= block
+
+
+@pytest.mark.parametrize("case", SMALL, ids=[case.name for case in SMALL])
+def test_blocks_of_keys_bound_the_queries_that_see_them(case: Case) -> None:
+    vis = _visibility(case)
+    blocks = key_blocks(vis.query_start, vis.query_stop)
+    keys, queries = vis.query_start.numel(), torch.arange(vis.key_start.numel())
+    assert list(blocks.shape) == [4, -(-keys // KEY_BLOCK)]
+    i = queries[:, None]
+    seen = (vis.query_start <= i) & (i < vis.query_stop)
+    for n, (first, last, full_first, full_last) in enumerate(blocks.t().tolist()):
+        block = seen[:, n * KEY_BLOCK : (n + 1) * KEY_BLOCK]
+        some, whole = block.any(1), block.all(1) & (block.shape[1] == KEY_BLOCK)
+        seeing = queries[some].tolist()
+        assert (first, last) == ((seeing[0], seeing[-1] + 1) if seeing else (FAR.value, 0))
+        assert torch.equal(whole, (full_first <= queries) & (queries < full_last))
 
 
 @pytest.mark.parametrize("lengths", [(64, 64), (32,) * 40, (31,) * 50, (63, 1) * 20, (33,) * 30])

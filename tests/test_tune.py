@@ -109,18 +109,18 @@ def test_a_kernel_that_is_off_is_timed_beside_the_portable_one(
 ) -> None:
     key = ("hopper_forward", 256, 2)
     problem = tune._problem(replace(CASE, head_dim=256))
-    monkeypatch.setattr(configurations, "HOPPER_FORWARD", frozenset({(128, 2)}))
+    monkeypatch.setattr(configurations, "HOPPER_FORWARD", frozenset({(128, 2, "either")}))
     rows = tune._rows(key, problem)
     assert rows == (None, HOPPER[256], *HOPPER_CANDIDATES[256])
     before = dict(HOPPER)
     with tune._table_with(key, rows[-1]):
         assert HOPPER[256] == rows[-1]
-        assert (256, 2) in configurations.HOPPER_FORWARD
+        assert (256, 2, "query") in configurations.HOPPER_FORWARD
         assert tune._rows(key, problem)[0] == rows[-1], "on, it is the row itself"
         with tune._table_with(key, None):
-            assert {(128, 2)} == configurations.HOPPER_FORWARD
+            assert {(128, 2, "either")} == configurations.HOPPER_FORWARD
     assert before == HOPPER
-    assert {(128, 2)} == configurations.HOPPER_FORWARD
+    assert {(128, 2, "either")} == configurations.HOPPER_FORWARD
     results = [tune.Result(key, "a", row, 1.0 / n) for n, row in enumerate(rows[:2], 1)]
     named = "256: HopperConfiguration(BLOCK_N=64, stages=2, out_in_q=True, unrolled=1)"
     assert tune.best_rows(results) == [f"    {named},  # 0.500 of the row"]

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from packed_attn_kernels.configurations import capacity
+from packed_attn_kernels.configurations import KEY_BLOCK, capacity
 from packed_attn_kernels.launch import on_device
 from packed_attn_kernels.rules import FAR, INTERPRETED, IS_INTERPRETED
 
@@ -83,15 +83,16 @@ def tile_lists(
     query_start: Tensor,
     query_stop: Tensor,
     rows: tuple[int, int, int],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The lists of the forward, of keys and of dq, each as `tile_list` gives it, in one launch.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The lists of the forward, of keys and of dq, each as `tile_list` gives it, and the blocks of
+    `key_blocks`, in one launch.
 
     Args:
         rows: of a tile in each of them, powers of two up to 128.
     """
     vectors = (key_start, key_stop, query_start, query_stop)
-    lists = torch.ops.packed_attn.tile_lists(*vectors, *rows)
-    return lists[0], lists[1], lists[2 if rows[2] != rows[0] else 0]
+    *lists, blocks = torch.ops.packed_attn.tile_lists(*vectors, *rows)
+    return lists[0], lists[1], lists[2 if rows[2] != rows[0] else 0], blocks
 
 
 @torch.library.custom_op("packed_attn::mask_intervals", mutates_args=())
@@ -162,10 +163,10 @@ def _tile_lists(
     dq_rows: int,
 ) -> list[Tensor]:
     rows = (forward_rows, keys_rows, dq_rows)
-    lists = _empty_lists(key_start, query_start, *rows)
+    *lists, blocks = _empty_lists(key_start, query_start, *rows)
     slots = max(x.shape[0] for x in lists)
     if slots == 0:
-        return lists
+        return [*lists, blocks]
     arguments = {
         "key_start_ptr": key_start.contiguous(),
         "key_stop_ptr": key_stop.contiguous(),
@@ -174,6 +175,7 @@ def _tile_lists(
         "forward_ptr": lists[0],
         "keys_ptr": lists[1],
         "dq_ptr": lists[-1],
+        "blocks_ptr": blocks,
         "scratch_ptr": key_start.new_empty(len(lists), 2, slots),
         "total_queries": key_start.numel(),
         "total_keys": query_start.numel(),
@@ -184,14 +186,17 @@ def _tile_lists(
         "keys_capacity": lists[1].shape[0],
         "dq_capacity": lists[-1].shape[0],
         "slots": slots,
+        "lists": len(lists),
+        "blocks": blocks.shape[1],
         "ROWS": max(rows),
+        "BLOCK": KEY_BLOCK,
         "SCAN": SCAN,
         "TILES": TILES,
         "OTHERS": OTHERS,
     }
     with on_device(key_start.device):
-        tile_lists_kernel[(len(lists),)](**arguments, num_warps=WARPS)
-    return lists
+        tile_lists_kernel[(len(lists) + 1,)](**arguments, num_warps=WARPS)
+    return [*lists, blocks]
 
 
 @_tile_lists.register_fake
@@ -220,10 +225,11 @@ def _empty_vectors(like: Tensor, total_queries: int, total_keys: int) -> Vectors
 def _empty_lists(
     key_start: Tensor, query_start: Tensor, forward_rows: int, keys_rows: int, dq_rows: int
 ) -> list[Tensor]:
-    """The forward's, that of keys, and that of dq where it is another."""
+    """The forward's, that of keys, that of dq where it is another, and the blocks of keys."""
     kinds = [(key_start, forward_rows), (query_start, keys_rows), (key_start, dq_rows)]
     wanted = kinds if dq_rows != forward_rows else kinds[:2]
-    return [x.new_empty(capacity(x.shape[0], rows), 2) for x, rows in wanted]
+    lists = [x.new_empty(capacity(x.shape[0], rows), 2) for x, rows in wanted]
+    return [*lists, query_start.new_empty(4, triton.cdiv(query_start.shape[0], KEY_BLOCK))]
 
 
 def _bytes(flags: Tensor | None) -> Tensor | None:
@@ -377,7 +383,7 @@ def floor_modulo(x, n):
 @triton.jit(
     do_not_specialize=[
         "total_queries", "total_keys", "forward_rows", "keys_rows", "dq_rows",
-        "forward_capacity", "keys_capacity", "dq_capacity", "slots",
+        "forward_capacity", "keys_capacity", "dq_capacity", "slots", "lists", "blocks",
     ]
 )  # fmt: skip
 def tile_lists_kernel(
@@ -388,6 +394,7 @@ def tile_lists_kernel(
     forward_ptr,
     keys_ptr,
     dq_ptr,
+    blocks_ptr,
     scratch_ptr,
     total_queries,
     total_keys,
@@ -398,17 +405,24 @@ def tile_lists_kernel(
     keys_capacity,
     dq_capacity,
     slots,
+    lists,
+    blocks,
     ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
     SCAN: tl.constexpr,
     TILES: tl.constexpr,
     OTHERS: tl.constexpr,
 ):
-    """A program makes a list: cuts rows into tiles, weighs the tiles, and ranks them by work.
+    """A program makes a list: cuts rows into tiles, weighs the tiles, and ranks them by work. The
+    last one makes the blocks.
 
     Its steps hand on first rows and work of the tiles through `scratch_ptr`, `[lists, 2, slots]`.
     Ranks count the tiles that come before: quadratic in a number that is small.
     """
     which = tl.program_id(0)
+    if which == lists:
+        block_queries(query_start_ptr, query_stop_ptr, blocks_ptr, total_keys, blocks, BLOCK, TILES)
+        return
     start_ptr, stop_ptr, tiles_ptr = key_start_ptr, key_stop_ptr, forward_ptr
     total, rows, entries = total_queries, forward_rows, forward_capacity
     if which == 1:
@@ -434,6 +448,25 @@ def tile_lists_kernel(
         rank = tile_ranks(work_ptr, tile, count, TILES, OTHERS)
         tl.store(tiles_ptr + 2 * rank, first, mask=tile < entries)
         tl.store(tiles_ptr + 2 * rank + 1, last, mask=tile < entries)
+
+
+@triton.jit
+def block_queries(
+    start_ptr, stop_ptr, blocks_ptr, total, blocks, BLOCK: tl.constexpr, TILES: tl.constexpr
+):
+    """Writes which queries see a key of each block, and which see all of them; see `key_blocks`."""
+    for begin in range(0, blocks, TILES):
+        block = begin + tl.arange(0, TILES)
+        key = block[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+        start = tl.load(start_ptr + key, mask=key < total, other=FAR)
+        stop = tl.load(stop_ptr + key, mask=key < total, other=0)
+        seen = start < stop
+        bounds_ptr = blocks_ptr + block
+        ok = block < blocks
+        tl.store(bounds_ptr, tl.min(tl.where(seen, start, FAR), 1), mask=ok)
+        tl.store(bounds_ptr + blocks, tl.max(tl.where(seen, stop, 0), 1), mask=ok)
+        tl.store(bounds_ptr + 2 * blocks, tl.max(start, 1), mask=ok)
+        tl.store(bounds_ptr + 3 * blocks, tl.min(stop, 1), mask=ok)
 
 
 @triton.jit

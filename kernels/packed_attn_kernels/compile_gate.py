@@ -37,7 +37,6 @@ from packed_attn_kernels.hopper_backward_launch import (
     SHARE,
     backward_repair_constants,
     hopper_backward_constants,
-    line_layout,
     share_layout,
 )
 from packed_attn_kernels.hopper_launch import (
@@ -45,6 +44,7 @@ from packed_attn_kernels.hopper_launch import (
     ROWS,
     block_layout,
     hopper_constants,
+    line_layout,
 )
 from packed_attn_kernels.launch import KERNELS
 
@@ -128,6 +128,9 @@ def compile_hopper_forward(
     for name, rows in (("q", ROWS), ("k", chosen.BLOCK_N), ("v", chosen.BLOCK_N)):
         block = [rows, problem.head_dim]
         signature[f"{name}_desc"] = f"tensordesc<{element}{block},{block_layout(*block)!r}>"
+    for name in ("query_start_desc", "query_stop_desc"):
+        signature[name] = f"tensordesc<i32{[chosen.BLOCK_N]},{line_layout()!r}>"
+        values |= {name: None} if problem.halves == "either" else {}
     return compile_function(
         hopper_forward_kernel, signature, values, HOPPER_OPTIONS, source=GluonASTSource
     )
@@ -146,8 +149,8 @@ def compile_hopper_backward(
     for name, rows in (("q", chosen.BLOCK_M), ("k", ROWS), ("v", ROWS), ("dout", chosen.BLOCK_M)):
         block = [rows, problem.head_dim]
         signature[f"{name}_desc"] = f"tensordesc<{element}{block},{block_layout(*block)!r}>"
-    for name in ("row_lse", "delta"):
-        signature[f"{name}_desc"] = f"tensordesc<fp32{[chosen.BLOCK_M]},{line_layout()!r}>"
+    for name in ("row_lse_desc", "delta_desc"):
+        signature[name] = f"tensordesc<fp32{[chosen.BLOCK_M]},{line_layout()!r}>"
     signature["sums_desc"] = f"tensordesc<fp32{SHARE},{share_layout()!r}>"
     values = hopper_backward_constants(problem, chosen)
     return compile_function(

@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 KernelName = Literal["forward", "delta", "dkdv", "dk", "dv", "dq", "fused", "dq_cast"]
 
+Halves = Literal["either", "query", "both"]
+
 # Kernels whose tiles are keys.
 BY_KEYS: tuple[KernelName, ...] = ("dkdv", "dk", "dv", "fused")
 
@@ -20,6 +22,8 @@ LARGEST_TOKEN_STRIDE = 2**24
 DELTA_BLOCK = 128
 # Tokens that one look for visible blocks covers in a forest; every block divides it.
 SPAN = 1024
+# Keys of a block of `Tiles.blocks`; every block of the Hopper forward divides it.
+KEY_BLOCK = 128
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,7 @@ class Problem:
     value_dim: int
     group: int
     itemsize: int
-    halves: Literal["either", "query", "both"]
+    halves: Halves
     has_softcap: bool
     has_sinks: bool
     has_alibi: bool = False
@@ -222,9 +226,12 @@ HOPPER_CANDIDATES: dict[int, tuple[HopperConfiguration, ...]] = {
     256: (HopperConfiguration(32, 4, out_in_q=True),),
 }
 
-# (largest padded head_dim, bytes an element) for which a Hopper GPU takes that forward: 1.2 to 1.9
-# times as fast as the portable one (benchmarks/notes.md). (256, 2) has not yet run on a GPU.
-HOPPER_FORWARD: frozenset[tuple[int, int]] = frozenset({(64, 2), (128, 2)})
+# (largest padded head_dim, bytes an element, halves of the rule) for which a Hopper GPU takes that
+# forward: 1.2 to 1.9 times as fast as the portable one (benchmarks/notes.md). (256, 2) and forests
+# have not yet run on a GPU.
+HOPPER_FORWARD: frozenset[tuple[int, int, Halves]] = frozenset(
+    {(64, 2, "either"), (128, 2, "either")}
+)
 
 # Queries of a block of the Hopper backward: its dq has two shares of 64 rows and columns.
 HOPPER_BACKWARD_TABLE: dict[int, HopperBackwardConfiguration] = {
@@ -291,7 +298,7 @@ def constants(
             "HAS_DROPOUT": problem.has_dropout,
             "ACCURATE": problem.itemsize == 4,
         }
-        | _halves(kernel, problem.halves)
+        | halves_constants(kernel, problem.halves)
     )
     if kernel in BY_KEYS:
         constants["FUSED"] = kernel == "fused"
@@ -316,7 +323,7 @@ def padded(dim: int) -> int:
     return max(16, 1 << (dim - 1).bit_length())
 
 
-def _halves(kernel: KernelName, halves: str) -> dict[str, bool]:
+def halves_constants(kernel: KernelName, halves: Halves) -> dict[str, bool]:
     """Which halves of the mask rule decide: where either would do, the one the tile's rows hold."""
     if halves == "either":
         return {"KEY_HALF": kernel not in BY_KEYS, "QUERY_HALF": kernel in BY_KEYS}

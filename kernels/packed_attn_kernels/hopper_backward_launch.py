@@ -20,6 +20,7 @@ from packed_attn_kernels.hopper_launch import (
     ROWS,
     copyable,
     described,
+    described_line,
     split_problem,
 )
 
@@ -63,7 +64,7 @@ def _launch_gradients(inputs: Inputs, arguments: dict[str, Any], sums: Tensor) -
     for name, rows in (("q", chosen.BLOCK_M), ("k", ROWS), ("v", ROWS), ("dout", chosen.BLOCK_M)):
         views |= described(name, copyable(arguments[f"{name}_ptr"]), rows)
     for name in ("row_lse", "delta"):
-        views[f"{name}_desc"] = _line(arguments[f"{name}_ptr"], chosen.BLOCK_M)
+        views[f"{name}_desc"] = described_line(arguments[f"{name}_ptr"], chosen.BLOCK_M)
     shared = (
         "dk_ptr", "dv_ptr", "flag_ptr", "query_start_ptr", "query_stop_ptr", "softmax_scale",
         "padded_queries",
@@ -135,26 +136,11 @@ def backward_repair_constants(kernel: KernelName, problem: Problem) -> dict[str,
 
 
 @lru_cache
-def line_layout() -> Any:
-    """How a block of lse or delta stands in shared memory."""
-    from triton.experimental.gluon import language as gl
-
-    return gl.NVMMASharedLayout(0, 32, rank=1)
-
-
-@lru_cache
 def share_layout() -> Any:
     """How a share of dq, as `SHARE`, stands in shared memory."""
     from triton.experimental.gluon import language as gl
 
     return gl.NVMMASharedLayout.get_default_for(SHARE, gl.float32)  # pyright: ignore[reportCallIssue]
-
-
-def _line(x: Tensor, length: int) -> Any:
-    """A contiguous float32 tensor as a line, for blocks of `length`."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    return TensorDescriptor(x, [x.numel()], [1], [length], line_layout())
 
 
 def _shares(sums: Tensor) -> Any:

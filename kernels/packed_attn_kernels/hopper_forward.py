@@ -6,8 +6,10 @@ query rows each multiply (`hopper_walk.py`) and fill each other's gaps.
 
 A program goes through items, each a tile of one head: heavy ones first, the next one whenever it is
 done with one, by a counter. The producer finds them, and is ahead of the consumers: it tells them
-of each by a message in shared memory, and of the end. The mask is the interval rule with the
-query's half alone: all roles walk the tile's hull, ascending. Every role counts the items and
+of each by a message in shared memory, and of the end. Where the half of the mask rule that queries
+hold decides alone (KEY_HALF), all roles walk the tile's hull, ascending. In a forest (QUERY_HALF)
+the producer skips blocks that no row sees by `Tiles.blocks`, and copies the others in an order that
+keeps masked ones together: edges, full ones, the last one. Every role counts the items and
 blocks that it has done, and a barrier's phase is that count (of rounds of its ring): consumers wait
 for `*_full` of their phase, the producer for `*_empty` of the phase before, which a fresh barrier
 counts as complete.
@@ -30,13 +32,17 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
-from packed_attn_kernels.hopper_walk import ROWS, barrier, confined_step, walk
+from packed_attn_kernels import configurations
+from packed_attn_kernels.hopper_walk import ROWS, barrier, confined_step, hear, walk
 from packed_attn_kernels.rules import FAR, LN2, LOG2E, LOWEST
 
 # triton 3.9 renamed it.
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 # Of the message: item, first and last row, hull's start, blocks, two numbers for each half.
 WORDS: gl.constexpr = gl.constexpr(9)
+# Blocks that the producer looks through at a time.
+LOOK: gl.constexpr = gl.constexpr(32)
+KEY_BLOCK: gl.constexpr = gl.constexpr(configurations.KEY_BLOCK)
 # Of the flags: whether any item is flagged, and how many items were taken; then one of each item.
 ITEMS: gl.constexpr = gl.constexpr(2)
 
@@ -46,6 +52,7 @@ ITEMS: gl.constexpr = gl.constexpr(2)
         "group",
         "heads",
         "items",
+        "key_blocks",
         "total_queries",
         "q_row_step",
         "q_column_step",
@@ -59,10 +66,13 @@ def hopper_forward_kernel(
     q_desc,
     k_desc,
     v_desc,
+    query_start_desc,
+    query_stop_desc,
     out_ptr,
     lse_ptr,
     sinks_ptr,
     tiles_ptr,
+    blocks_ptr,
     flags_ptr,
     key_start_ptr,
     key_stop_ptr,
@@ -71,6 +81,7 @@ def hopper_forward_kernel(
     group,
     heads,
     items,
+    key_blocks,
     total_queries,
     q_row_step,
     q_column_step,
@@ -89,6 +100,8 @@ def hopper_forward_kernel(
     OUT_IN_Q: gl.constexpr,
     UNROLLED: gl.constexpr,
     CONFINED: gl.constexpr,
+    KEY_HALF: gl.constexpr,
+    QUERY_HALF: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
 ):
@@ -96,8 +109,9 @@ def hopper_forward_kernel(
 
     Item x is tile x // heads of head x % heads: heavy tiles come first, empty ones last. A
     descriptor shows a tensor as a matrix; head h begins at row h * row_step, column
-    h * column_step. flags: [0] whether any item is flagged, [1] how many items were taken beyond
-    the first of each program, [ITEMS + x] whether item x is flagged.
+    h * column_step. blocks: `[4, key_blocks]`, see `key_blocks` of `tiles.py`. flags: [0] whether
+    any item is flagged, [1] how many items were taken beyond the first of each program, [ITEMS + x]
+    whether item x is flagged.
     Q_SLOTS items have their q in shared memory. OUT_IN_Q passes out through its item's q, whose
     place is free only then. UNROLLED blocks are a round of the loop. CONFINED does flagged items
     alone, and reads flags where otherwise they are written.
@@ -117,6 +131,13 @@ def hopper_forward_kernel(
     PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     message = gl.allocate_shared_memory(gl.int32, [WORDS * Q_SLOTS, 1], PLAIN)
     intervals = gl.allocate_shared_memory(gl.int32, [4 * Q_SLOTS, ROWS], PLAIN)
+    # Not read without QUERY_HALF.
+    lines = intervals
+    places = intervals
+    if QUERY_HALF:
+        lines = gl.allocate_shared_memory(gl.int32, [2 * STAGES, BLOCK_N], query_start_desc.layout)
+        if KEY_HALF:
+            places = gl.allocate_shared_memory(gl.int32, [STAGES, 1], PLAIN)
     q_full = _barriers(2 * Q_SLOTS, 1)
     k_full = _barriers(STAGES, 1)
     v_full = _barriers(STAGES, 1)
@@ -128,26 +149,30 @@ def hopper_forward_kernel(
     rings = (q, k, v, q_full, k_full, v_full, q_empty, k_empty, v_empty)
     own = (staged, clean)
     results = (out_ptr, lse_ptr, flags_ptr, out_stride_t, out_stride_h, total_queries)
-    rows = (intervals, sinks_ptr, heads)
+    rows = (intervals, lines, places, sinks_ptr, heads)
     numbers = (softmax_scale, softcap)
-    descriptors = (q_desc, k_desc, v_desc)
+    descriptors = (q_desc, k_desc, v_desc, query_start_desc, query_stop_desc)
     steps = (q_row_step, q_column_step, k_row_step, k_column_step, v_row_step, v_column_step)
-    lists = (tiles_ptr, flags_ptr, key_start_ptr, key_stop_ptr, intervals, group, heads, items)
+    lists = (
+        tiles_ptr, blocks_ptr, flags_ptr, key_start_ptr, key_stop_ptr, rows, group, items,
+        key_blocks,
+    )  # fmt: skip
     gl.warp_specialize(
         [
             (
                 _consume_upper,
                 (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
-                 OUT_IN_Q, UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS),
+                 OUT_IN_Q, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS),
             ),
             (
                 _consume_lower,
                 (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
-                 OUT_IN_Q, UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS),
+                 OUT_IN_Q, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS),
             ),
             (
                 _produce,
-                (rings, message, descriptors, steps, lists, BLOCK_N, STAGES, Q_SLOTS, CONFINED),
+                (rings, message, descriptors, steps, lists, BLOCK_N, STAGES, Q_SLOTS, CONFINED,
+                 KEY_HALF, QUERY_HALF),
             ),
         ],
         [4, 1],
@@ -190,13 +215,15 @@ def _full_blocks(start, end, live, hull_start, hull_stop, blocks, BLOCK_N: gl.co
 @gluon.jit
 def _produce(
     rings, message, descriptors, steps, lists, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    Q_SLOTS: gl.constexpr, CONFINED: gl.constexpr,
+    Q_SLOTS: gl.constexpr, CONFINED: gl.constexpr, KEY_HALF: gl.constexpr,
+    QUERY_HALF: gl.constexpr,
 ):  # fmt: skip
     """Finds the items of this program, says which they are, and copies what they read."""
     q, _, _, q_full, _, _, q_empty, _, _ = rings
-    q_desc, _, _ = descriptors
+    q_desc, _, _, _, _ = descriptors
     q_row_step, q_column_step, _, _, _, _ = steps
-    tiles_ptr, flags_ptr, key_start_ptr, key_stop_ptr, intervals, group, heads, items = lists
+    tiles_ptr, _, flags_ptr, key_start_ptr, key_stop_ptr, rows, group, items, _ = lists
+    intervals, lines, places, _, heads = rows
     row = gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [1], [0]))
     item = gl.program_id(0)
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
@@ -233,9 +260,18 @@ def _produce(
             hull_stop = gl.max(hull_stop, 0)
             hull_start = gl.minimum(gl.where(live_0, start_0, FAR), gl.where(live_1, start_1, FAR))
             hull_start = gl.minimum(gl.min(hull_start, 0), hull_stop)
-            blocks = (hull_stop - hull_start + BLOCK_N - 1) // BLOCK_N
-            upper = _full_blocks(start_0, end_0, live_0, hull_start, hull_stop, blocks, BLOCK_N)
-            lower = _full_blocks(start_1, end_1, live_1, hull_start, hull_stop, blocks, BLOCK_N)
+            if QUERY_HALF:
+                tile = _tile(first + row, start_0, end_0, live_0, start_1, end_1, live_1)
+                begin = hull_start // BLOCK_N
+                look = (begin, (hull_stop + BLOCK_N - 1) // BLOCK_N, tile, lists)
+                edges, full, last = _count_blocks(look, BLOCK_N, KEY_HALF)
+                blocks = edges + full + (last >= 0).to(gl.int32)
+                upper = (edges, edges + full)
+                lower = upper
+            else:
+                blocks = (hull_stop - hull_start + BLOCK_N - 1) // BLOCK_N
+                upper = _full_blocks(start_0, end_0, live_0, hull_start, hull_stop, blocks, BLOCK_N)
+                lower = _full_blocks(start_1, end_1, live_1, hull_start, hull_stop, blocks, BLOCK_N)
             at = done % Q_SLOTS
             _wait_for_place(q_empty, done, Q_SLOTS)
             intervals.index(4 * at).store(start_0)
@@ -253,9 +289,20 @@ def _produce(
                     q_full.index(slot),
                     q.index(slot),
                 )
-            _copy_blocks(
-                h // group, hull_start, blocks, before, rings, descriptors, steps, BLOCK_N, STAGES
-            )
+            source = (rings, lines, places, descriptors, h // group, steps)
+            if QUERY_HALF:
+                _copy_seen(look, last, before, source, BLOCK_N, STAGES, KEY_HALF)
+            else:
+                for y in range(0, blocks):
+                    _copy_block(
+                        hull_start + y * BLOCK_N,
+                        before + y,
+                        source,
+                        BLOCK_N,
+                        STAGES,
+                        KEY_HALF,
+                        False,
+                    )
             done += 1
             before += blocks
         # Empty tiles come last.
@@ -292,25 +339,107 @@ def _announce(message, at, item, first, stop, hull_start, blocks, upper, lower):
 
 
 @gluon.jit
-def _copy_blocks(
-    h, hull_start, blocks, before, rings, descriptors, steps, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr,
+def _tile(i, start_0, end_0, live_0, start_1, end_1, live_1):
+    """The first and the last live row of a tile, and the keys that the intervals of all have."""
+    first = gl.minimum(gl.where(live_0, i, FAR), gl.where(live_1, i + ROWS, FAR))
+    last = gl.maximum(gl.where(live_0, i, -1), gl.where(live_1, i + ROWS, -1))
+    start = gl.maximum(gl.where(live_0, start_0, 0), gl.where(live_1, start_1, 0))
+    stop = gl.minimum(gl.where(live_0, end_0, FAR), gl.where(live_1, end_1, FAR))
+    return gl.min(first, 0), gl.max(last, 0), gl.max(start, 0), gl.min(stop, 0)
+
+
+@gluon.jit
+def _look(begin, look, BLOCK_N: gl.constexpr, KEY_HALF: gl.constexpr):
+    """LOOK blocks from `begin` on: their numbers, which are seen and which are full."""
+    _, stop, tile, lists = look
+    first, last, full_start, full_stop = tile
+    blocks_ptr, key_blocks = lists[1], lists[8]
+    block = begin + gl.arange(0, LOOK, gl.BlockedLayout([1], [32], [1], [0]))
+    there = block < stop
+    bounds_ptr = blocks_ptr + block * BLOCK_N // KEY_BLOCK
+    seen = gl.load(bounds_ptr, mask=there, other=FAR) <= last
+    seen = seen & (first < gl.load(bounds_ptr + key_blocks, mask=there, other=0))
+    full = gl.load(bounds_ptr + 2 * key_blocks, mask=there, other=FAR) <= first
+    full = full & (last < gl.load(bounds_ptr + 3 * key_blocks, mask=there, other=0))
+    if KEY_HALF:
+        key = block * BLOCK_N
+        full = full & (full_start <= key) & (key + BLOCK_N <= full_stop)
+    return block, seen, full
+
+
+@gluon.jit
+def _count_blocks(look, BLOCK_N: gl.constexpr, KEY_HALF: gl.constexpr):
+    """How many edges and full blocks come before the last block that is seen, and its number or
+    -1."""
+    start, stop, _, _ = look
+    edges = 0
+    full = 0
+    last = -1
+    for begin in range(start, stop, LOOK):
+        block, seen, whole = _look(begin, look, BLOCK_N, KEY_HALF)
+        edges += gl.sum((seen & ~whole).to(gl.int32), 0)
+        full += gl.sum((seen & whole).to(gl.int32), 0)
+        # Twice the number, and one more if it is full.
+        last = gl.maximum(last, gl.max(gl.where(seen, 2 * block + whole.to(gl.int32), -1), 0))
+    if last >= 0:
+        edges -= (last % 2 == 0).to(gl.int32)
+        full -= (last % 2 != 0).to(gl.int32)
+        last = last // 2
+    return edges, full, last
+
+
+@gluon.jit
+def _copy_seen(
+    look, last, before, source, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    KEY_HALF: gl.constexpr,
 ):  # fmt: skip
-    """Copies an item's blocks of k and v of kv head h, each as soon as its slot is free."""
+    """Copies the blocks that are seen: edges, then full ones, then the last one."""
+    start, stop, _, _ = look
+    at = before
+    for wanted in gl.static_range(2):
+        for begin in range(start, stop, LOOK):
+            block, seen, full = _look(begin, look, BLOCK_N, KEY_HALF)
+            if wanted == 0:
+                seen = seen & ~full
+            else:
+                seen = seen & full
+            seen = seen & (block != last)
+            following = gl.min(gl.where(seen, block, FAR), 0)
+            while following < FAR:
+                _copy_block(following * BLOCK_N, at, source, BLOCK_N, STAGES, KEY_HALF, True)
+                at += 1
+                following = gl.min(gl.where(seen & (block > following), block, FAR), 0)
+    if last >= 0:
+        _copy_block(last * BLOCK_N, at, source, BLOCK_N, STAGES, KEY_HALF, True)
+
+
+@gluon.jit
+def _copy_block(
+    n, at, source, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, KEY_HALF: gl.constexpr,
+    QUERY_HALF: gl.constexpr,
+):  # fmt: skip
+    """Copies the keys from n on, the at-th block of the program, as soon as its slot is free."""
+    rings, lines, places, descriptors, h, steps = source
     _, k, v, _, k_full, v_full, _, k_empty, v_empty = rings
-    _, k_desc, v_desc = descriptors
+    _, k_desc, v_desc, query_start_desc, query_stop_desc = descriptors
     _, _, k_row_step, k_column_step, v_row_step, v_column_step = steps
-    k_row, k_column = h * k_row_step + hull_start, h * k_column_step
-    v_row, v_column = h * v_row_step + hull_start, h * v_column_step
-    for y in range(0, blocks):
-        slot = (before + y) % STAGES
-        phase = ((before + y) // STAGES + 1) & 1
-        mbarrier.wait(k_empty.index(slot), phase)
-        mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
-        _load(k_desc, [k_row + y * BLOCK_N, k_column], k_full.index(slot), k.index(slot))
-        mbarrier.wait(v_empty.index(slot), phase)
-        mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes)
-        _load(v_desc, [v_row + y * BLOCK_N, v_column], v_full.index(slot), v.index(slot))
+    slot = at % STAGES
+    phase = (at // STAGES + 1) & 1
+    mbarrier.wait(k_empty.index(slot), phase)
+    mbarrier.expect(k_full.index(slot), k_desc.block_type.nbytes)
+    corner = [h * k_row_step + n, h * k_column_step]
+    _load(k_desc, corner, k_full.index(slot), k.index(slot))
+    mbarrier.wait(v_empty.index(slot), phase)
+    LINES: gl.constexpr = 2 * BLOCK_N * 4 if QUERY_HALF else 0
+    if QUERY_HALF and KEY_HALF:
+        _say(places, slot, n)
+        barrier()
+    mbarrier.expect(v_full.index(slot), v_desc.block_type.nbytes + LINES)
+    corner = [h * v_row_step + n, h * v_column_step]
+    _load(v_desc, corner, v_full.index(slot), v.index(slot))
+    if QUERY_HALF:
+        _load(query_start_desc, [n], v_full.index(slot), lines.index(2 * slot))
+        _load(query_stop_desc, [n], v_full.index(slot), lines.index(2 * slot + 1))
 
 
 @gluon.jit
@@ -321,23 +450,16 @@ def _say(message, at, value):
 
 
 @gluon.jit
-def _hear(message, at):
-    """Reads a word of the message."""
-    WORD: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.max(message.index(at).load(WORD), 0)
-
-
-@gluon.jit
 def _consume_upper(
     rings, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_IN_Q: gl.constexpr,
-    UNROLLED: gl.constexpr, CONFINED: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    HAS_SINKS: gl.constexpr,
+    UNROLLED: gl.constexpr, CONFINED: gl.constexpr, KEY_HALF: gl.constexpr,
+    QUERY_HALF: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The first 64 rows."""
     _consume(
         0, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
-        OUT_IN_Q, UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS,
+        OUT_IN_Q, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
 
 
@@ -345,13 +467,13 @@ def _consume_upper(
 def _consume_lower(
     rings, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_IN_Q: gl.constexpr,
-    UNROLLED: gl.constexpr, CONFINED: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    HAS_SINKS: gl.constexpr,
+    UNROLLED: gl.constexpr, CONFINED: gl.constexpr, KEY_HALF: gl.constexpr,
+    QUERY_HALF: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The last 64 rows."""
     _consume(
         1, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
-        OUT_IN_Q, UNROLLED, CONFINED, HAS_SOFTCAP, HAS_SINKS,
+        OUT_IN_Q, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
 
 
@@ -371,33 +493,36 @@ def _consume(
     OUT_IN_Q: gl.constexpr,
     UNROLLED: gl.constexpr,
     CONFINED: gl.constexpr,
+    KEY_HALF: gl.constexpr,
+    QUERY_HALF: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     HAS_SINKS: gl.constexpr,
 ):
     """Softmax over all blocks for 64 rows of each item, and their results."""
     q_full, q_empty = rings[3], rings[6]
-    intervals, sinks_ptr, heads = rows
+    intervals, lines, places, sinks_ptr, heads = rows
     SCORES: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     SUMS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, SCORES)
     done = 0
     before = 0
     mbarrier.wait(q_full.index(HALF), 0)
-    item = _hear(message, 0)
+    item = hear(message, 0)
     while item >= 0:
         at = done % Q_SLOTS
         mine = 2 * at + HALF
         word = at * WORDS
-        first = _hear(message, word + 1) + HALF * ROWS
-        stop = _hear(message, word + 2)
-        hull_start = _hear(message, word + 3)
-        blocks = _hear(message, word + 4)
-        edge = _hear(message, word + 5 + 2 * HALF)
-        through = _hear(message, word + 6 + 2 * HALF)
+        first = hear(message, word + 1) + HALF * ROWS
+        stop = hear(message, word + 2)
+        hull_start = hear(message, word + 3)
+        blocks = hear(message, word + 4)
+        edge = hear(message, word + 5 + 2 * HALF)
+        through = hear(message, word + 6 + 2 * HALF)
         i = first + gl.arange(0, ROWS, ROW)
         start = intervals.index(4 * at + 2 * HALF).load(ROW)
         end = intervals.index(4 * at + 2 * HALF + 1).load(ROW)
         live = end > start
+        mask = (hull_start, i, start, end, lines, places)
         m = gl.full([ROWS], LOWEST, gl.float32, ROW)
         l = gl.full([ROWS], 0.0, gl.float32, ROW)
         if HAS_SINKS:
@@ -409,15 +534,15 @@ def _consume(
         if CONFINED:
             for y in range(0, blocks):
                 acc, m, l = confined_step(
-                    before + y, HALF, mine, acc, m, l, rings, own, hull_start + y * BLOCK_N, start,
-                    end, numbers, HEAD_DIM, BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
+                    y, before + y, HALF, mine, acc, m, l, rings, own, mask, numbers, HEAD_DIM,
+                    BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
                 )  # fmt: skip
             if not OUT_IN_Q:
                 mbarrier.arrive(q_empty.index(mine))
         else:
             acc, m, l = walk(
-                mine, acc, m, l, rings, hull_start, start, end, blocks, edge, through, before,
-                numbers, BLOCK_N, STAGES, OUT_IN_Q, UNROLLED, HAS_SOFTCAP, SCORES, SUMS,
+                mine, acc, m, l, rings, mask, blocks, edge, through, before, numbers, BLOCK_N,
+                STAGES, OUT_IN_Q, UNROLLED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
         staged = own[0].index(mine if OUT_IN_Q else HALF)
         _finish(
@@ -432,7 +557,7 @@ def _consume(
         done += 1
         before += blocks
         mbarrier.wait(q_full.index(done % Q_SLOTS * 2 + HALF), (done // Q_SLOTS) & 1)
-        item = _hear(message, done % Q_SLOTS * WORDS)
+        item = hear(message, done % Q_SLOTS * WORDS)
 
 
 @gluon.jit

@@ -32,8 +32,8 @@ HOPPER_OPTIONS = {"num_warps": 4, "enable_fp_fusion": True}
 def reasons_against_hopper(inputs: Inputs) -> list[str]:
     """Why the portable forward must run; empty where the Hopper kernel may."""
     problem = inputs.problem
-    if (problem.width, problem.itemsize) not in configurations.HOPPER_FORWARD:
-        return ["HOPPER_FORWARD does not name this head_dim and element size"]
+    if (problem.width, problem.itemsize, problem.halves) not in configurations.HOPPER_FORWARD:
+        return ["HOPPER_FORWARD does not name this head_dim, element size and mask"]
     reasons = _reasons_against("forward", inputs)
     for name, x in (("q", inputs.q), ("k", inputs.k), ("v", inputs.v)):
         if x.data_ptr() % ALIGNMENT:
@@ -68,7 +68,7 @@ def reasons_against_hopper_kernel(
 ) -> list[str]:
     """What a problem or a GPU has that this Hopper kernel does not take.
 
-    A size that HOPPER_FORWARD does not name is no reason here: tuning times it all the same.
+    What HOPPER_FORWARD does not name is no reason here: tuning times it all the same.
     """
     reasons = []
     if problem.itemsize != 2:
@@ -77,10 +77,7 @@ def reasons_against_hopper_kernel(
         reasons.append("it needs head_dim 64, 128 or 256, of v too")
     if problem.has_alibi or problem.has_dropout:
         reasons.append("it has neither ALiBi nor dropout")
-    if kernel == "forward":
-        if problem.halves != "either":
-            reasons.append("it knows the half of the rule that queries hold alone")
-    else:
+    if kernel == "backward":
         if (problem.width, problem.itemsize) not in configurations.HOPPER_BACKWARD:
             reasons.append("HOPPER_BACKWARD does not name this head_dim and element size")
         if problem.halves == "both":
@@ -132,12 +129,17 @@ def launch_hopper_forward(inputs: Inputs, arguments: dict[str, Any]) -> None:
     views = {}
     for name, rows in (("q", ROWS), ("k", chosen.BLOCK_N), ("v", chosen.BLOCK_N)):
         views |= described(name, arguments[f"{name}_ptr"], rows)
+    key_blocks = inputs.tiles[3]
+    for name in ("query_start", "query_stop"):
+        line = arguments[f"{name}_ptr"] if problem.halves != "either" else None
+        views[f"{name}_desc"] = None if line is None else described_line(line, chosen.BLOCK_N)
     shared = (
         "out_ptr", "lse_ptr", "sinks_ptr", "tiles_ptr", "key_start_ptr", "key_stop_ptr",
         "softmax_scale", "softcap", "total_queries", "out_stride_t", "out_stride_h",
     )  # fmt: skip
     views |= {name: arguments[name] for name in shared}
     views |= {"group": problem.group, "heads": heads, "items": items}
+    views |= {"blocks_ptr": key_blocks, "key_blocks": key_blocks.shape[1]}
     views["flags_ptr"] = inputs.q.new_zeros(ITEMS.value + items, dtype=torch.int32)
     grid = (min(items, _multiprocessors(inputs.q.device)),)
     for confined in (False, True):
@@ -160,6 +162,7 @@ def hopper_constants(
         "OUT_IN_Q": chosen.out_in_q,
         "UNROLLED": chosen.unrolled,
         "CONFINED": confined,
+        **configurations.halves_constants("forward", problem.halves),
         "HAS_SOFTCAP": problem.has_softcap,
         "HAS_SINKS": problem.has_sinks,
     }
@@ -202,6 +205,21 @@ def described(name: str, x: Tensor, rows: int) -> dict[str, Any]:
         f"{name}_row_step": row_step,
         f"{name}_column_step": column_step,
     }
+
+
+@lru_cache
+def line_layout() -> Any:
+    """How a block of a line of 32 bits stands in shared memory."""
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout(0, 32, rank=1)
+
+
+def described_line(x: Tensor, length: int) -> Any:
+    """A contiguous tensor of 32 bits as a line, for blocks of `length`."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    return TensorDescriptor(x, [x.numel()], [1], [length], line_layout())
 
 
 def _matrix(x: Tensor) -> tuple[list[int], int, int] | None:

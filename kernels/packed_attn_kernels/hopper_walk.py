@@ -4,6 +4,9 @@ A warpgroup starts q.k of the next block before it exponentiates this one: the t
 meanwhile, and the next block's scores are there when it comes to them. Block y of an item is the
 at-th of its program: it stands in slot at % STAGES, and the phase of the barriers there is
 at // STAGES.
+
+Where QUERY_HALF decides, with KEY_HALF or alone, the intervals of a block's keys stand in its slot
+of `lines`, and its first key in that of `places`; both come with v.
 """
 
 # Gluon's language is not Python's: its stubs know neither constexpr arguments nor tensors.
@@ -36,9 +39,7 @@ def walk(
     m,
     l,
     rings,
-    hull_start,
-    start,
-    end,
+    mask,
     blocks,
     edge,
     through,
@@ -48,13 +49,15 @@ def walk(
     STAGES: gl.constexpr,
     OUT_IN_Q: gl.constexpr,
     UNROLLED: gl.constexpr,
+    KEY_HALF: gl.constexpr,
+    QUERY_HALF: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     SCORES: gl.constexpr,
     SUMS: gl.constexpr,
 ):
     """All blocks of an item, whose q of this warpgroup is the ring's `mine`.
 
-    Those from `edge` to `through` are seen by all of its rows.
+    Those from `edge` to `through` are seen by all of its rows. For `mask` see `_sees`.
     """
     q, k, v, _, k_full, v_full, q_empty, k_empty, v_empty = rings
     if blocks > 0:
@@ -68,29 +71,30 @@ def walk(
         mbarrier.arrive(k_empty.index(slot))
         for y in range(0, edge):
             s, acc, m, l = _step(
-                y, True, mine, s, acc, m, l, rings, hull_start, start, end, before, numbers,
-                BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
+                y, True, mine, s, acc, m, l, rings, mask, before, numbers, BLOCK_N, STAGES,
+                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
         # Two at a time, the scores of one block stand where those of the next but one will.
         rounds = (through - edge) // UNROLLED
         for turn in range(0, rounds):
             for which in gl.static_range(UNROLLED):
                 s, acc, m, l = _step(
-                    edge + UNROLLED * turn + which, False, mine, s, acc, m, l, rings, hull_start,
-                    start, end, before, numbers, BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
+                    edge + UNROLLED * turn + which, False, mine, s, acc, m, l, rings, mask, before,
+                    numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
                 )  # fmt: skip
         for y in range(edge + UNROLLED * rounds, blocks - 1):
             s, acc, m, l = _step(
-                y, True, mine, s, acc, m, l, rings, hull_start, start, end, before, numbers,
-                BLOCK_N, STAGES, HAS_SOFTCAP, SCORES, SUMS,
+                y, True, mine, s, acc, m, l, rings, mask, before, numbers, BLOCK_N, STAGES,
+                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
         if not OUT_IN_Q:
             mbarrier.arrive(q_empty.index(mine))
         last = before + blocks - 1
         mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
         s, factor = _seen(
-            blocks - 1, True, s, hull_start, start, end, numbers, BLOCK_N, HAS_SOFTCAP, SCORES
-        )
+            blocks - 1, last, True, s, mask, numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF,
+            HAS_SOFTCAP, SCORES,
+        )  # fmt: skip
         sums, m, l = _weighted(s, factor, acc, m, l, v.index(last % STAGES), SUMS)
         acc = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(v_empty.index(last % STAGES))
@@ -109,13 +113,13 @@ def _step(
     m,
     l,
     rings,
-    hull_start,
-    start,
-    end,
+    mask,
     before,
     numbers,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    KEY_HALF: gl.constexpr,
+    QUERY_HALF: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     SCORES: gl.constexpr,
     SUMS: gl.constexpr,
@@ -124,8 +128,12 @@ def _step(
     q, k, v, _, k_full, v_full, _, k_empty, v_empty = rings
     at = before + y
     after = at + 1
+    if MASKED and QUERY_HALF:
+        mbarrier.wait(v_full.index(at % STAGES), (at // STAGES) & 1)
     # Before the waits, or its comparisons would be kept in registers across them.
-    s, factor = _seen(y, MASKED, s, hull_start, start, end, numbers, BLOCK_N, HAS_SOFTCAP, SCORES)
+    s, factor = _seen(
+        y, at, MASKED, s, mask, numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES
+    )
     mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1)
     none = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
     products = warpgroup_mma(
@@ -143,13 +151,15 @@ def _step(
 
 @gluon.jit
 def _seen(
-    y, MASKED: gl.constexpr, s, hull_start, start, end, numbers, BLOCK_N: gl.constexpr,
-    HAS_SOFTCAP: gl.constexpr, SCORES: gl.constexpr,
+    y, at, MASKED: gl.constexpr, s, mask, numbers, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    KEY_HALF: gl.constexpr, QUERY_HALF: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    SCORES: gl.constexpr,
 ):  # fmt: skip
-    """The scores of block y, and what makes them logits; see `_logits`."""
+    """The scores of block y, -inf where a row does not see a key, and what makes them logits."""
     s, factor = _logits(s, numbers[0], numbers[1], HAS_SOFTCAP)
     if MASKED:
-        s = _visible(s, hull_start + y * BLOCK_N, start, end, BLOCK_N, SCORES)
+        sees = _sees(y, at, mask, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, SCORES)
+        s = gl.where(sees, s, -float("inf"))
     return s, factor
 
 
@@ -164,6 +174,7 @@ def _weighted(s, factor, acc, m, l, v, SUMS: gl.constexpr):
 
 @gluon.jit
 def confined_step(
+    y,
     at,
     HALF: gl.constexpr,
     mine,
@@ -172,18 +183,18 @@ def confined_step(
     l,
     rings,
     own,
-    n,
-    start,
-    end,
+    mask,
     numbers,
     HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    KEY_HALF: gl.constexpr,
+    QUERY_HALF: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     SCORES: gl.constexpr,
     SUMS: gl.constexpr,
 ):
-    """The block of the keys from n on, with non-finite rows of v taken out of the product.
+    """Block y, with non-finite rows of v taken out of the product.
 
     A row that sees one becomes NaN; the others have the products of `_step`, bit by bit.
     """
@@ -194,10 +205,10 @@ def confined_step(
     mbarrier.wait(v_full.index(slot), phase)
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     block = v.index(slot).load(COPY)
+    sees = _sees(y, at, mask, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, SCORES)
     mbarrier.arrive(v_empty.index(slot))
     broken = gl.max(gl.where(gl.abs(block.to(gl.float32)) < float("inf"), 0, 1), 1)
     column = gl.convert_layout(broken, gl.SliceLayout(0, SCORES)) != 0
-    sees = _sees(n, start, end, BLOCK_N, SCORES)
     hurt = gl.max((sees & column[None, :]).to(gl.int32), 1)
     clean.store(gl.where(broken[:, None] != 0, 0.0, block.to(gl.float32)).to(block.dtype))
     fence_async_shared()
@@ -209,7 +220,8 @@ def confined_step(
     )
     s = warpgroup_mma_wait(0, deps=[products])
     mbarrier.arrive(k_empty.index(slot))
-    s, factor = _seen(0, True, s, n, start, end, numbers, BLOCK_N, HAS_SOFTCAP, SCORES)
+    s, factor = _logits(s, numbers[0], numbers[1], HAS_SOFTCAP)
+    s = gl.where(sees, s, -float("inf"))
     weights, m, l, alpha = _softmax_step(s, factor, m, l)
     p = gl.convert_layout(weights.to(q.dtype), gl.DotOperandLayout(0, SUMS, 2))
     alpha = gl.where(hurt != 0, float("nan"), alpha)
@@ -236,16 +248,32 @@ def _logits(products, softmax_scale, softcap, HAS_SOFTCAP: gl.constexpr):
 
 
 @gluon.jit
-def _visible(s, n, start, end, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
-    """Scores of the keys from n on with -inf where a row does not see one."""
-    return gl.where(_sees(n, start, end, BLOCK_N, SCORES), s, -float("inf"))
+def _sees(
+    y, at, mask, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, KEY_HALF: gl.constexpr,
+    QUERY_HALF: gl.constexpr, SCORES: gl.constexpr,
+):  # fmt: skip
+    """Whether each row sees each key of block y, by the halves of the mask rule (`rules.sees`)."""
+    hull_start, i, start, end, lines, places = mask
+    COLUMN: gl.constexpr = gl.SliceLayout(0, SCORES)
+    if QUERY_HALF:
+        slot = at % STAGES
+        query_start = lines.index(2 * slot).load(COLUMN)
+        query_stop = lines.index(2 * slot + 1).load(COLUMN)
+        sees = (query_start[None, :] <= i[:, None]) & (i[:, None] < query_stop[None, :])
+        if KEY_HALF:
+            j = hear(places, slot) + gl.arange(0, BLOCK_N, COLUMN)
+            sees = sees & (start[:, None] <= j[None, :]) & (j[None, :] < end[:, None])
+    else:
+        j = hull_start + y * BLOCK_N + gl.arange(0, BLOCK_N, COLUMN)
+        sees = (start[:, None] <= j[None, :]) & (j[None, :] < end[:, None])
+    return sees
 
 
 @gluon.jit
-def _sees(n, start, end, BLOCK_N: gl.constexpr, SCORES: gl.constexpr):
-    """Whether each row sees each of the keys from n on."""
-    j = n + gl.arange(0, BLOCK_N, gl.SliceLayout(0, SCORES))
-    return (start[:, None] <= j[None, :]) & (j[None, :] < end[:, None])
+def hear(words, at):
+    """Reads a word that the producer wrote."""
+    WORD: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
+    return gl.max(words.index(at).load(WORD), 0)
 
 
 @gluon.jit

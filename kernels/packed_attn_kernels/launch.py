@@ -8,7 +8,7 @@ from __future__ import annotations
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import triton
@@ -17,7 +17,7 @@ from torch import Tensor
 from packed_attn_kernels import configurations
 from packed_attn_kernels.backward import delta_kernel, dkdv_kernel
 from packed_attn_kernels.backward_queries import dq_cast_kernel, dq_kernel
-from packed_attn_kernels.configurations import DELTA_BLOCK, KernelName, Problem
+from packed_attn_kernels.configurations import DELTA_BLOCK, Halves, KernelName, Problem
 from packed_attn_kernels.forward import forward_kernel
 from packed_attn_kernels.hopper_backward_launch import launch_hopper_backward
 from packed_attn_kernels.hopper_launch import (
@@ -39,7 +39,7 @@ class Inputs:
     v: Tensor
     intervals: tuple[Tensor, ...]  # key_start, key_stop, query_start, query_stop
     positions: tuple[Tensor, ...]  # of queries and keys; empty without ALiBi
-    tiles: tuple[Tensor, ...]  # lists of the forward, of keys and of dq
+    tiles: tuple[Tensor, ...]  # lists of the forward, of keys and of dq; blocks of keys
     sinks: Tensor | None
     alibi_slopes: Tensor | None
     dropout_seed: Tensor | None
@@ -57,7 +57,7 @@ class Inputs:
             value_dim=self.v.shape[-1],
             group=self.q.shape[1] // self.k.shape[1],
             itemsize=self.q.itemsize,
-            halves=cast(Literal["either", "query", "both"], self.halves),
+            halves=cast(Halves, self.halves),
             has_softcap=self.softcap is not None,
             has_sinks=self.sinks is not None,
             has_alibi=self.alibi_slopes is not None,

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from packed_attn_kernels.configurations import (
     FUSED_IS_FASTER,
     LARGEST_TOKEN_STRIDE,
+    Halves,
     Problem,
     tile_rows,
 )
@@ -43,7 +44,7 @@ def interval_attention(
     positions: tuple[Tensor, Tensor] | None = None,
     dropout_p: float = 0.0,
     dropout_seed: Tensor | None = None,
-    halves: Literal["either", "query", "both"] = "either",
+    halves: Halves = "either",
     backward: Literal["split", "fused"] = "split",
     tiles: Tiles | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -102,7 +103,7 @@ def interval_attention(
     forward = _Eager.apply if _is_eager(q) else torch.ops.packed_attn.interval_forward
     return forward(
         q, k, v, intervals, [] if alibi_slopes is None or positions is None else list(positions),
-        [tiles.forward, tiles.keys, tiles.dq], sinks, alibi_slopes,
+        [tiles.forward, tiles.keys, tiles.dq, tiles.blocks], sinks, alibi_slopes,
         dropout_seed if dropout_p > 0.0 else None, softmax_scale, softcap, dropout_p, halves, fused,
     )  # fmt: skip
 
@@ -112,7 +113,7 @@ def tile_problem(
     k: Tensor,
     v: Tensor,
     *,
-    halves: Literal["either", "query", "both"],
+    halves: Halves,
     backward: Literal["split", "fused"],
     has_softcap: bool = False,
     has_alibi: bool = False,
@@ -140,7 +141,7 @@ def faster_backward(
     capability: tuple[int, int],
     *,
     softmax_scale: float,
-    halves: Literal["either", "query", "both"],
+    halves: Halves,
     has_softcap: bool,
     has_alibi: bool,
     has_dropout: bool,

@@ -19,10 +19,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from packed_attn_kernels.bookkeeping import runs_on, tile_lists
-from packed_attn_kernels.configurations import Problem, capacity, tile_rows
+from packed_attn_kernels.configurations import KEY_BLOCK, Problem, capacity, tile_rows
+from packed_attn_kernels.rules import FAR
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,12 +32,14 @@ class Tiles:
     """The lists of one mask for kernels whose tiles have these many rows.
 
     forward, dq: int32 `[capacity, 2]`, (first, stop) rows of q; keys: the same of k and v. Unused
-    entries are empty and come last. rows: (forward, keys, dq) rows of a tile.
+    entries are empty and come last. blocks: int32 `[4, blocks of keys]`, see `key_blocks`.
+    rows: (forward, keys, dq) rows of a tile.
     """
 
     forward: Tensor
     keys: Tensor
     dq: Tensor
+    blocks: Tensor
     rows: tuple[int, int, int]
 
 
@@ -48,7 +52,8 @@ def plan_tiles(
         return Tiles(*tile_lists(key_start, key_stop, query_start, query_stop, rows), rows)
     forward = tile_list(key_start, key_stop, rows[0])
     dq = forward if rows[2] == rows[0] else tile_list(key_start, key_stop, rows[2])
-    return Tiles(forward, tile_list(query_start, query_stop, rows[1]), dq, rows)
+    keys = tile_list(query_start, query_stop, rows[1])
+    return Tiles(forward, keys, dq, key_blocks(query_start, query_stop), rows)
 
 
 def tile_list(start: Tensor, stop: Tensor, block: int) -> Tensor:
@@ -70,6 +75,28 @@ def tile_list(start: Tensor, stop: Tensor, block: int) -> Tensor:
     tiles = torch.stack([first[:-1], first[1:]], dim=1)
     order = _work(start, stop, tiles, block).argsort(descending=True, stable=True)
     return tiles[order].to(torch.int32)
+
+
+def key_blocks(query_start: Tensor, query_stop: Tensor) -> Tensor:
+    """int32 `[4, blocks]`: which queries see keys of each block of KEY_BLOCK keys.
+
+    Queries before [0] and from [1] on see no key of the block; those from [2] to before [3] see all
+    of them, and none do where that is empty, as in a block that goes on past the last key. A tile
+    of a forest walks the blocks that may be seen and masks those that are not full, so that
+    siblings cost it nothing. The specification of the kernel in `bookkeeping.py`.
+
+    Args:
+        query_start, query_stop: int32 `[keys]`, the interval of queries that see each key.
+    """
+    missing = -query_start.numel() % KEY_BLOCK
+    start = F.pad(query_start, (0, missing), value=FAR.value).view(-1, KEY_BLOCK)
+    stop = F.pad(query_stop, (0, missing)).view(-1, KEY_BLOCK)
+    if start.numel() == 0:
+        return query_start.new_zeros(4, 0)
+    seen = start < stop
+    first = torch.where(seen, start, FAR.value).amin(1)
+    last = torch.where(seen, stop, 0).amax(1)
+    return torch.stack([first, last, start.amax(1), stop.amin(1)])
 
 
 def _tile_begins(start: Tensor, stop: Tensor, block: int) -> Tensor:
