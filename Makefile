@@ -17,7 +17,11 @@ gpu-test gpu-bench resources: export PYTHONPATH := .:kernels:patches$(if $(PYTHO
 # The oldest triton that is supported, in an environment of its own; its interpreter needs this numpy.
 OLDEST := .venv-triton36
 
-.PHONY: demo test test-all oldest-triton resources lint gpu-test gpu-bench clean
+# Packages of token mixers: of mamba_ssm the Python alone, as its CUDA code needs a compiler.
+MIXERS := .venv-mixers
+MAMBA := mamba_ssm-2.3.2.post1
+
+.PHONY: demo test test-all oldest-triton packaged-mixers resources lint gpu-test gpu-bench clean
 
 demo: $(READY)
 	$(VENV)/bin/packed-attn demo
@@ -27,7 +31,7 @@ test: lint
 	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -m "not slow and not gpu"
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_conformance.py -k "triton and exact" -m "not slow and not gpu"
 
-test-all: lint oldest-triton
+test-all: lint oldest-triton packaged-mixers
 	$(PY) -m pytest tests -m "not gpu"
 	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -m "not gpu"
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_conformance.py -k triton -m "not gpu"
@@ -38,6 +42,11 @@ oldest-triton: $(OLDEST)/.ready
 	$(OLDEST)/bin/python -m pytest tests/test_compile_gate.py
 	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest tests/test_kernels_interpreter.py tests/test_hopper_kernels.py -m "not slow"
 	TRITON_INTERPRET=1 $(OLDEST)/bin/python -m pytest tests/test_conformance.py -k "triton and exact" -m "not gpu"
+
+# flash-linear-attention's and mamba_ssm's own kernels, interpreted.
+packaged-mixers: export OMP_NUM_THREADS ?= 1
+packaged-mixers: $(MIXERS)/.ready
+	TRITON_INTERPRET=1 PYTHONPATH=$(MIXERS):$(MIXERS)/$(MAMBA) $(PY) -m pytest tests/test_packaged_mixers.py
 
 # Writes benchmarks/results/sm90_resources.md, which the compile gate holds machine code against.
 resources: $(READY) $(OLDEST)/.ready
@@ -69,5 +78,12 @@ $(OLDEST)/.ready: constraints-cpu.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "triton==3.6.*"
 	touch $(OLDEST)/.ready
 
+$(MIXERS)/.ready: $(READY)
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(MIXERS) fla-core==0.6.0 flash-linear-attention==0.6.0 einops
+	$(PY) -m pip install --quiet --disable-pip-version-check wheel
+	MAMBA_SKIP_CUDA_BUILD=TRUE $(PY) -m pip download --quiet --disable-pip-version-check --no-deps --no-build-isolation --no-binary :all: --dest $(MIXERS) $(subst -,==,$(MAMBA))
+	tar -xzf $(MIXERS)/$(MAMBA).tar.gz -C $(MIXERS)
+	touch $(MIXERS)/.ready
+
 clean:
-	rm -rf $(VENV) $(OLDEST) build dist *.egg-info demo-output bench-report
+	rm -rf $(VENV) $(OLDEST) $(MIXERS) build dist *.egg-info demo-output bench-report

@@ -47,7 +47,7 @@ SUITES: dict[str, tuple[tuple[str, ...], int]] = {
     "conformance": ((*FILES, "-k", f"{ON_GPU} and not flex"), 10),
     "flex": ((*FILES[:2], "-k", f"{ON_GPU} and flex"), 6),
     "models": (MODELS, 5),
-    "mixers": (("tests/test_gpu_mixers.py",), 2),
+    "mixers": (("tests/test_packaged_mixers.py",), 2),
     "beyond 32 bits": ((*FILES[:2], "-k", "past_32_bits or beyond_32_bits"), 1),
 }
 # Tiles on every side of an edge, half precision, forests, sinks, and kernels of dk and dv alone.
