@@ -205,10 +205,13 @@ def confined_step(
     mbarrier.wait(v_full.index(slot), phase)
     COPY: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
     block = v.index(slot).load(COPY)
-    sees = _sees(y, at, mask, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, SCORES)
+    if QUERY_HALF:  # its intervals stand beside v
+        sees = _sees(y, at, mask, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, SCORES)
     mbarrier.arrive(v_empty.index(slot))
     broken = gl.max(gl.where(gl.abs(block.to(gl.float32)) < float("inf"), 0, 1), 1)
     column = gl.convert_layout(broken, gl.SliceLayout(0, SCORES)) != 0
+    if not QUERY_HALF:
+        sees = _sees(y, at, mask, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, SCORES)
     hurt = gl.max((sees & column[None, :]).to(gl.int32), 1)
     clean.store(gl.where(broken[:, None] != 0, 0.0, block.to(gl.float32)).to(block.dtype))
     fence_async_shared()
