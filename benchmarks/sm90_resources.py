@@ -96,7 +96,7 @@ KNOWN_SPILLS: dict[tuple[str, str, int], int] = {
     ("3.9", "repair_forward", 128): 216,
     ("3.9", "repair_forward", 256): 472,
     ("3.9", "repair_dkdv", 128): 24,
-    # Where the producer names the blocks: outside of the consumers' loops, but for windows too.
+    # Where the producer names the blocks; on 3.6 none of it is in the consumers' loops.
     ("3.6", "hopper_forward forest", 64): 32,
     ("3.6", "hopper_forward forest", 128): 72,
     ("3.6", "hopper_forward forest", 256): 72,
