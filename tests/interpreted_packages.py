@@ -18,7 +18,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING
 from triton.runtime import autotuner, interpreter
 
 
@@ -45,10 +44,6 @@ def prepare() -> None:
     if find_spec("fla") is not None:
         module: Any = importlib.import_module("fla.ops.common.chunk_delta_h")
         module.range = _range
-        # It puts models of its own in the place of some of transformers'.
-        mapping: Any = CONFIG_MAPPING
-        for name in mapping._mapping.keys() & mapping._extra_content.keys():
-            del mapping._extra_content[name]
     if find_spec("mamba_ssm") is not None:
         sys.modules.setdefault("selective_scan_cuda", ModuleType("selective_scan_cuda"))
         importlib.import_module("mamba_ssm")

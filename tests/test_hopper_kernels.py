@@ -16,6 +16,7 @@ from typing import Any, get_args
 
 import pytest
 import torch
+from torch import Tensor
 
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip(
@@ -33,7 +34,7 @@ from packed_attn_kernels.configurations import (
 import tests.gluon.hopper
 from packed_attn import attention
 from packed_attn.backends import triton as backend
-from tests.cases import BY_NAME, Case
+from tests.cases import BY_NAME, Case, Inputs
 from tests.gluon import Kernel, interpreted
 from tests.gluon.machine import Deadlock, Fault
 from tests.oracle import assert_confined, assert_exact, assert_isolated, run
@@ -194,19 +195,9 @@ def test_siblings_cost_nothing(monkeypatch: pytest.MonkeyPatch, head_dim: int) -
     assert counts[2] - counts[1] == counts[1] - counts[0] == 2 * per_answer
 
 
-def test_forests_are_isolated_and_confined(
-    hopper: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    case = _case("forest_nested", 64)
-    assert_isolated("triton", case, "cpu")
+def test_forests_are_isolated(hopper: list[str]) -> None:
+    assert_isolated("triton", _case("forest_nested", 64), "cpu")
     assert "backward" in hopper
-    inputs = case.inputs()
-    inputs.k[30, 1, 5] = float("nan")
-    done_again = run("triton", case, inputs, "cpu")
-    monkeypatch.setattr(backend, "_backward", lambda *_: "split")
-    portable = run("triton", case, inputs, "cpu")
-    for name, gradient in done_again.grads.items():
-        torch.testing.assert_close(gradient, portable.grads[name], rtol=0, atol=0, equal_nan=True)
 
 
 def test_softcap_has_the_forward_alone(hopper: list[str]) -> None:
@@ -267,36 +258,48 @@ def test_forms_are_confined(form: int, request: pytest.FixtureRequest, name: str
     assert_confined("triton", _case(name, form, name=request.node.name, **SMALL_HEADS), "cpu")
 
 
-def test_a_backward_that_is_not_finite_is_done_again(
+@pytest.fixture
+def both_backwards(
     hopper: list[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[[Case, Inputs], list[tuple[Tensor, Tensor]]]:
+    """Each gradient by the Hopper backward and by the portable split one."""
+
+    def gradients(case: Case, inputs: Inputs) -> list[tuple[Tensor, Tensor]]:
+        found = run("triton", case, inputs, "cpu").grads
+        assert hopper == ["forward", "backward"]
+        monkeypatch.setattr(backend, "_backward", lambda *_: "split")
+        portable = run("triton", case, inputs, "cpu").grads
+        assert hopper == ["forward", "backward", "forward"]
+        return [(found[name], portable[name]) for name in found]
+
+    return gradients
+
+
+# A document's tokens, and the one with a NaN.
+@pytest.mark.parametrize(
+    ("name", "document", "broken"), [("padding_between", (68, 82), 70), ("forest_nested", None, 30)]
+)
+def test_a_backward_that_is_not_finite_is_done_again(
+    both_backwards: Any, name: str, document: tuple[int, int] | None, broken: int
 ) -> None:
     """A NaN that reached every row leaves no trace: gradients are the portable ones, to the bit,
     with NaNs in its own document alone."""
-    case = _case("padding_between", 64)
+    case = _case(name, 64)
     inputs = case.inputs()
-    inputs.k[70, 1, 5] = float("nan")
-    done_again = run("triton", case, inputs, "cpu")
-    assert hopper == ["forward", "backward"]
-    monkeypatch.setattr(backend, "_backward", lambda *_: "split")
-    portable = run("triton", case, inputs, "cpu")
-    assert hopper == ["forward", "backward", "forward"]
-    for name, gradient in done_again.grads.items():
-        torch.testing.assert_close(gradient, portable.grads[name], rtol=0, atol=0, equal_nan=True)
-        assert gradient[68:82].isnan().any()
-        assert not gradient[:68].isnan().any()
-        assert not gradient[82:].isnan().any()
+    inputs.k[broken, 1, 5] = float("nan")
+    for done_again, portable in both_backwards(case, inputs):
+        torch.testing.assert_close(done_again, portable, rtol=0, atol=0, equal_nan=True)
+        if document is not None:
+            start, stop = document
+            assert done_again[start:stop].isnan().any()
+            assert not done_again[:start].isnan().any()
+            assert not done_again[stop:].isnan().any()
 
 
-def test_a_finite_backward_is_not_done_again(
-    hopper: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finite_backward_is_not_done_again(both_backwards: Any) -> None:
     case = _case("padding_between", 64)
-    found = run("triton", case, case.inputs(), "cpu")
-    monkeypatch.setattr(backend, "_backward", lambda *_: "split")
-    portable = run("triton", case, case.inputs(), "cpu")
-    for name, gradient in found.grads.items():
-        assert not torch.equal(gradient, portable.grads[name]), "products are rounded elsewhere"
-    assert hopper == ["forward", "backward", "forward"]
+    for found, portable in both_backwards(case, case.inputs()):
+        assert not torch.equal(found, portable), "products are rounded elsewhere"
 
 
 @pytest.mark.parametrize("seed", range(1, 6))
