@@ -39,7 +39,7 @@ from tests.gluon import Kernel, interpreted
 from tests.gluon.machine import Deadlock, Fault
 from tests.oracle import assert_confined, assert_exact, assert_isolated, run
 
-MODULES = ("hopper_walk", "hopper_forward", "hopper_backward")
+MODULES = ("hopper_walk", "hopper_blocks", "hopper_forward", "hopper_backward")
 # Each block's place in the rings is taken by others of its item.
 LONG = Case("long", (530, 70), num_heads=2, num_kv_heads=1)
 # A tree over many blocks, whose tiles begin inside of them; answers have answers, and there are

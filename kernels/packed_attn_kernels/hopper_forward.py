@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     tma,
 )
 
-from packed_attn_kernels import configurations
+from packed_attn_kernels.hopper_blocks import LOOK, count_blocks, look_through, tile_bounds
 from packed_attn_kernels.hopper_walk import ROWS, barrier, confined_step, hear, walk
 from packed_attn_kernels.rules import FAR, LN2, LOG2E, LOWEST
 
@@ -40,9 +40,6 @@ from packed_attn_kernels.rules import FAR, LN2, LOG2E, LOWEST
 _load = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 # Of the message: item, first and last row, hull's start, blocks, two numbers for each half.
 WORDS: gl.constexpr = gl.constexpr(9)
-# Blocks that the producer looks through at a time.
-LOOK: gl.constexpr = gl.constexpr(32)
-KEY_BLOCK: gl.constexpr = gl.constexpr(configurations.KEY_BLOCK)
 # Of the flags: whether any item is flagged, and how many items were taken; then one of each item.
 ITEMS: gl.constexpr = gl.constexpr(2)
 
@@ -222,7 +219,10 @@ def _produce(
     q, _, _, q_full, _, _, q_empty, _, _ = rings
     q_desc, _, _, _, _ = descriptors
     q_row_step, q_column_step, _, _, _, _ = steps
-    tiles_ptr, _, flags_ptr, key_start_ptr, key_stop_ptr, rows, group, items, _ = lists
+    (
+        tiles_ptr, blocks_ptr, flags_ptr, key_start_ptr, key_stop_ptr, rows, group, items,
+        key_blocks,
+    ) = lists  # fmt: skip
     intervals, lines, places, _, heads = rows
     row = gl.arange(0, ROWS, gl.BlockedLayout([1], [32], [1], [0]))
     item = gl.program_id(0)
@@ -261,10 +261,11 @@ def _produce(
             hull_start = gl.minimum(gl.where(live_0, start_0, FAR), gl.where(live_1, start_1, FAR))
             hull_start = gl.minimum(gl.min(hull_start, 0), hull_stop)
             if QUERY_HALF:
-                tile = _tile(first + row, start_0, end_0, live_0, start_1, end_1, live_1)
+                tile = tile_bounds(first + row, start_0, end_0, live_0, start_1, end_1, live_1)
                 begin = hull_start // BLOCK_N
-                look = (begin, (hull_stop + BLOCK_N - 1) // BLOCK_N, tile, lists)
-                edges, full, last = _count_blocks(look, BLOCK_N, KEY_HALF)
+                end = (hull_stop + BLOCK_N - 1) // BLOCK_N
+                look = (begin, end, tile, blocks_ptr, key_blocks)
+                edges, full, last = count_blocks(look, BLOCK_N, KEY_HALF)
                 blocks = edges + full + (last >= 0).to(gl.int32)
                 upper = (edges, edges + full)
                 lower = upper
@@ -339,66 +340,16 @@ def _announce(message, at, item, first, stop, hull_start, blocks, upper, lower):
 
 
 @gluon.jit
-def _tile(i, start_0, end_0, live_0, start_1, end_1, live_1):
-    """The first and the last live row of a tile, and the keys that the intervals of all have."""
-    first = gl.minimum(gl.where(live_0, i, FAR), gl.where(live_1, i + ROWS, FAR))
-    last = gl.maximum(gl.where(live_0, i, -1), gl.where(live_1, i + ROWS, -1))
-    start = gl.maximum(gl.where(live_0, start_0, 0), gl.where(live_1, start_1, 0))
-    stop = gl.minimum(gl.where(live_0, end_0, FAR), gl.where(live_1, end_1, FAR))
-    return gl.min(first, 0), gl.max(last, 0), gl.max(start, 0), gl.min(stop, 0)
-
-
-@gluon.jit
-def _look(begin, look, BLOCK_N: gl.constexpr, KEY_HALF: gl.constexpr):
-    """LOOK blocks from `begin` on: their numbers, which are seen and which are full."""
-    _, stop, tile, lists = look
-    first, last, full_start, full_stop = tile
-    blocks_ptr, key_blocks = lists[1], lists[8]
-    block = begin + gl.arange(0, LOOK, gl.BlockedLayout([1], [32], [1], [0]))
-    there = block < stop
-    bounds_ptr = blocks_ptr + block * BLOCK_N // KEY_BLOCK
-    seen = gl.load(bounds_ptr, mask=there, other=FAR) <= last
-    seen = seen & (first < gl.load(bounds_ptr + key_blocks, mask=there, other=0))
-    full = gl.load(bounds_ptr + 2 * key_blocks, mask=there, other=FAR) <= first
-    full = full & (last < gl.load(bounds_ptr + 3 * key_blocks, mask=there, other=0))
-    if KEY_HALF:
-        key = block * BLOCK_N
-        full = full & (full_start <= key) & (key + BLOCK_N <= full_stop)
-    return block, seen, full
-
-
-@gluon.jit
-def _count_blocks(look, BLOCK_N: gl.constexpr, KEY_HALF: gl.constexpr):
-    """How many edges and full blocks come before the last block that is seen, and its number or
-    -1."""
-    start, stop, _, _ = look
-    edges = 0
-    full = 0
-    last = -1
-    for begin in range(start, stop, LOOK):
-        block, seen, whole = _look(begin, look, BLOCK_N, KEY_HALF)
-        edges += gl.sum((seen & ~whole).to(gl.int32), 0)
-        full += gl.sum((seen & whole).to(gl.int32), 0)
-        # Twice the number, and one more if it is full.
-        last = gl.maximum(last, gl.max(gl.where(seen, 2 * block + whole.to(gl.int32), -1), 0))
-    if last >= 0:
-        edges -= (last % 2 == 0).to(gl.int32)
-        full -= (last % 2 != 0).to(gl.int32)
-        last = last // 2
-    return edges, full, last
-
-
-@gluon.jit
 def _copy_seen(
     look, last, before, source, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     KEY_HALF: gl.constexpr,
 ):  # fmt: skip
     """Copies the blocks that are seen: edges, then full ones, then the last one."""
-    start, stop, _, _ = look
+    start, stop, _, _, _ = look
     at = before
     for wanted in gl.static_range(2):
         for begin in range(start, stop, LOOK):
-            block, seen, full = _look(begin, look, BLOCK_N, KEY_HALF)
+            block, seen, full = look_through(begin, look, BLOCK_N, KEY_HALF)
             if wanted == 0:
                 seen = seen & ~full
             else:
