@@ -140,6 +140,9 @@ class ShardedLayout(DocumentLayout):
     def _position_ids(self) -> Tensor:
         return self.whole.position_ids[self.rows]
 
+    def _lengths_alone(self) -> Tensor:
+        return self.whole.lengths_alone[self.rows]
+
     def _document_starts(self) -> Tensor:
         return self.whole.document_starts[self.rows]
 

@@ -263,6 +263,12 @@ class DocumentLayout:
         return max(self.lengths, default=0)
 
     @property
+    def longest_path(self) -> int:
+        """Tokens of the longest document with all that it continues."""
+        offsets = self._forest().path_offset if self.is_forest else (0,) * self.num_documents
+        return max((offset + n for offset, n in zip(offsets, self.lengths)), default=0)
+
+    @property
     def is_forest(self) -> bool:
         """Whether some document continues another."""
         return self.parents is not None
@@ -279,6 +285,12 @@ class DocumentLayout:
         In a forest a child counts on from its parent's last token.
         """
         return self._once("position_ids", self._position_ids)
+
+    @property
+    def lengths_alone(self) -> Tensor:
+        """int64 `[total_tokens]`: of each token, the tokens of its document as it would be alone;
+        in a forest, with what it continues and without what continues it."""
+        return self._once("lengths_alone", self._lengths_alone)
 
     @property
     def document_starts(self) -> Tensor:
@@ -508,6 +520,12 @@ class DocumentLayout:
         if self.is_forest:
             place = place + self.per_token(self.forest_tensors().path_offset)
         return place
+
+    def _lengths_alone(self) -> Tensor:
+        lengths = self.cu_seqlens.long().diff()
+        if self.is_forest:
+            lengths = lengths + self.forest_tensors().path_offset
+        return self.per_token(lengths)
 
     def _document_starts(self) -> Tensor:
         ids = self.document_ids

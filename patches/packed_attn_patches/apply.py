@@ -33,6 +33,7 @@ from packed_attn_patches.inputs import LayoutHook, replacement_of
 from packed_attn_patches.interface import NAMES, stock_of
 from packed_attn_patches.padding_free import PackRows, PadRows
 from packed_attn_patches.pairs import PairedForward, PairHook
+from packed_attn_patches.rope import RopeForward, Watch, reason_against_ropes, ropes_of
 from packed_attn_patches.unpack import UnpackedForward
 from packed_attn_patches.wrappers import (
     FORWARDS,
@@ -131,6 +132,9 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
             f"padding_free: {type(model).__name__} has padded rows on two sides; without it packs "
             "of source and target documents work"
         )
+    reason = reason_against_ropes(model)
+    if reason is not None:
+        raise NotImplementedError(f"patch_model refuses {type(model).__name__}, which {reason}")
     # A head may need unpacking for its own sake, while padded rows meet the backbone alone.
     inner = backbone_route(model, chosen) if settings.padding_free else chosen
     reason = reason_against_forests(_entrances(model)[-1], inner)
@@ -148,6 +152,11 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
             _replace_configs(model, record)
         for mixer in mixers:
             put_forward(mixer, MixerForward(mixer))
+        ropes = ropes_of(model)
+        watch = Watch() if ropes else None
+        if layers_take_it and watch is not None:
+            for rope in ropes:
+                put_forward(rope, RopeForward(rope, watch))
         if settings.padding_free:
             backbone = entrances[-1]
             rows = PackRows(settings.share_prefixes)
@@ -168,6 +177,7 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
                 shifts=head_of(module).shifts,
                 first_position=first_position(model),
                 outer=module is model and len(entrances) > 1,
+                rope=watch,
             )
             module.register_forward_pre_hook(hook, with_kwargs=True)
     except BaseException:

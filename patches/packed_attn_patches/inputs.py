@@ -22,6 +22,7 @@ from packed_attn.logps import IGNORE_INDEX, without_first_labels
 from packed_attn_patches import fast_mixers
 from packed_attn_patches.interface import empty_mask, is_empty_mask
 from packed_attn_patches.prompts import refuse_calls_with_learned_tokens
+from packed_attn_patches.rope import Watch, marked, refuse_long_forest
 
 # Boundaries that the layout replaces; a layer that still saw them could act on them a second time.
 BOUNDARY_NAMES = (
@@ -51,6 +52,7 @@ class LayoutHook:
         shifts: the loss takes a token's label for a prediction of the token before.
         first_position: where the model's own positions begin; a batch may count from it or from 0.
         outer: an inner model with a hook of its own does the attention.
+        rope: of a model whose rotary embeddings have to be told the documents (see `rope.py`).
     """
 
     backend: str = "auto"
@@ -59,6 +61,7 @@ class LayoutHook:
     shifts: bool = True
     first_position: int = 0
     outer: bool = False
+    rope: Watch | None = None
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -70,6 +73,8 @@ class LayoutHook:
             # Mamba2's head passes nothing on but the mask, which carries the layout too.
             layout, backend = mask.packed_attn
             return args, {**kwargs, "layout": layout, "packed_attn_backend": backend}
+        if self.rope is not None:
+            self.rope.packed = False
         kwargs = named(module, args, kwargs)
         cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
         if cached or kwargs.get("input_ids") is None:
@@ -87,6 +92,8 @@ class LayoutHook:
         if self.unpacked:
             _refuse_replaced_forward(module)
         layout = layout.to(batch.device)
+        if self.rope is not None:
+            refuse_long_forest(module, layout)
         # Mixers read lengths too, and their proof is not to be recorded.
         mixers = self.mixers and not recorded and fast_mixers.takes_layout(module, layout)
         unpacked = self.unpacked and not mixers
@@ -126,6 +133,9 @@ class LayoutHook:
                 packed["attention_mask"] = _real_mask(batch, layout)
             if packed.get("position_ids") is None:
                 packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
+            if self.rope is not None:
+                self.rope.packed = True
+                packed["position_ids"] = marked(packed["position_ids"], batch.rows, layout)
         # Unpacked, a document's first label has no document before it that could predict it.
         if packed.get("labels") is not None and self.shifts and not unpacked:
             packed["labels"] = without_first_labels(packed["labels"], layout)

@@ -232,7 +232,7 @@ class _Pairs(PackedCalls):
         pairs = pair_buckets(
             self.source.spans(),
             self.target.spans(),
-            pad_lengths=route is Route.UNPACK_MASKED,
+            pad_lengths=self.forward.pads(self.source.layout, self.target.layout),
             call_tokens=1 if route is Route.UNPACK_SINGLE else CALL_TOKENS,
         )
         for source, target in pairs:

@@ -28,6 +28,7 @@ from packed_attn.layout import DocumentLayout
 from packed_attn_patches import fast_mixers
 from packed_attn_patches.families import Head, Route, is_encoder_decoder, reason_against_forests
 from packed_attn_patches.inputs import CACHE_NAMES
+from packed_attn_patches.rope import fresh, longest_alike, ropes_of
 
 # Tokens in one forward: beyond it a batch is as efficient as it gets, and only memory grows.
 CALL_TOKENS = 1 << 16
@@ -80,6 +81,7 @@ class UnpackedForward:
         self.model = model
         self.route = route
         self.head = head
+        self.ropes = ropes_of(model)
         # What stood on the instance in place of its class's forward.
         self.replaced: Callable[..., Any] | None = None
 
@@ -98,6 +100,12 @@ class UnpackedForward:
         config: Any = self.model.config
         return getattr(config.get_text_config(), "pad_token_id", None)
 
+    def pads(self, *layouts: DocumentLayout) -> bool:
+        """Whether documents of unlike lengths may share a batch."""
+        longest = max(layout.longest_path for layout in layouts)
+        limit = longest_alike(self.ropes)
+        return self.route is not Route.UNPACK and (limit is None or longest <= limit)
+
     def __call__(self, *args: Any, layout: DocumentLayout | None = None, **kwargs: Any) -> Any:
         if layout is None:
             return self.function(self.model, *args, **kwargs)
@@ -109,9 +117,11 @@ class UnpackedForward:
     def run(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
         """The calls of a packed batch, and what they give put together."""
         _refuse_shards(self.model)
-        output = batch.joined(
-            [(b, self.function(self.model, **inputs)) for b, inputs in batch.calls()]
-        )
+        parts = []
+        for bucket, inputs in batch.calls():
+            with fresh(self.ropes):
+                parts.append((bucket, self.function(self.model, **inputs)))
+        output = batch.joined(parts)
         return output.to_tuple() if kwargs.get("return_dict") is False else output
 
 
@@ -241,7 +251,7 @@ class _Unpacked(PackedCalls):
         plan = _plan_on_the_host(
             layout.cu_seqlens,
             layout.padding,
-            pad_lengths=self.forward.route is not Route.UNPACK,
+            pad_lengths=self.forward.pads(self.layout),
             parents=layout.parents,
             # Gathering ids costs nothing, and a document read in place would be a call of its own.
             view_tokens=CALL_TOKENS,

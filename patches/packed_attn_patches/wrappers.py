@@ -17,10 +17,11 @@ from torch import nn
 
 from packed_attn_patches.fast_mixers import MixerForward
 from packed_attn_patches.prompts import refuse_learned_tokens
+from packed_attn_patches.rope import RopeForward
 from packed_attn_patches.unpack import UnpackedForward
 
 # What `put_forward` puts on instances.
-FORWARDS = (UnpackedForward, MixerForward)
+FORWARDS = (UnpackedForward, MixerForward, RopeForward)
 
 
 class Origin(Enum):
@@ -59,7 +60,7 @@ def origin(model: nn.Module) -> Origin:
     return Origin.DERIVED if known and not remote else Origin.FOREIGN
 
 
-def put_forward(module: nn.Module, forward: UnpackedForward | MixerForward) -> None:
+def put_forward(module: nn.Module, forward: UnpackedForward | MixerForward | RopeForward) -> None:
     """Makes `forward` the module's own, inside the hook by which accelerate places it on a device.
 
     A method that something else has given the instance (Liger's forward with a fused loss) is what
