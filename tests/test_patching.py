@@ -12,7 +12,12 @@ import torch
 from packaging.version import Version
 from packed_attn_patches import tiny
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from packed_attn import DocumentLayout, PackedCollator, patch_model, unpatch_model
 from tests.exactness import alone, close, documents, gradients, packed, relative, stock_results
@@ -453,6 +458,12 @@ def test_models_that_cannot_be_packed_are_refused_by_name() -> None:
     for on_unknown in ("raise", "unpack"):
         with pytest.raises(NotImplementedError, match="its block-sparse attention"):
             patch_model(encoder_decoder, on_unknown=on_unknown)  # type: ignore[arg-type]
+    for auto_class in (AutoModelForMaskedLM, AutoModelForCausalLM):
+        blocks = tiny.tiny_model(
+            "big_bird", auto_class=auto_class, attention_type="block_sparse", is_decoder=False
+        )
+        with pytest.raises(NotImplementedError, match="depends on the length of the row"):
+            patch_model(blocks)
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba"])

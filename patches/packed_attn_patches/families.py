@@ -162,19 +162,24 @@ POSITIONS_AFTER_PADDING = frozenset({
     "xlm-roberta-xl", "xmod",
 })
 # fmt: on
-# Settings of encoder-decoders with which no document alone has certain outputs, and why.
+# Settings with which no document alone has certain outputs, and why.
+_BLOCK_SPARSE = (
+    "its block-sparse attention depends on the length of the row, and becomes full, for good, with "
+    "the first short row that it sees; load it with attention_type='original_full'"
+)
 _UNCERTAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "big_bird": (lambda model: model.config.attention_type != "original_full", _BLOCK_SPARSE),
+    # Its decoder alone has no blocks.
     "bigbird_pegasus": (
-        lambda config: config.attention_type != "original_full",
-        "its block-sparse attention becomes full, for good, with the first short row that it sees; "
-        "load it with attention_type='original_full'",
+        lambda model: is_encoder_decoder(model) and model.config.attention_type != "original_full",
+        _BLOCK_SPARSE,
     ),
     "fsmt": (
-        lambda config: config.use_cache,
+        lambda model: model.config.use_cache,
         "with a cache its decoder sees later tokens in training; load it with use_cache=False",
     ),
     "nllb-moe": (
-        lambda config: config.moe_eval_capacity_token_fraction > 0,
+        lambda model: model.config.moe_eval_capacity_token_fraction > 0,
         "each evaluation changes the capacity that its experts have in training; load it with "
         "moe_eval_capacity_token_fraction=-1.0",
     ),
@@ -201,6 +206,7 @@ def route(model: nn.Module, on_unknown: str) -> Route:
             model, f"the outputs of a {refused} head are of a row and not of its documents"
         )
     model_type = model.config.model_type
+    _refuse_uncertain(model)
     if is_encoder_decoder(model):
         return _pair_route(model, on_unknown)
     if model_type in UNPACK_EQUAL:
@@ -227,12 +233,15 @@ def route(model: nn.Module, on_unknown: str) -> Route:
     )
 
 
+def _refuse_uncertain(model: PreTrainedModel) -> None:
+    uncertain, reason = _UNCERTAIN.get(model.config.model_type, (lambda _: False, ""))
+    if uncertain(model):
+        raise _refused(model, reason)
+
+
 def _pair_route(model: PreTrainedModel, on_unknown: str) -> Route:
     """How to make a model of source and target documents exact."""
     model_type = model.config.model_type
-    uncertain, reason = _UNCERTAIN.get(model_type, (lambda config: False, ""))
-    if uncertain(model.config):
-        raise _refused(model, reason)
     for route, types in {
         Route.UNPACK_MASKED: PAIRS_MASKED,
         Route.UNPACK: PAIRS_EQUAL,
