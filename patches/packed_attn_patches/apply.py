@@ -31,6 +31,7 @@ from packed_attn_patches.families import (
 from packed_attn_patches.fast_mixers import MixerForward, mixers_of
 from packed_attn_patches.inputs import LayoutHook, replacement_of
 from packed_attn_patches.interface import NAMES, stock_of
+from packed_attn_patches.llama4 import ScalingForward, scaling_layers
 from packed_attn_patches.padding_free import PackRows, PadRows
 from packed_attn_patches.pairs import PairedForward, PairHook
 from packed_attn_patches.rope import RopeForward, Watch, reason_against_ropes, ropes_of
@@ -157,6 +158,8 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
         if layers_take_it and watch is not None:
             for rope in ropes:
                 put_forward(rope, RopeForward(rope, watch))
+        for layer in scaling_layers(model) if layers_take_it else ():
+            put_forward(layer, ScalingForward(layer))
         if settings.padding_free:
             backbone = entrances[-1]
             rows = PackRows(settings.share_prefixes)

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from packed_attn.backends import machine
 from packed_attn.layout import DocumentLayout
+from packed_attn_patches.forwards import ModuleForward
 from packed_attn_patches.interface import is_empty_mask
 from packed_attn_patches.mixer_proof import circumstances, proven
 
@@ -50,26 +51,17 @@ _POINTWISE = frozenset({"apply_mask_to_padding_states"})
 _in_packed_forward: ContextVar[bool] = ContextVar("in_packed_forward", default=False)
 
 
-class MixerForward:
-    """A mixer's forward that takes a layout; set as the instance's `forward`.
+class MixerForward(ModuleForward):
+    """A mixer's forward that takes a layout; `mixers_of` takes no mixer that runs something else.
 
     Args:
-        module: the mixer whose class's forward does the work.
+        module: the mixer.
     """
 
-    # `mixers_of` takes no mixer that runs something else.
-    replaced: None = None
-
     def __init__(self, module: nn.Module) -> None:
-        self.module = module
+        super().__init__(module)
         # What the proof found, by what it depends on besides the module: asked at every forward.
         self.proofs: dict[Any, str | None] = {}
-        self.__signature__ = inspect.signature(type(module).forward.__get__(module))
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """What runs, given the mixer."""
-        return type(self.module).forward
 
     def __getstate__(self) -> dict[str, Any]:
         return {"module": self.module}

@@ -76,6 +76,7 @@ def packed_attention_forward(
     stock: str,
     layout: DocumentLayout | None = None,
     packed_attn_backend: str = "auto",
+    packed_attn_query_scale: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention function.
@@ -84,6 +85,8 @@ def packed_attention_forward(
         query: `[B, num_heads, T, head_dim]`; key and value `[B, num_kv_heads, T, head_dim]`.
         stock: the implementation that the model had before it was patched.
         layout: the documents of the `B * T` tokens; None runs `stock`.
+        packed_attn_query_scale: float32 `[B * T]`, what multiplies a token's query in a packed
+            forward, where the layer itself would ask for its place in the row.
 
     Returns:
         `[B, T, num_heads, value_head_dim]` and no weights.
@@ -107,6 +110,9 @@ def packed_attention_forward(
             f"packed-attn: {type(module).__name__} looks both ways, so a shared prefix would see "
             "what follows it: it takes plain packs, but no forest (parents)"
         )
+    if packed_attn_query_scale is not None:
+        scale = packed_attn_query_scale.view(batch, 1, tokens, 1).to(query.device)
+        query = (query * scale).to(query.dtype)
     dtype = _compute_dtype(value)
     out = attention(
         _stream(query.to(dtype)),

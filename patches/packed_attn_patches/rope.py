@@ -10,8 +10,7 @@ on all positions, of which the documents of that length are kept.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from packed_attn.layout import DocumentLayout
+from packed_attn_patches.forwards import ModuleForward
 
 # Cosines and sines, or one tensor of complex numbers.
 Output = Tensor | tuple[Tensor, ...]
@@ -81,7 +81,7 @@ def marked(position_ids: Tensor, rows: int, layout: DocumentLayout) -> Tensor:
     return carrier
 
 
-class RopeForward:
+class RopeForward(ModuleForward):
     """The forward of such an embedding; set as the instance's `forward`.
 
     Args:
@@ -90,21 +90,9 @@ class RopeForward:
             position ids get what they always got.
     """
 
-    # No package is known to put a forward of its own on these.
-    replaced: None = None
-
     def __init__(self, module: nn.Module, watch: Watch) -> None:
-        self.module = module
+        super().__init__(module)
         self.watch = watch
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """What runs, given the embedding."""
-        return type(self.module).forward
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        return inspect.signature(self.function.__get__(self.module))
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Output:
         named = {} if layer_type is None else {"layer_type": layer_type}

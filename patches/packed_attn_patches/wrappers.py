@@ -15,13 +15,12 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from packed_attn_patches.fast_mixers import MixerForward
+from packed_attn_patches.forwards import ModuleForward
 from packed_attn_patches.prompts import refuse_learned_tokens
-from packed_attn_patches.rope import RopeForward
 from packed_attn_patches.unpack import UnpackedForward
 
 # What `put_forward` puts on instances.
-FORWARDS = (UnpackedForward, MixerForward, RopeForward)
+FORWARDS = (UnpackedForward, ModuleForward)
 
 
 class Origin(Enum):
@@ -60,7 +59,7 @@ def origin(model: nn.Module) -> Origin:
     return Origin.DERIVED if known and not remote else Origin.FOREIGN
 
 
-def put_forward(module: nn.Module, forward: UnpackedForward | MixerForward | RopeForward) -> None:
+def put_forward(module: nn.Module, forward: UnpackedForward | ModuleForward) -> None:
     """Makes `forward` the module's own, inside the hook by which accelerate places it on a device.
 
     A method that something else has given the instance (Liger's forward with a fused loss) is what
