@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from types import FrameType
 from typing import Any
 
 import torch
@@ -89,6 +90,20 @@ def rows_divided_at_once(loader: Any) -> int | None:
     if loader.drop_last:  # which leaves the rest out, by the user's choice
         return 1
     return loader.batch_size * (1 if loader.split_batches else loader.num_processes)
+
+
+def epoch_that_begins(caller: FrameType) -> int | None:
+    """The epoch, where the caller is accelerate's shuffling sampler and begins one; else None.
+
+    Of several processes, and where batches of an epoch are skipped, accelerate tells the epoch to
+    this sampler alone, not to the data set.
+    """
+    accelerate: Any = sys.modules.get("accelerate.data_loader")
+    sampler = caller.f_locals.get("self")
+    begins = caller.f_code.co_name == "__iter__"
+    if accelerate is None or not begins:
+        return None
+    return sampler.epoch if isinstance(sampler, accelerate.SeedableRandomSampler) else None
 
 
 def warn_if_uneven(rows: int, multiple: int) -> None:
