@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
-from packed_attn.loaders import epoch_that_begins
+from packed_attn.loaders import epoch_that_begins, warn_if_repeated
 from packed_attn.packing.arguments import checked_whole
 from packed_attn.packing.columns import as_dataset
 from packed_attn.packing.dataset import (
@@ -124,9 +124,12 @@ class PackedDataset(TorchDataset):
         self._epoch.fill_(checked_whole("epoch", epoch, 0))
 
     def __len__(self) -> int:
-        epoch = epoch_that_begins(sys._getframe(1))
+        caller = sys._getframe(1)
+        epoch = epoch_that_begins(caller)
         if epoch is not None:
             self.set_epoch(epoch)
+        if caller.f_code.co_name == "__iter__":  # a sampler's, in the main process
+            warn_if_repeated()
         return self.packs.num_packs
 
     def __getitem__(self, index: int | PackPart) -> dict[str, Any]:
