@@ -337,6 +337,9 @@ def test_bad_settings_are_named():
     data = Dataset.from_dict({"input_ids": [[1]], "id": [0]})
     with pytest.raises(ValueError, match="keep must name columns, but 'idx' is not among"):
         packed_by_index(data, 8, keep=["idx"])
+    for name in ("input_ids", "attention_mask", "labels", "completion_mask", "assistant_masks"):
+        with pytest.raises(ValueError, match=f"one value a document, but '{name}' is one that"):
+            packed_by_index(data, 8, keep=[name])
     with pytest.raises(ValueError, match="keep must be a list of names, got 'id'"):
         packed_by_index(data, 8, keep="id")
     with pytest.raises(ValueError, match="epoch must be at least 0"):
