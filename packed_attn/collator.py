@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from packed_attn.layout import DocumentLayout
-from packed_attn.loaders import refuse_undivided_stream
+from packed_attn.loaders import refuse_undivided_stream, warn_if_repeated
 from packed_attn.logps import IGNORE_INDEX
 
 COMPILED_TOKENS = 2**14  # of a batch for which numba, half a second to import, is worth having
@@ -96,6 +96,7 @@ class PackedCollator:
 
     def __call__(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         refuse_undivided_stream()
+        warn_if_repeated()
         if self.encoder_decoder:
             return self._pairs(features)
         rows = [self._row(index, feature) for index, feature in enumerate(features)]

@@ -157,7 +157,7 @@ class _Run:
 
 
 def _packs(documents: Sequence[Any], capacity: int) -> list[list[dict[str, Tensor]]]:
-    """Documents in packs of at most `capacity` tokens, two targets at least in each."""
+    """Documents in packs of at most `capacity` tokens, two in each and something to learn."""
     features = []
     for document in documents:
         columns = document if hasattr(document, "keys") else {"input_ids": document}
@@ -169,6 +169,11 @@ def _packs(documents: Sequence[Any], capacity: int) -> list[list[dict[str, Tenso
         [features[d] for d in plan.order[a:b]] for a, b in zip(plan.offsets[:-1], plan.offsets[1:])
     ]
     packs = [pack for pack in packs if len(pack) > 1]
+    several = bool(packs)
+    collate = PackedCollator("documents")
+    packs = [pack for pack in packs if bool((collate(pack)["labels"] != IGNORE_INDEX).any())]
+    if several and not packs:
+        raise ValueError(f"documents must have labels in their first {capacity} tokens, got none")
     if not packs:
         raise ValueError(
             f"documents must fill a pack of {capacity} tokens with two at least, got "

@@ -1,4 +1,4 @@
-"""Who divides a stream's rows among processes: the data set, accelerate, or nobody yet.
+"""Who divides rows among processes: the data set, accelerate, or nobody yet.
 
 To divide twice loses documents, not to divide repeats them, and neither shows. accelerate divides
 a stream's rows in one of three ways:
@@ -6,6 +6,8 @@ a stream's rows in one of three ways:
     dispatch     one process fetches, and stacks batches for the others. Packs cannot be stacked
     by files     a Hugging Face stream: ranks have unlike numbers of rows, and wait for each other
     in turn      each process reads every row and keeps its own; the first come again at the end
+
+The rows of a data set with a length it divides in turn, by their numbers.
 """
 
 from __future__ import annotations
@@ -13,11 +15,14 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from types import FrameType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 
 logger = logging.getLogger(__name__)
+_WARNED: WeakSet[Any] = WeakSet()
 
 NO_DISPATCH = (
     "TrainingArguments(accelerator_config={'dispatch_batches': False}) or "
@@ -91,6 +96,20 @@ def rows_divided_at_once(loader: Any) -> int | None:
     return loader.batch_size * (1 if loader.split_batches else loader.num_processes)
 
 
+def epoch_that_begins(caller: FrameType) -> int | None:
+    """The epoch, where the caller is accelerate's shuffling sampler and begins one; else None.
+
+    Of several processes, and where batches of an epoch are skipped, accelerate tells the epoch to
+    this sampler alone, not to the data set.
+    """
+    accelerate: Any = sys.modules.get("accelerate.data_loader")
+    sampler: Any = caller.f_locals.get("self")
+    begins = caller.f_code.co_name == "__iter__"
+    if accelerate is None or not begins:
+        return None
+    return sampler.epoch if isinstance(sampler, accelerate.SeedableRandomSampler) else None
+
+
 def warn_if_uneven(rows: int, multiple: int) -> None:
     """Says what accelerate does with a stream that had too few documents to divide."""
     if rows % multiple:
@@ -104,6 +123,39 @@ def warn_if_uneven(rows: int, multiple: int) -> None:
         )
 
 
+def warn_if_repeated() -> None:
+    """Says, once for each loader, that accelerate gives rows of a data set to two processes.
+
+    It fills the last batch of every process from the first rows. Only frames of the main process
+    know: a collator in a worker says nothing.
+    """
+    accelerate: Any = sys.modules.get("accelerate.data_loader")
+    if accelerate is None or processes() == 1:
+        return
+    loader = _calling(accelerate.DataLoaderShard)
+    sampler: Any = getattr(loader, "batch_sampler", None)
+    if isinstance(sampler, accelerate.SkipBatchSampler):
+        sampler = sampler.batch_sampler
+    if not isinstance(sampler, accelerate.BatchSamplerShard) or sampler in _WARNED:
+        return
+    if sampler.drop_last or not sampler.even_batches:
+        return
+    rows = len(loader.dataset)
+    together = sampler.batch_size * (1 if sampler.split_batches else sampler.num_processes)
+    if rows % together:
+        _WARNED.add(sampler)
+        logger.warning(
+            "%d rows do not divide into batches of all processes, %d rows at a time: accelerate "
+            "repeats %d of them at the end of an epoch. multiple=%d of pack_dataset or "
+            "PackedDataset cuts packs until they divide; dataloader_drop_last=True leaves the last "
+            "ones out",
+            rows,
+            together,
+            -rows % together,
+            together,
+        )
+
+
 def refuse_undivided_stream() -> None:
     """For a collator: refuses a Hugging Face stream of packs that several processes would read.
 
@@ -112,7 +164,9 @@ def refuse_undivided_stream() -> None:
     """
     if processes() == 1:
         return
-    dataset = _fetched_dataset()
+    from torch.utils.data._utils.fetch import _BaseDatasetFetcher
+
+    dataset: Any = getattr(_calling(_BaseDatasetFetcher), "dataset", None)
     accelerate: Any = sys.modules.get("accelerate")
     if accelerate is not None and isinstance(dataset, accelerate.data_loader.IterableDatasetShard):
         dataset = dataset.dataset
@@ -136,14 +190,12 @@ def is_hugging_face(source: Any) -> bool:
     return datasets is not None and isinstance(source, datasets.IterableDataset)
 
 
-def _fetched_dataset() -> Any:
-    """The data set of the DataLoader that is calling, in its process or in a worker; else None."""
-    from torch.utils.data._utils.fetch import _BaseDatasetFetcher
-
+def _calling(kind: type) -> Any:
+    """The nearest caller's `self` of a kind; None without one."""
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
-        if isinstance(caller, _BaseDatasetFetcher):
-            return caller.dataset
+        if isinstance(caller, kind):
+            return caller
         frame = frame.f_back
     return None

@@ -78,6 +78,16 @@ def test_uneven_streams_say_so(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.records
 
 
+def test_a_cut_pack_makes_two() -> None:
+    """Two of three documents that share a token would save too little to share it alone."""
+    documents = [[7], [7], [7, 1, 2, 3, 4]]
+    packed = stream(documents, 5, share_prefixes=True, min_shared=2)
+    assert len(list(packed)) == 1
+    shards = divided(packed, 2)
+    assert [len(rows) for rows in shards] == [1, 1]
+    assert sum(row["ends"].size for rows in shards for row in rows) == 3
+
+
 def test_held_documents_cost_no_rows() -> None:
     """Documents are held back by the pack, so that rows stay as well filled."""
     documents = [np.zeros(n, np.int8) for n in np.minimum(lognormal(4000), 2048)]

@@ -15,6 +15,8 @@ from packed_attn.equivalence import equivalence
 from tests.models import tiny_config, tiny_model
 from tests.test_trainer import CAPACITY, documents
 
+UNLEARNED = {"input_ids": [5, 6, 7, 8], "labels": [-100] * 4}
+
 
 def bounded(report: Any, weights: float) -> None:
     assert report.loss <= 1e-6
@@ -81,12 +83,20 @@ def test_from_the_shell(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     [
         ([[5, 6]], {}, "two at least, got 1 of two tokens"),
         ([], {}, "got 0 of two tokens"),
+        ([UNLEARNED] * 4, {}, "must have labels in their first 16 tokens, got none"),
         ([[5, 6, 7]] * 4, {"steps": 0}, "steps must be at least 1, got 0"),
     ],
 )
 def test_bad_input(docs: Any, options: Any, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         equivalence(tiny_model("llama"), docs, capacity=16, **options)
+
+
+def test_packs_without_a_label_are_passed_over() -> None:
+    learned = [{"input_ids": [9, 8, 7], "labels": [9, 8, 7]}] * 2
+    report = equivalence(tiny_model("llama"), [UNLEARNED] * 4 + learned, capacity=8, steps=2)
+    bounded(report, 1e-5)
+    assert report.documents == 2 * 2
 
 
 def test_text_needs_a_tokenizer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

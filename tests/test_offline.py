@@ -323,6 +323,23 @@ def test_bad_lines_are_counted_where_asked(tmp_path: Path, tokenizer: str) -> No
         assert not (tmp_path / "refused").exists()
 
 
+def test_what_no_record_can_hold_is_counted_where_it_stands(tmp_path: Path) -> None:
+    lines = ['{"input_ids": [1, 2], "completion_mask": [0, 1]}'] * 5
+    lines[1] = "[" * 100_000
+    lines[2] = '{"input_ids": [1, 3000000000], "completion_mask": [0, 1]}'
+    lines[3] = '{"input_ids": [1, 2], "completion_mask": [0, 256]}'
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines))
+    manifest = pack_files([path], tmp_path / "out", 8, skip_bad=True)
+    assert report_of(manifest).unreadable_documents == 3
+    _, huge, mask = manifest["unreadable"]
+    assert huge == f"{path} line 3: input_ids must fit in 32 bits, but holds 3000000000"
+    assert mask == f"{path} line 4: completion_mask must fit in 8 bits, but holds 256"
+    path.write_text("\n".join(lines[2:]))
+    with pytest.raises(ValueError, match=r"a.jsonl line 1: input_ids must fit in 32 bits"):
+        pack_files([path], tmp_path / "refused", 8)
+
+
 def damaged_parquet(folder: Path) -> Path:
     path = folder / "a.parquet"
     pq.write_table(pa.table({"text": ["some text"] * 1000}), path)

@@ -109,6 +109,10 @@ def test_no_id_is_cut_to_fewer_bits():
     large = 2**40 + 7
     packed = pack_dataset([[1, large], [3]], 4)
     assert packed[0]["labels"] == [-100, large, -100]
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("uint64"))})
+    unsigned = Dataset.from_dict({"input_ids": [[1, 2**60 + 1], [3]]}, features=features)
+    labels = pack_dataset(unsigned, 4)[0]["labels"]
+    assert labels == [-100, 2**60 + 1, -100]  # which no float64 holds
 
 
 @pytest.mark.parametrize("format", [None, "numpy", "torch"])

@@ -190,7 +190,7 @@ def test_other_plans_are_refused():
         ({"batch_size": 1.5}, "batch_size must be an integer, got 1.5"),
         ({"remainder": "lose"}, "remainder must be one of 'split', 'drop', 'repeat', got 'lose'"),
         ({"linear": -1.0}, "linear and quadratic must be at least 0"),
-        ({"world_size": 500}, "remainder='split' must find a document for each batch"),
+        ({"world_size": 500}, "remainder='split' must find a document for each row"),
     ],
 )
 def test_bad_settings_are_named(settings_, words):

@@ -13,6 +13,8 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -173,6 +175,33 @@ def test_dataloader_workers_follow_the_epoch(context):
         assert got == [rows[i]["input_ids"].tolist() for i in range(len(rows))]
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_accelerate_plans_epochs_anew_and_resumes_them(ranks):
+    """It tells some epochs to its sampler alone: those of several ranks, and of resumed runs."""
+    documents = [[d] * (1 + d % 13) for d in range(1, 60)]
+
+    def prepared(rank):
+        rows = packed_by_index(documents, 30, seed=4)
+        assert len(rows) % 2 == 0
+        loader = DataLoader(rows, shuffle=True, generator=torch.Generator(), collate_fn=list)
+        settings = {"num_processes": ranks, "process_index": rank, "put_on_device": False}
+        return prepare_data_loader(loader, use_seedable_sampler=True, data_seed=0, **settings)
+
+    def documents_of(loader, epoch):
+        loader.set_epoch(epoch)
+        return [row["documents"].tolist() for (row,) in loader]
+
+    resumed = [skip_first_batches(prepared(rank), 3) for rank in range(ranks)]
+    loaders = [prepared(rank) for rank in range(ranks)]
+    epochs = [[documents_of(loader, epoch) for loader in loaders] for epoch in range(2)]
+    for epoch in epochs:
+        seen = sorted(d for rank in epoch for row in rank for d in row)
+        assert seen == list(range(len(documents)))
+    first, second = ({tuple(row) for rank in epoch for row in rank} for epoch in epochs)
+    assert first != second
+    assert [documents_of(loader, 1) for loader in resumed] == [rank[3:] for rank in epochs[1]]
+
+
 def test_copies_are_small_where_the_source_is_on_disk(tmp_path):
     columns = some_documents(600)
     Dataset.from_dict(columns).save_to_disk(str(tmp_path / "data"))
@@ -308,6 +337,9 @@ def test_bad_settings_are_named():
     data = Dataset.from_dict({"input_ids": [[1]], "id": [0]})
     with pytest.raises(ValueError, match="keep must name columns, but 'idx' is not among"):
         packed_by_index(data, 8, keep=["idx"])
+    for name in ("input_ids", "attention_mask", "labels", "completion_mask", "assistant_masks"):
+        with pytest.raises(ValueError, match=f"one value a document, but '{name}' is one that"):
+            packed_by_index(data, 8, keep=[name])
     with pytest.raises(ValueError, match="keep must be a list of names, got 'id'"):
         packed_by_index(data, 8, keep="id")
     with pytest.raises(ValueError, match="epoch must be at least 0"):

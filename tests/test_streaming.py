@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration, skip_first_batches
+from accelerate.data_loader import IterableDatasetShard
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
@@ -223,6 +224,34 @@ def test_a_state_of_a_resumed_pass() -> None:
         assert packed.state_dict() is state
     assert as_lists(seen) == rows
     assert list(packed) == []
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_a_state_of_a_version_that_held_nothing_back(share: bool) -> None:
+    documents = numbered([*lognormal(60, mean=40).tolist(), 256])
+    packed = stream(documents, lookahead=4, share_prefixes=share)
+    rows = list(packed)
+    iterator = iter(packed)
+    for step in range(len(rows) + 1):
+        state = {n: v for n, v in packed.state_dict().items() if n not in ("held", "multiple")}
+        resumed = stream(documents, lookahead=4, share_prefixes=share)
+        resumed.load_state_dict(state)
+        assert tokens_of(list(resumed)) == tokens_of(rows[step:])
+        next(iterator, None)
+
+
+def test_a_state_of_rows_that_do_not_divide_is_refused() -> None:
+    packed = stream(numbered([10] * 9), 20)
+    state = packed.state_dict()
+    IterableDatasetShard(packed, 2, False, 2, 0).set_epoch(0)
+    packed.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"multiple of 4, .* taken where it is 1:"):
+        list(packed)
+    assert len(list(packed)) % 4 == 0
+    state = packed.state_dict()
+    IterableDatasetShard(packed, 1, False, 2, 0).set_epoch(0)  # 2 divides 4
+    packed.load_state_dict(state)
+    assert not list(packed)
 
 
 def test_state_is_small_and_loads_without_trust(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,7 @@ Message = dict[str, Any]
 
 
 def assistant_mask(
-    tokenizer: Any, messages: Sequence[Message], **options: Any
+    tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any]
 ) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
     """A conversation's tokens, and 1 where the assistant speaks.
 
@@ -44,7 +44,7 @@ def assistant_mask(
     template = tokenizer.get_chat_template(tools=options.get("tools"))
     if GENERATION_BLOCK.search(template):
         return _by_blocks(tokenizer, messages, options)
-    text = render(tokenizer, messages, **options)
+    text = render(tokenizer, messages, options)
     spans = _answers(tokenizer, messages, text, options)
     ids, stops = tokens_and_starts(tokenizer, text, special=False)
     mask = np.zeros(ids.size, np.int8)
@@ -55,16 +55,16 @@ def assistant_mask(
 
 
 def render(
-    tokenizer: Any, messages: Sequence[Message], *, generation: bool = False, **options: Any
+    tokenizer: Any,
+    messages: Sequence[Message],
+    options: Mapping[str, Any],
+    *,
+    generation: bool = False,
 ) -> str:
     """The text of a conversation; with `generation`, up to where an answer would begin."""
     require_template(tokenizer)
-    try:
-        return tokenizer.apply_chat_template(
-            list(messages), tokenize=False, add_generation_prompt=generation, **options
-        )
-    except Exception as error:  # a template may raise anything: jinja's errors, TypeErrors
-        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+    how = {"tokenize": False, "add_generation_prompt": generation}
+    return _applied(tokenizer, messages, options, how)
 
 
 def tokens_and_starts(
@@ -77,14 +77,18 @@ def tokens_and_starts(
         need_starts: without them, any tokenizer will do.
 
     Raises:
-        ValueError: places are needed from a tokenizer that cannot tell them.
+        ValueError: places are needed from a tokenizer that cannot tell them, or a text that is none
+            to the tokenizer.
     """
     if need_starts and not tokenizer.is_fast:
         raise ValueError(
             f"tokenizer must be a fast one to say which tokens are learned, got "
             f"{type(tokenizer).__name__}"
         )
-    encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=need_starts)
+    try:
+        encoded = tokenizer(text, add_special_tokens=special, return_offsets_mapping=need_starts)
+    except TypeError as error:  # half of a surrogate pair, which JSON can spell, is no text
+        raise ValueError(f"the tokenizer refuses the text: {error}") from error
     ids = np.array(encoded["input_ids"], np.int32)
     if not need_starts:
         return ids, np.zeros(0, np.int64)
@@ -100,16 +104,28 @@ def require_template(tokenizer: Any) -> None:
         )
 
 
+def _applied(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    options: Mapping[str, Any],
+    how: Mapping[str, Any],
+) -> Any:
+    """What the chat template makes of a conversation.
+
+    Raises:
+        ValueError: whatever the template raises: jinja's errors, TypeErrors of options.
+    """
+    try:
+        return tokenizer.apply_chat_template(list(messages), **how, **options)
+    except Exception as error:
+        raise ValueError(f"the chat template refuses the conversation: {error}") from error
+
+
 def _by_blocks(
-    tokenizer: Any, messages: Sequence[Message], options: dict[str, Any]
+    tokenizer: Any, messages: Sequence[Message], options: Mapping[str, Any]
 ) -> tuple[NDArray[np.int32], NDArray[np.int8]]:
-    encoded = tokenizer.apply_chat_template(
-        list(messages),
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        **options,
-    )
+    how = {"tokenize": True, "return_dict": True, "return_assistant_tokens_mask": True}
+    encoded = _applied(tokenizer, messages, options, how)
     mask = np.array(encoded["assistant_masks"], np.int8)
     if not mask.any():
         raise ValueError("the chat template's {% generation %} block holds no token of the answers")
@@ -117,15 +133,15 @@ def _by_blocks(
 
 
 def _answers(
-    tokenizer: Any, messages: Sequence[Message], text: str, options: dict[str, Any]
+    tokenizer: Any, messages: Sequence[Message], text: str, options: Mapping[str, Any]
 ) -> list[tuple[int, int]]:
     """Where the assistant's turns begin and stop in the text, in characters."""
     spans = []
     for turn, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before = render(tokenizer, messages[:turn], generation=True, **options)
-        after = render(tokenizer, messages[: turn + 1], **options)
+        before = render(tokenizer, messages[:turn], options, generation=True)
+        after = render(tokenizer, messages[: turn + 1], options)
         if not (after.startswith(before) and text.startswith(after)):
             raise ValueError(
                 f"the chat template rewrites the conversation around turn {turn + 1}, so the answer"

@@ -113,8 +113,8 @@ class Tokenize:
             before = _messages(record, "prompt")
             after = _messages(record, "completion")
             options = _template_options(record)
-            start = render(self._tokenizer, before, generation=True, **options)
-            text = render(self._tokenizer, [*before, *after], **options)
+            start = render(self._tokenizer, before, options, generation=True)
+            text = render(self._tokenizer, [*before, *after], options)
             if not text.startswith(start):
                 raise ValueError(
                     "the chat template writes the prompt otherwise when a completion follows it, "
@@ -128,7 +128,7 @@ class Tokenize:
     def _messages(self, record: Mapping[str, Any]) -> Columns:
         name = "messages" if "messages" in record else "conversations"
         messages = _messages(record, name)
-        ids, mask = assistant_mask(self._tokenizer, messages, **_template_options(record))
+        ids, mask = assistant_mask(self._tokenizer, messages, _template_options(record))
         return {"input_ids": ids, "assistant_masks": mask}
 
     def _ended(self, text: str) -> str:
@@ -167,4 +167,7 @@ def _messages(record: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
 def _template_options(record: Mapping[str, Any]) -> dict[str, Any]:
     tools = record.get("tools")
     tools = json.loads(tools) if isinstance(tools, str) else tools
-    return {"tools": tools or None, **(record.get("chat_template_kwargs") or {})}
+    more = record.get("chat_template_kwargs") or {}
+    if not isinstance(more, Mapping):
+        raise ValueError(f"chat_template_kwargs must be an object of options, got {more!r:.60}")
+    return {"tools": tools or None, **more}

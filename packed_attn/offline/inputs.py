@@ -152,7 +152,7 @@ def _read_lines(part: Part) -> Iterator[tuple[Place, Any]]:
 def _record_of(line: bytes) -> Any:
     try:
         return json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:  # JSON's and UTF-8's
+    except (ValueError, RecursionError) as error:  # JSON's, UTF-8's, and thousands of brackets
         return Bad(f"malformed JSON: {error}")
 
 

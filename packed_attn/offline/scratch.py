@@ -11,11 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packed_attn.offline.files import whole_file, write_json
-from packed_attn.offline.formats import Tokenize
+from packed_attn.offline.formats import Columns, Tokenize
 from packed_attn.offline.inputs import Bad, read_part
 from packed_attn.offline.job import Job, TokenizerIdentity
 from packed_attn.packing.columns import ListColumn, table_columns
 from packed_attn.packing.documents import count_learned
+from packed_attn.packing.sources import MASK_COLUMNS
 
 TOKENS_PER_BATCH = 2**20
 PLACES_KEPT = 10  # of records that could not be read, in the manifest
@@ -78,6 +79,7 @@ def _batches(job: Job, number: int, counts: dict[str, Any]) -> Iterator[list[dic
             if isinstance(record, Bad):
                 raise ValueError(record.reason)
             columns, padding = tokenize(record)
+            columns = _stored(columns)
         except ValueError as error:
             _count_bad(job, counts, f"{place}: {error}")
             continue
@@ -102,12 +104,30 @@ def _count_bad(job: Job, counts: dict[str, Any], problem: str) -> None:
         counts["places"].append(problem)
 
 
+def _stored(columns: Columns) -> Columns:
+    """The columns of a document in the types of the scratch file.
+
+    Raises:
+        ValueError: a value that does not fit, such as a token id of more than 31 bits.
+    """
+    stored = {}
+    for name, values in columns.items():
+        stored[name] = narrow = values.astype(_kind(name), copy=False)
+        odd = np.flatnonzero(narrow != values)
+        if odd.size:
+            bits = 8 * narrow.itemsize
+            raise ValueError(f"{name} must fit in {bits} bits, but holds {values[odd[0]]}")
+    return stored
+
+
+def _kind(name: str) -> np.dtype:
+    return np.dtype(np.int8 if name in MASK_COLUMNS else np.int32)
+
+
 def _schema(columns: Sequence[str]) -> Any:
     import pyarrow as pa
 
-    masks = ("completion_mask", "assistant_masks")
-    types = {name: pa.int8() if name in masks else pa.int32() for name in columns}
-    fields = [(name, pa.list_(kind)) for name, kind in types.items()]
+    fields = [(name, pa.list_(pa.from_numpy_dtype(_kind(name)))) for name in columns]
     return pa.schema([*fields, (LEARNED, pa.int64())])
 
 
@@ -122,8 +142,7 @@ def _record_batch(documents: list[dict[str, Any]], schema: Any) -> Any:
         if field.name == LEARNED:
             arrays.append(pa.array(values, field.type))
         else:
-            flat = pa.array(np.concatenate(values)).cast(field.type.value_type)
-            arrays.append(pa.ListArray.from_arrays(offsets, flat))
+            arrays.append(pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(values))))
     return pa.record_batch(arrays, schema=schema)
 
 

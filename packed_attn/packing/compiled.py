@@ -16,7 +16,12 @@ WORD = 64  # bits of a bitset's word
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function in machine code, kept on disk where numba finds a folder to keep it in."""
+    """The function in machine code, kept on disk where numba finds a folder to keep it in.
+
+    It may read nothing of another file of the package, neither functions nor constants: numba makes
+    kept code anew when the function's own file has changed, and would go on with it, over a pip
+    upgrade too, when another has.
+    """
     try:
         return njit(cache=True)(function)
     except RuntimeError:  # "no locator available": a read-only installation without a home folder

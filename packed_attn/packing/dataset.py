@@ -37,7 +37,7 @@ TOKENS_PER_BATCH = 2**18  # tokens materialised at a time: few enough to stay in
 class PlanOptions(TypedDict, total=False):
     """How a data set is planned, all optional.
 
-    strategy, overflow, max_documents, align, max_loss, seed, epoch: as in `pack_lengths`.
+    strategy, overflow, max_documents, align, max_loss, seed, epoch, multiple: as in `pack_lengths`.
     together, apart: names of integer columns, one value a document, as in `pack_lengths`.
     learnable_only: leave out documents without a token to learn from (no label but -100, or no
         mask but 0), and count masked tokens. It reads all labels; planning reads none otherwise.
@@ -55,6 +55,7 @@ class PlanOptions(TypedDict, total=False):
     max_loss: float | None
     seed: int | None
     epoch: int
+    multiple: int
     together: str | None
     apart: str | None
     learnable_only: bool

@@ -9,11 +9,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from packed_attn.packing.sources import DOCUMENTS, IGNORED_LABEL, MASK_COLUMNS, WRITTEN_COLUMNS
+from packed_attn.packing.sources import (
+    DOCUMENTS,
+    IGNORED_LABEL,
+    MASK_COLUMNS,
+    TOKEN_COLUMNS,
+    WRITTEN_COLUMNS,
+)
 
 # What rows of `pack_dataset` say of their documents, and documents have no use for.
 BOUNDARY_COLUMNS = (*WRITTEN_COLUMNS, "parents", "ends", DOCUMENTS)
-WHOLE_COLUMNS = ("input_ids", "labels", "attention_mask", *MASK_COLUMNS)  # integers or booleans
 
 
 class DocumentReader:
@@ -88,7 +93,7 @@ def _divisible(
         sized = hasattr(values, "__len__") and not isinstance(values, str | bytes)
         if sized and len(values) == tokens:
             columns[name] = np.asarray(values)
-        elif name in WHOLE_COLUMNS:
+        elif name in TOKEN_COLUMNS:
             raise ValueError(
                 f"{where} must have one value per token in {name!r}, but its seq_lengths add to "
                 f"{tokens} and it has {len(values)}"
@@ -169,12 +174,12 @@ def _column(where: str, name: str, value: Any) -> NDArray[Any] | None:
     except ValueError:  # lists of different lengths
         array = np.empty((0, 0))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iubf"):
-        if name in WHOLE_COLUMNS:
+        if name in TOKEN_COLUMNS:
             raise ValueError(f"{where} must hold a list of integers as its {name}")
         return None
     if not array.size:
         return array.astype(np.int64)
-    if name in WHOLE_COLUMNS and array.dtype.kind == "f":
+    if name in TOKEN_COLUMNS and array.dtype.kind == "f":
         raise ValueError(f"{where} must hold integers in {name}, not {array.dtype}")
     return array
 

@@ -21,6 +21,8 @@ from numpy.typing import ArrayLike, NDArray
 from packed_attn.packing.arguments import checked_column, checked_lengths
 
 NOTHING = np.empty(0, np.int32)
+# Columns of documents. Compiled passes have them too: see `compiled.compiled`.
+PARENT, LIST, LENGTH, START = range(4)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,19 +43,19 @@ class ForestPlan:
 
     @property
     def parents(self) -> NDArray[np.int64]:
-        return self.documents[:, 0]
+        return self.documents[:, PARENT]
 
     @property
     def lists(self) -> NDArray[np.int64]:
-        return self.documents[:, 1]
+        return self.documents[:, LIST]
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        return self.documents[:, 2]
+        return self.documents[:, LENGTH]
 
     @property
     def starts(self) -> NDArray[np.int64]:
-        return self.documents[:, 3]
+        return self.documents[:, START]
 
     @property
     def num_documents(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Unpack
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset as TorchDataset
 
+from packed_attn.loaders import epoch_that_begins, warn_if_repeated
 from packed_attn.packing.arguments import checked_whole
 from packed_attn.packing.columns import as_dataset
 from packed_attn.packing.dataset import (
@@ -46,9 +48,10 @@ class PackedDataset(TorchDataset):
         loader = DataLoader(rows, collate_fn=PackedCollator(), shuffle=False, num_workers=2)
 
     With a seed, `set_epoch` plans anew: other packs in another order, the same for the same seed
-    and epoch. DataLoader workers follow it, persistent ones too. Hugging Face's Trainer and
-    accelerate call it by themselves. Trainer's `remove_unused_columns` may be on or off, but must
-    be off with shared prefixes: boundaries that were dropped are an error in the collator.
+    and epoch. DataLoader workers follow it, persistent ones too. The epochs of Hugging Face's
+    Trainer and accelerate, those of a resumed run too, it follows by itself. Trainer's
+    `remove_unused_columns` may be on or off, but must be off with shared prefixes: boundaries that
+    were dropped are an error in the collator.
 
     Copies in other processes hold the source and the settings, and plan for themselves: what is
     pickled is small where the source is on disk (a data set that was loaded from disk, or a
@@ -121,6 +124,12 @@ class PackedDataset(TorchDataset):
         self._epoch.fill_(checked_whole("epoch", epoch, 0))
 
     def __len__(self) -> int:
+        caller = sys._getframe(1)
+        epoch = epoch_that_begins(caller)
+        if epoch is not None:
+            self.set_epoch(epoch)
+        if caller.f_code.co_name == "__iter__":  # a sampler's, in the main process
+            warn_if_repeated()
         return self.packs.num_packs
 
     def __getitem__(self, index: int | PackPart) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from packed_attn.packing.arguments import (
     checked_whole,
 )
 from packed_attn.packing.best_fit import Histogram
+from packed_attn.packing.evened import evened
 from packed_attn.packing.forest import ForestPlan
 from packed_attn.packing.in_order import cut, wrap
 from packed_attn.packing.placement import Constraints, Strategy, in_random_order, place
@@ -123,6 +124,7 @@ def pack_lengths(
     apart: ArrayLike | None = None,
     max_loss: float | None = None,
     share: Share | None = None,
+    multiple: int = 1,
 ) -> Packs:
     """Plans packs of at most `capacity` tokens from the lengths of documents.
 
@@ -172,14 +174,16 @@ def pack_lengths(
             capacity, 0 for those left out) and returns their `ForestPlan`:
             `lambda lengths: plan_prompts(lengths, prompt_ids, prompt_lengths)`. Trees over capacity
             are split with their prefix repeated. Masked tokens are counted by data sets alone.
+        multiple: packs come to a multiple of this: those with the most documents are cut in two,
+            between documents. Processes x batch makes them divide without a pack that runs twice.
 
     Raises:
         PackingLossError: more is lost than `max_loss`.
         NotImplementedError: a constraint that the strategy does not keep.
         ValueError: capacity below 1, lengths that are negative, not integers or not
             one-dimensional, an unknown strategy or overflow, a capacity that align does not divide,
-            documents that must share a pack and do not fit, or under `overflow="error"` a document
-            over capacity.
+            documents that must share a pack and do not fit, fewer documents than a multiple of
+            packs takes, or under `overflow="error"` a document over capacity.
     """
     request = _Request(
         checked_whole("capacity", capacity),
@@ -188,6 +192,7 @@ def pack_lengths(
         None if seed is None else checked_whole("seed", seed, 0),
         checked_whole("epoch", epoch, 0),
         checked_whole("align", align),
+        checked_whole("multiple", multiple),
     )
     check_share("max_loss", max_loss)
     given = checked_lengths(lengths)
@@ -197,13 +202,15 @@ def pack_lengths(
         None if apart is None else checked_column("apart", apart, given.size),
     )
     _check_kept(strategy, constraints)
+    if request.multiple > 1 and constraints.together is not None:
+        raise NotImplementedError("multiple cuts packs, which could part what together joins")
     fates = _fates(given, learned, request)
     if share is None:
         plan = _plan(fates, constraints, request)
     else:
         _check_shares(constraints, request)
         plan = _plan_shared(fates.kept, share, request)
-    packs = _reported(plan, fates, request)
+    packs = _reported(evened(plan, request.multiple), fates, request)
     packs.report.require(max_loss)
     return packs
 
@@ -218,6 +225,7 @@ class _Request:
     seed: int | None
     epoch: int
     align: int
+    multiple: int
 
     def __post_init__(self) -> None:
         check_choice("strategy", self.strategy, Strategy)
@@ -391,7 +399,8 @@ def _reported(plan: Plan, fates: Fates, request: _Request) -> Packs:
     }
     if plan.trees is not None:
         pairs = attention_pairs(plan.lengths, plan.starts, plan.trees.parents)
-        figures |= shared_figures(figures, int(plan.lengths.sum()), int(pairs.sum()))
+        packed = int(plan.lengths.sum())
+        figures |= shared_figures(figures, packed, int(pairs.sum()))
     report = PackingReport(
         strategy=request.strategy,
         overflow=request.overflow,

@@ -101,7 +101,8 @@ def learned_labels(
 ) -> NDArray[np.signedinteger]:
     """The label of each token, -100 where a mask hides it: `integer`, or wider as the ids are."""
     given = columns.get("labels", columns["input_ids"])
-    labels = given.astype(np.promote_types(given.dtype, integer))
+    kind = np.promote_types(given.dtype, integer)  # of uint64 a float
+    labels = given.astype(kind if kind.kind == "i" else np.int64)
     if "labels" in columns:
         return labels
     kept = agreeing(columns)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -11,13 +10,13 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from packed_attn.packing.arguments import check_choice, checked_whole
+from packed_attn.packing.evened import Rows, cut_to_multiple
 from packed_attn.packing.packed_dataset import PackedDataset, PackPart
 from packed_attn.packing.plan import Packs
 
 Remainder = Literal["split", "drop", "repeat"]
 HIDDEN_SIZE = 4096  # of the model that the default cost is of
 WINDOW_STEPS = 256
-Rows = NDArray[np.int64]  # [num_rows, 3]: pack, first piece, one past the last piece
 
 
 class PackedBatchSampler(Sampler[list[int | PackPart]]):
@@ -208,10 +207,12 @@ class PackedBatchSampler(Sampler[list[int | PackPart]]):
         if remainder == "split" and self._packs.trees is not None and len(rows) % together:
             raise NotImplementedError(
                 f"remainder='split' would cut packs with shared prefixes, and {len(rows)} packs "
-                f"are no multiple of {together}: use 'drop' or 'repeat'"
+                f"are no multiple of {together}: pack with multiple={together}, or use 'drop' or "
+                "'repeat'"
             )
         if remainder == "split":
-            rows = _split_to_multiple(rows, together)
+            advice = "use 'drop' or 'repeat'"
+            rows = cut_to_multiple(rows, together, "remainder='split'", advice)
         rows = random.permutation(rows)
         rows, rest = np.split(rows, [len(rows) - len(rows) % together])
         if len(rest) and remainder == "repeat":
@@ -280,25 +281,3 @@ def _without(rows: Rows, others: Rows) -> Rows:
     """The rows that are not among others."""
     gone = set(map(tuple, others.tolist()))
     return np.array([r for r in rows.tolist() if tuple(r) not in gone], np.int64).reshape(-1, 3)
-
-
-def _split_to_multiple(rows: Rows, multiple: int) -> Rows:
-    """Cuts rows with the most documents in two until `multiple` divides their number."""
-    missing = -len(rows) % multiple
-    documents = int((rows[:, 2] - rows[:, 1]).sum())
-    if len(rows) + missing > documents:
-        raise ValueError(
-            f"remainder='split' must find a document for each batch, but {documents} documents in "
-            f"{len(rows)} packs do not fill a multiple of {multiple}: use 'drop' or 'repeat'"
-        )
-    heap = [(first - stop, pack, first, stop) for pack, first, stop in rows.tolist()]
-    if missing:
-        heapq.heapify(heap)
-    for _ in range(missing):
-        _, pack, first, stop = heapq.heappop(heap)
-        middle = (first + stop) // 2
-        heapq.heappush(heap, (first - middle, pack, first, middle))
-        heapq.heappush(heap, (middle - stop, pack, middle, stop))
-    return np.array([row[1:] for row in sorted(heap, key=lambda row: row[1:])], np.int64).reshape(
-        -1, 3
-    )

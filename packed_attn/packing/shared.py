@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packed_attn.packing.best_fit import Histogram
-from packed_attn.packing.forest import ForestPlan
+from packed_attn.packing.forest import LENGTH, LIST, PARENT, START, ForestPlan
 from packed_attn.packing.placement import Constraints, Strategy, in_random_order, place
 
 
@@ -64,7 +64,9 @@ def with_rests(
     """
     if not order.size:
         return plan
-    rests = np.stack([np.full(order.size, -1), order, lengths, starts], axis=1)
+    rests = np.empty((order.size, 4), np.int64)
+    rests[:, PARENT], rests[:, LIST] = -1, order
+    rests[:, LENGTH], rests[:, START] = lengths, starts
     own = plan.num_documents + np.arange(order.size)
     return ForestPlan(np.concatenate([plan.documents, rests]), np.append(plan.ends, own))
 
@@ -116,7 +118,7 @@ def measured(documents: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[n
     """Where each tree begins, int64 `[num_trees + 1]`, and its tokens, int64 `[num_trees]`."""
     from packed_attn.packing import trees as passes
 
-    totals = np.empty(np.count_nonzero(documents[:, passes.PARENT] < 0), np.int64)
+    totals = np.empty(np.count_nonzero(documents[:, PARENT] < 0), np.int64)
     firsts = np.empty(totals.size + 1, np.int64)
     passes.measure_trees(documents, firsts, totals)
     return firsts, totals

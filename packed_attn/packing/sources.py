@@ -28,6 +28,7 @@ MASK_COLUMNS = ("completion_mask", "assistant_masks")  # TRL's names
 WRITTEN_COLUMNS = ("position_ids", "seq_lengths")
 # What a row with shared prefixes holds of a document, besides its tokens.
 LABEL_COLUMNS = ("labels", *MASK_COLUMNS)
+TOKEN_COLUMNS = ("input_ids", "attention_mask", *LABEL_COLUMNS)
 DOCUMENTS = "documents"  # the name under which rows say which documents they hold
 
 
@@ -137,7 +138,7 @@ def read_source(data: Dataset | TokenFile, keep: Sequence[str] = ()) -> Source:
         for name, column in lists.items()
         if name not in keep and require_aligned(column, input_ids.lengths, "input_ids")
     }
-    for name in ("input_ids", "labels", "attention_mask", *MASK_COLUMNS):
+    for name in TOKEN_COLUMNS:
         if name in aligned:
             _require_integers(aligned[name])
     dropped = [name for name in names if name not in aligned and name not in keep]
@@ -234,6 +235,11 @@ def _check_names(names: Sequence[str], keep: Sequence[str]) -> None:
                 "would overwrite positions of its own; remove the column to pack it anyway"
             )
     for name in keep:
+        if name in TOKEN_COLUMNS:
+            raise ValueError(
+                f"keep must name columns with one value a document, but {name!r} is one that "
+                "packing reads token by token"
+            )
         if name not in names:
             raise ValueError(f"keep must name columns, but {name!r} is not among {list(names)}")
 

@@ -159,7 +159,8 @@ class PackedIterableDataset(IterableDataset[Row]):
         """The next iteration continues where the state was taken; later ones start anew.
 
         Raises:
-            ValueError: a state that was taken with other settings.
+            ValueError: a state that was taken with other settings; while iterating, one of a run
+                whose rows do not divide as accelerate divides those of this one.
         """
         for name, value in self._settings().items():
             if state.get(name) != value:
@@ -232,7 +233,16 @@ class PackedIterableDataset(IterableDataset[Row]):
                 f"state must be of worker {worker} of {workers}, but it was taken in worker "
                 f"{state['worker'][0]} of {state['worker'][1]}; use as many workers as then"
             )
+        if state is not None:
+            # Those of versions that held nothing back for accelerate do not say so.
+            state = {"held": 0, "multiple": 1, **state}
         multiple = self._multiple if state is None else state["multiple"]
+        if multiple % self._multiple:
+            raise ValueError(
+                f"state must be of a run whose rows come to a multiple of {self._multiple}, as "
+                f"accelerate divides them now, but it was taken where it is {multiple}"
+                ": go on with that run's processes and batch, or begin the epoch anew"
+            )
         shard = _Shard(self, index, count, ours, multiple)
         if state is not None:
             shard.load_state_dict(state)

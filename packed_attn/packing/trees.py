@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 
 from packed_attn.packing.compiled import compiled
-from packed_attn.packing.tries import LENGTH, LIST, PARENT, START
 
+PARENT, LIST, LENGTH, START = range(4)  # columns of documents, as in `ForestPlan`
 # Columns of the parts of one tree that is split, int64: the document that a part is a copy of;
 # tokens and pieces of the part and of all that hangs on it; the part that it hangs on; its place
 # among the documents, and that of the next piece that hangs on it.

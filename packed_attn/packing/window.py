@@ -192,6 +192,9 @@ class Window:
 
     def _evened(self, packs: list[Pack], before: int) -> list[Pack]:
         """The last packs of a stream, some cut in two between documents."""
+        # A prefix that saves too little for fewer documents stays shared: copies of it could fill
+        # a third pack.
+        least = None if self.min_shared is None else 1
         while (before + len(packs)) % self.multiple:
             most = max(packs, key=lambda pack: len(pack.documents), default=None)
             if most is None or len(most.documents) < 2:
@@ -199,7 +202,7 @@ class Window:
             packs = [pack for pack in packs if pack is not most]
             half = len(most.documents) // 2
             for part in (most.documents[:half], most.documents[half:]):
-                window = Window(self.capacity, self.lookahead, part, self.min_shared)
+                window = Window(self.capacity, self.lookahead, part, least)
                 packs += window.release(everything=True)
         return sorted(packs, key=lambda pack: min(piece.document for piece in pack.documents))
 
