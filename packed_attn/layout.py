@@ -26,6 +26,7 @@ from packed_attn.host_values import (
     host_parents,
     whole_numbers,
 )
+from packed_attn.lasting import lasting
 from packed_attn.trees import Forest, ForestTensors
 from packed_attn.visibility import (
     Visibility,
@@ -113,11 +114,13 @@ class DocumentLayout:
         np.cumsum(host, dtype=np.int32, out=cu_seqlens[1:])
         links = host_parents(parents, len(host))
         flags = host_padding(padding, len(host))
-        layout = DocumentLayout(
-            torch.from_numpy(cu_seqlens),
-            total,
-            None if links is None else torch.tensor(links, dtype=torch.int32),
-            None if flags is None else torch.from_numpy(np.array(flags, bool)),
+        layout = lasting(
+            lambda: DocumentLayout(
+                torch.from_numpy(cu_seqlens),
+                total,
+                None if links is None else torch.tensor(links, dtype=torch.int32),
+                None if flags is None else torch.from_numpy(np.array(flags, bool)),
+            )
         )
         layout._derived["lengths"] = host
         if links is not None:
@@ -461,7 +464,7 @@ class DocumentLayout:
     def _once(self, key: Any, make: Any) -> Any:
         if key in self._derived:
             return self._derived[key]
-        made = make()
+        made = lasting(make)
         # A compiler that sees the layout change compiles anew for other numbers of documents. It
         # makes this once in a graph all the same: equal computations are one.
         if not torch.compiler.is_compiling():

@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from packed_attn.lasting import lasting
+
 if TYPE_CHECKING:
     from packed_attn.layout import DocumentLayout
 
@@ -54,7 +56,7 @@ class Visibility:
                 # A compiler that sees the mask change compiles anew for other boundaries. It makes
                 # this once in a graph all the same: equal computations are one.
                 return make()
-            self._derived[key] = make()
+            self._derived[key] = lasting(make)
         return self._derived[key]
 
     def dense(self) -> Tensor:
