@@ -94,7 +94,7 @@ def attention(
     """Softmax attention in which every document sees itself alone.
 
     Args:
-        q: `[total_tokens, num_heads, head_dim]`, any floating dtype.
+        q: `[total_tokens, num_heads, head_dim]`, float64, float32, bfloat16 or float16.
         k: `[total_keys, num_kv_heads, head_dim]`; num_heads is a multiple of num_kv_heads.
         v: `[total_keys, num_kv_heads, value_head_dim]`.
         layout: where the documents of q (and of k and v, without `key_layout`) begin and end.

@@ -24,6 +24,7 @@ from packed_attn.host_values import (
     check_padding_stands_alone,
     host_padding,
     host_parents,
+    host_prefix,
     whole_numbers,
 )
 from packed_attn.lasting import lasting
@@ -358,13 +359,15 @@ class DocumentLayout:
             chunk_size = min(chunk_size, INT32_MAX)
         if causal:
             right = 0
+        prefix = host_prefix(prefix_lengths)
 
         def make() -> Visibility:
-            return build_visibility(self, key_layout, left, right, chunk_size, prefix_lengths)
+            return build_visibility(self, key_layout, left, right, chunk_size, prefix)
 
+        if torch.compiler.is_compiling() and (key_layout is not None or prefix is not None):
+            return make()  # a compiler looks up neither a layout nor a caller's tensor
         # The key keeps key_layout itself alive, so an id is never reused while it is cached.
-        prefix = prefix_key(prefix_lengths)
-        key = ("visibility", left, right, chunk_size, key_layout, prefix)
+        key = ("visibility", left, right, chunk_size, key_layout, prefix_key(prefix))
         return self._one_of_few(key, make)
 
     def prefix(self, prefix_lengths: Sequence[int] | Tensor | None) -> Tensor | None:
@@ -373,10 +376,12 @@ class DocumentLayout:
         Raises:
             ValueError: not one integer of at least 0 for each document.
         """
-        if prefix_lengths is None:
+        prefix = host_prefix(prefix_lengths)
+        if prefix is None:
             return None
-        key = ("prefix", prefix_key(prefix_lengths))
-        return self._one_of_few(key, lambda: prefix_tensor(prefix_lengths, self))
+        if torch.compiler.is_compiling():
+            return prefix_tensor(prefix, self)
+        return self._one_of_few(("prefix", prefix_key(prefix)), lambda: prefix_tensor(prefix, self))
 
     def prepare(self, kinds: Iterable[Mapping[str, Any]] = ({},)) -> DocumentLayout:
         """Makes what layers read, once: before a compiled region, or in the collator.

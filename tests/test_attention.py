@@ -107,7 +107,7 @@ def test_signature() -> None:
         ),
         (
             {name: torch.ones(8, 2, 16, dtype=torch.int64) for name in "qkv"},
-            "q must be floating point, got torch.int64",
+            "q must be floating point of at least 16 bits, got torch.int64",
         ),
         (
             {"k": torch.randn(8, 2, 16, device="meta")},
@@ -147,7 +147,17 @@ def test_signature() -> None:
         ({"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\), got 1.5"),
         ({"chunk_size": 2.5}, "chunk_size must be an integer of at least 1, got 2.5"),
         ({"prefix_lengths": [1, -2]}, "prefix_lengths must not be negative, got -2"),
-        ({"prefix_lengths": [1.0, 2.0]}, "prefix_lengths must be integers, got torch.float32"),
+        ({"prefix_lengths": [1.0, 2.0]}, "prefix_lengths must be integers, got 1.0"),
+        ({"prefix_lengths": [[1], [2]]}, r"prefix_lengths must be integers, got \[1\]"),
+        ({"prefix_lengths": 1}, "prefix_lengths must be one-dimensional, got 1"),
+        ({"key_layout": []}, "key_layout must be a DocumentLayout, got list"),
+        ({"causal": None}, "causal must be True or False, got None"),
+        ({"causal": "False"}, "causal must be True or False, got 'False'"),
+        ({"return_lse": 1}, "return_lse must be True or False, got 1"),
+        (
+            {name: torch.ones(8, 2, 16).to(torch.float8_e4m3fn) for name in "qkv"},
+            "q must be floating point of at least 16 bits, got torch.float8_e4m3fn",
+        ),
         (
             {"q": torch.randn(8, 4, 16, dtype=torch.complex64)},
             "q, k and v must share a dtype|q must be floating point",
