@@ -94,7 +94,7 @@ def attention(
     """Softmax attention in which every document sees itself alone.
 
     Args:
-        q: `[total_tokens, num_heads, head_dim]`, any floating dtype.
+        q: `[total_tokens, num_heads, head_dim]`, float64, float32, bfloat16 or float16.
         k: `[total_keys, num_kv_heads, head_dim]`; num_heads is a multiple of num_kv_heads.
         v: `[total_keys, num_kv_heads, value_head_dim]`.
         layout: where the documents of q (and of k and v, without `key_layout`) begin and end.
@@ -126,7 +126,8 @@ def attention(
     Returns:
         out `[total_tokens, num_heads, value_head_dim]` in q's dtype; with `return_lse` also lse
         `[num_heads, total_tokens]`, float32 (float64 for float64), natural log, sinks counted.
-        A token that sees nothing, such as padding, has out 0, gradient 0 and lse -inf.
+        A token that sees nothing, such as padding, has out 0, gradient 0 and lse -inf. Second
+        derivatives and torch.func's transforms are the reference's alone; others raise.
 
     Raises:
         ValueError: arguments that disagree; the message names argument, rule and value.
@@ -154,7 +155,7 @@ def attention(
         # This rank's tokens of a pack over several: the exchange calls back with whole documents.
         return layout.attention(q, k, v, {**options, "backend": backend})
     request = checked_request(q, k, v, layout, **options)
-    out, lse = backends.select(backend, request).run(request)
+    out, lse = backends.run(backend, request)
     if not return_lse:
         return out
     assert lse is not None

@@ -55,7 +55,8 @@ def prefix_key(prefix_lengths: Sequence[int] | Tensor | None) -> Any:
     if prefix_lengths is None:
         return None
     if isinstance(prefix_lengths, Tensor):
-        # The key keeps the tensor alive, and its version tells when it was written to.
-        version = 0 if prefix_lengths.is_inference() else prefix_lengths._version
-        return prefix_lengths, version
+        # The key keeps the tensor alive, and its version tells when it was written to. One of
+        # inference mode has no version: it is never known to be the same.
+        is_known = not prefix_lengths.is_inference()
+        return prefix_lengths, prefix_lengths._version if is_known else object()
     return tuple(prefix_lengths)

@@ -15,6 +15,8 @@ def to_list(values: Iterable[Any] | Tensor, name: str) -> list[Any]:
         if values.ndim != 1:
             raise ValueError(f"{name} must be one-dimensional, got shape {list(values.shape)}")
         return values.tolist()
+    if not isinstance(values, Iterable):
+        raise ValueError(f"{name} must be one-dimensional, got {values!r}")
     return list(values)
 
 
@@ -27,6 +29,13 @@ def whole_numbers(values: Sequence[int] | Tensor, name: str) -> list[int]:
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise ValueError(f"{name} must be integers, got {value!r}")
     return [operator.index(value) for value in host]
+
+
+def host_prefix(prefix_lengths: Sequence[int] | Tensor | None) -> list[int] | Tensor | None:
+    """A tensor as it is, which may be on a device; anything else as integers."""
+    if prefix_lengths is None or isinstance(prefix_lengths, Tensor):
+        return prefix_lengths
+    return whole_numbers(prefix_lengths, "prefix_lengths")
 
 
 def host_parents(parents: Sequence[int] | Tensor | None, documents: int) -> list[int] | None:

@@ -24,8 +24,10 @@ from packed_attn.host_values import (
     check_padding_stands_alone,
     host_padding,
     host_parents,
+    host_prefix,
     whole_numbers,
 )
+from packed_attn.lasting import lasting
 from packed_attn.trees import Forest, ForestTensors
 from packed_attn.visibility import (
     Visibility,
@@ -113,11 +115,13 @@ class DocumentLayout:
         np.cumsum(host, dtype=np.int32, out=cu_seqlens[1:])
         links = host_parents(parents, len(host))
         flags = host_padding(padding, len(host))
-        layout = DocumentLayout(
-            torch.from_numpy(cu_seqlens),
-            total,
-            None if links is None else torch.tensor(links, dtype=torch.int32),
-            None if flags is None else torch.from_numpy(np.array(flags, bool)),
+        layout = lasting(
+            lambda: DocumentLayout(
+                torch.from_numpy(cu_seqlens),
+                total,
+                None if links is None else torch.tensor(links, dtype=torch.int32),
+                None if flags is None else torch.from_numpy(np.array(flags, bool)),
+            )
         )
         layout._derived["lengths"] = host
         if links is not None:
@@ -367,13 +371,15 @@ class DocumentLayout:
             chunk_size = min(chunk_size, INT32_MAX)
         if causal:
             right = 0
+        prefix = host_prefix(prefix_lengths)
 
         def make() -> Visibility:
-            return build_visibility(self, key_layout, left, right, chunk_size, prefix_lengths)
+            return build_visibility(self, key_layout, left, right, chunk_size, prefix)
 
+        if torch.compiler.is_compiling() and (key_layout is not None or prefix is not None):
+            return make()  # a compiler looks up neither a layout nor a caller's tensor
         # The key keeps key_layout itself alive, so an id is never reused while it is cached.
-        prefix = prefix_key(prefix_lengths)
-        key = ("visibility", left, right, chunk_size, key_layout, prefix)
+        key = ("visibility", left, right, chunk_size, key_layout, prefix_key(prefix))
         return self._one_of_few(key, make)
 
     def prefix(self, prefix_lengths: Sequence[int] | Tensor | None) -> Tensor | None:
@@ -382,10 +388,12 @@ class DocumentLayout:
         Raises:
             ValueError: not one integer of at least 0 for each document.
         """
-        if prefix_lengths is None:
+        prefix = host_prefix(prefix_lengths)
+        if prefix is None:
             return None
-        key = ("prefix", prefix_key(prefix_lengths))
-        return self._one_of_few(key, lambda: prefix_tensor(prefix_lengths, self))
+        if torch.compiler.is_compiling():
+            return prefix_tensor(prefix, self)
+        return self._one_of_few(("prefix", prefix_key(prefix)), lambda: prefix_tensor(prefix, self))
 
     def prepare(self, kinds: Iterable[Mapping[str, Any]] = ({},)) -> DocumentLayout:
         """Makes what layers read, once: before a compiled region, or in the collator.
@@ -473,7 +481,7 @@ class DocumentLayout:
     def _once(self, key: Any, make: Any) -> Any:
         if key in self._derived:
             return self._derived[key]
-        made = make()
+        made = lasting(make)
         # A compiler that sees the layout change compiles anew for other numbers of documents. It
         # makes this once in a graph all the same: equal computations are one.
         if not torch.compiler.is_compiling():

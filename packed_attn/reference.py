@@ -143,13 +143,16 @@ def _attend(
         reach = request.bias.shape[1] // 2
         scores = scores + request.bias.to(wide)[:, difference.clamp(-reach, reach) + reach]
     scores = scores.masked_fill(~visible, -torch.inf)
+    blind = ~visible.any(dim=-1)
     if request.sinks is not None:
+        # In a row that sees nothing, a sink of -inf, one turned off, would have a gradient of NaN.
         sink = request.sinks.to(wide)[:, None, None].expand(-1, q.shape[0], 1)
+        sink = sink.masked_fill(blind[:, None], 0.0)
         lse = torch.logsumexp(torch.cat([scores, sink], dim=-1), dim=-1)
     else:
         lse = torch.logsumexp(scores, dim=-1)
     # A row that sees nothing has lse -inf, a sink or not; its weights are 0, not exp(-inf - -inf).
-    lse = lse.masked_fill(~visible.any(dim=-1), -torch.inf)
+    lse = lse.masked_fill(blind, -torch.inf)
     finite = torch.where(lse == -torch.inf, torch.zeros_like(lse), lse)
     weights = torch.exp(scores - finite[..., None])
     if dropout_factor is not None:

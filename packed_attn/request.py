@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from packed_attn.dropout import drawn_seed
+from packed_attn.host_values import host_prefix
 from packed_attn.layout import DocumentLayout
 from packed_attn.visibility import Visibility, check_window
 
@@ -97,9 +98,21 @@ def checked_request(
     Raises:
         ValueError: names the argument, the rule and the value.
     """
+    flags = {
+        "causal": causal,
+        "deterministic": deterministic,
+        "return_lse": return_lse,
+        "confine_nonfinite": confine_nonfinite,
+    }
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise ValueError(f"{name} must be True or False, got {flag!r}")
     _check_tensors(q, k, v)
     _check_layout("layout", layout, "q", q)
-    _check_layout("layout" if key_layout is None else "key_layout", key_layout or layout, "k", k)
+    if key_layout is None:
+        _check_layout("layout", layout, "k", k)
+    else:
+        _check_layout("key_layout", key_layout, "k", k)
     for name, per_head in (("sinks", sinks), ("alibi_slopes", alibi_slopes)):
         _check_per_head(name, per_head, q)
     _check_bias(bias, q)
@@ -120,7 +133,7 @@ def checked_request(
         causal,
         check_window(window_size),
         chunk_size,
-        prefix_lengths,
+        host_prefix(prefix_lengths),
         softmax_scale,
         softcap,
         sinks,
@@ -236,8 +249,8 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise ValueError(
                 f"q, k and v must share a device, but {name} is on {x.device} and q on {q.device}"
             )
-    if not q.dtype.is_floating_point:
-        raise ValueError(f"q must be floating point, got {q.dtype}")
+    if not q.dtype.is_floating_point or q.itemsize < 2:
+        raise ValueError(f"q must be floating point of at least 16 bits, got {q.dtype}")
     if q.shape[-1] == 0 or v.shape[-1] == 0:
         raise ValueError(
             f"head_dim must be at least 1, but q has {q.shape[-1]} and v {v.shape[-1]}"

@@ -36,8 +36,10 @@ def flash_attn_varlen_func(
             to no document: their output and gradients are 0.
         max_seqlen_q, max_seqlen_k: accepted for compatibility; not needed.
         softcap: 0.0 is off, as in flash-attn.
-        window_size, causal, alibi_slopes, deterministic, dropout_p, softmax_scale: see `attention`.
-        return_attn_probs: also return lse `[num_heads, total_q]` and None.
+        window_size, causal, deterministic, dropout_p, softmax_scale: see `attention`.
+        alibi_slopes: `[num_heads]`; slopes of their own for each document are refused.
+        return_attn_probs: also return lse `[num_heads, total_q]` and None; lse is differentiable,
+            and -inf where nothing is seen (+inf in flash-attn 2).
 
     Returns:
         out `[total_q, num_heads, head_dim]`, or `(out, lse, None)`.
@@ -50,8 +52,9 @@ def flash_attn_varlen_func(
     if block_table is not None:
         raise NotImplementedError("block_table: paged keys and values are not supported")
     for name, cu in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
-        if cu.dtype != torch.int32:
-            raise ValueError(f"{name} must be int32, got {cu.dtype}")
+        if not isinstance(cu, Tensor) or cu.dtype != torch.int32:
+            got = cu.dtype if isinstance(cu, Tensor) else type(cu).__name__
+            raise ValueError(f"{name} must be int32, got {got}")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             "cu_seqlens_q and cu_seqlens_k must have one shape, "

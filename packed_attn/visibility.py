@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from packed_attn.lasting import lasting
+
 if TYPE_CHECKING:
     from packed_attn.layout import DocumentLayout
 
@@ -54,7 +56,7 @@ class Visibility:
                 # A compiler that sees the mask change compiles anew for other boundaries. It makes
                 # this once in a graph all the same: equal computations are one.
                 return make()
-            self._derived[key] = make()
+            self._derived[key] = lasting(make)
         return self._derived[key]
 
     def dense(self) -> Tensor:
@@ -147,7 +149,7 @@ def prefix_tensor(prefix_lengths: Sequence[int] | Tensor, layout: DocumentLayout
 
     Raises:
         ValueError: not integers, or not one for each document. Negative ones are found where
-            looking costs no device sync; on a device they are taken as 0.
+            looking costs no device sync; on a device and in a compiled region they are taken as 0.
     """
     prefix = _checked_prefix(prefix_lengths, layout)
     return prefix.to(layout.device, torch.int64).clamp(min=0)
@@ -161,7 +163,8 @@ def _checked_prefix(prefix_lengths: Sequence[int] | Tensor, layout: DocumentLayo
         raise ValueError(
             f"prefix_lengths must have shape [{layout.num_documents}], got {list(prefix.shape)}"
         )
-    if prefix.device.type == "cpu" and (prefix < 0).any():
+    is_readable = prefix.device.type == "cpu" and not torch.compiler.is_compiling()
+    if is_readable and (prefix < 0).any():
         raise ValueError(f"prefix_lengths must not be negative, got {int(prefix.min())}")
     return prefix
 

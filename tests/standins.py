@@ -94,6 +94,7 @@ def _flash2(
     assert block_table is None
     assert alibi_slopes is None or alibi_slopes.dtype == torch.float32
     _check_one_query(cu_seqlens_q, max_seqlen_q, causal, window_size)
+    window_size = _bounded(window_size, causal, max_seqlen_k)
     out, lse = _answer(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
         softmax_scale, causal, window_size, softcap, slopes=alibi_slopes, blind=torch.inf,
@@ -203,6 +204,7 @@ def _torch(
     assert type(window_size) is tuple
     causal = window_size == (-1, 0)
     _check_one_query(cu_seq_q, max_q, causal, window_size)
+    window_size = _bounded(window_size, causal, max_k)
     out, lse = _answer(
         query, key, value, cu_seq_q, cu_seq_k, max_q, max_k,
         scale, causal, window_size, 0.0, blind=torch.inf,
@@ -279,6 +281,18 @@ def _check_one_query(
     """flash-attn 2 folds heads into rows where one query is the most, one for each document."""
     if max_seqlen_q == 1:
         assert int(cu_seqlens_q[-1]) == cu_seqlens_q.numel() - 1
+
+
+def _bounded(window_size: tuple[int, int], causal: bool, max_seqlen_k: int) -> tuple[int, int]:
+    """The window that flash-attn 2 makes of one: sides past the bound on keys are unlimited, and an
+    unlimited side beside a limited one is the bound."""
+    left, right = window_size[0], 0 if causal else window_size[1]
+    left, right = (-1 if side >= max_seqlen_k else side for side in (left, right))
+    if left < 0 <= right:
+        left = max_seqlen_k
+    elif right < 0 <= left:
+        right = max_seqlen_k
+    return left, right
 
 
 class _IgnoresGradient(torch.autograd.Function):

@@ -107,7 +107,7 @@ def test_signature() -> None:
         ),
         (
             {name: torch.ones(8, 2, 16, dtype=torch.int64) for name in "qkv"},
-            "q must be floating point, got torch.int64",
+            "q must be floating point of at least 16 bits, got torch.int64",
         ),
         (
             {"k": torch.randn(8, 2, 16, device="meta")},
@@ -147,7 +147,17 @@ def test_signature() -> None:
         ({"dropout_p": 1.5}, r"dropout_p must be in \[0, 1\), got 1.5"),
         ({"chunk_size": 2.5}, "chunk_size must be an integer of at least 1, got 2.5"),
         ({"prefix_lengths": [1, -2]}, "prefix_lengths must not be negative, got -2"),
-        ({"prefix_lengths": [1.0, 2.0]}, "prefix_lengths must be integers, got torch.float32"),
+        ({"prefix_lengths": [1.0, 2.0]}, "prefix_lengths must be integers, got 1.0"),
+        ({"prefix_lengths": [[1], [2]]}, r"prefix_lengths must be integers, got \[1\]"),
+        ({"prefix_lengths": 1}, "prefix_lengths must be one-dimensional, got 1"),
+        ({"key_layout": []}, "key_layout must be a DocumentLayout, got list"),
+        ({"causal": None}, "causal must be True or False, got None"),
+        ({"causal": "False"}, "causal must be True or False, got 'False'"),
+        ({"return_lse": 1}, "return_lse must be True or False, got 1"),
+        (
+            {name: torch.ones(8, 2, 16).to(torch.float8_e4m3fn) for name in "qkv"},
+            "q must be floating point of at least 16 bits, got torch.float8_e4m3fn",
+        ),
         (
             {"q": torch.randn(8, 4, 16, dtype=torch.complex64)},
             "q, k and v must share a dtype|q must be floating point",
@@ -308,7 +318,8 @@ def test_the_last_backend_has_no_reasons_against_anything() -> None:
 def test_auto_on_the_reference_of_a_gpu_warns_once_with_reasons(table) -> None:
     """By name it runs in silence."""
     fakes = table(gpu=_Fake(1.0, "no float64"), reference=_Fake(2.0))
-    request: Any = SimpleNamespace(q=SimpleNamespace(is_cuda=True))
+    others = dict.fromkeys(("k", "v", "sinks", "alibi_slopes", "bias"))
+    request: Any = SimpleNamespace(q=SimpleNamespace(is_cuda=True), **others)
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         for _ in range(3):
@@ -318,6 +329,79 @@ def test_auto_on_the_reference_of_a_gpu_warns_once_with_reasons(table) -> None:
     message = str(warned[0].message)
     assert "runs its reference on a GPU" in message
     assert message.endswith("No other can run this:\n  gpu: no float64")
+
+
+def _derivative(transform: str, inputs: dict[str, Any], backend: str) -> Tensor:
+    """A derivative in q by one of torch.func's transforms or by dual numbers."""
+    rest = {name: x for name, x in inputs.items() if name != "q"}
+    # Made anew inside: what a layout keeps must not belong to the transform.
+    layout = DocumentLayout.from_lengths(LAYOUT.lengths, padding=[False, False])
+    rest["layout"] = layout
+
+    def loss(q: Tensor) -> Tensor:
+        return attention(q, **rest, window_size=(2, 0), backend=backend).square().sum()
+
+    if transform == "grad":
+        derivative = torch.func.grad(loss)(inputs["q"])
+        kept, plain = (x.visibility(window_size=(2, 0)).key_start for x in (layout, LAYOUT))
+        assert torch.equal(kept, plain)
+        return derivative
+    tangent = torch.ones_like(inputs["q"])
+    if transform == "jvp":
+        return torch.func.jvp(loss, (inputs["q"],), (tangent,))[1]
+    if transform == "vmap":
+        return torch.vmap(loss)(inputs["q"][None])[0]
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs["q"], tangent)
+        found = torch.autograd.forward_ad.unpack_dual(loss(dual)).tangent
+        assert found is not None
+        return found
+
+
+@pytest.mark.parametrize("backend", backends.BACKENDS[:-1])
+@pytest.mark.parametrize("transform", ["grad", "jvp", "vmap", "dual numbers"])
+def test_transforms_are_exact_or_refused(transform: str, backend: str) -> None:
+    """A custom operator leaves tangents out without a word: the reference alone runs."""
+    inputs = {n: x.double() if n in "qkv" else x for n, x in _qkv().items()}
+    leaf = inputs["q"].clone().requires_grad_()
+    loss = attention(**{**inputs, "q": leaf}, window_size=(2, 0)).square().sum()
+    (gradient,) = torch.autograd.grad(loss, leaf)
+    wanted = {"grad": gradient, "vmap": loss.detach()}.get(transform, gradient.sum())
+    for runs in ("auto", "reference"):
+        torch.testing.assert_close(_derivative(transform, inputs, runs), wanted)
+    reason = "forward-mode derivative" if transform == "dual numbers" else "torch.func"
+    with pytest.raises(NotImplementedError, match=reason):
+        _derivative(transform, inputs, backend)
+
+
+def test_second_derivatives_are_exact_or_refused() -> None:
+    inputs = _qkv()
+    leaves = [inputs[name].requires_grad_() for name in "qkv"]
+    for backend in ("auto", "cpu"):
+        for output in attention(**inputs, backend=backend, return_lse=True):
+            with pytest.raises(NotImplementedError, match=r"no second derivative .*'reference'"):
+                torch.autograd.grad(output.square().sum(), leaves[0], create_graph=True)
+            torch.autograd.grad(output.square().sum(), leaves[0], retain_graph=True)
+    out = attention(**inputs, backend="reference")
+    (gradient,) = torch.autograd.grad(out.square().sum(), leaves[0], create_graph=True)
+    assert torch.autograd.grad(gradient.square().sum(), leaves[1])[0].any()
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [{}, {"window_size": (2, 0)}, {"prefix_lengths": [1, 2]}, {"key_layout": LAYOUT}],
+    ids=str,
+)
+@pytest.mark.parametrize("made_inside", [False, True])
+def test_a_layout_of_inference_mode_trains(kind: dict[str, Any], made_inside: bool) -> None:
+    """What a layout keeps from an evaluation serves the training after it."""
+    inputs = {**_qkv(), "layout": DocumentLayout.from_lengths([3, 5])}
+    with torch.inference_mode():
+        if made_inside:
+            inputs["layout"] = DocumentLayout.from_lengths([3, 5], padding=[False, True])
+        attention(**inputs, **kind)
+    out = attention(**{**inputs, "q": inputs["q"].requires_grad_()}, **kind)
+    assert torch.autograd.grad(out.sum(), inputs["q"])[0].any()
 
 
 def test_auto_is_a_listed_backend_to_the_bit() -> None:

@@ -97,6 +97,33 @@ def test_expanded_gradient_of_out(backend: str, device: str) -> None:
         assert torch.equal(got.grads[name], gradient), name
 
 
+@EVERY_BACKEND
+def test_sink_of_minus_infinity_is_no_sink(backend: str, device: str) -> None:
+    """On rows that see nothing too, where its share is exp(-inf - -inf)."""
+    case = Case(
+        "off",
+        (7, 5, 0, 6),
+        key_lengths=(0, 3, 4, 9),
+        padding=(False, False, False, True),
+        lse_gradient=True,
+        **SMALL,
+    )
+    if reasons_against(backend, replace(case, sinks=True), device):
+        pytest.skip(f"{backend} does not run sinks here")
+    inputs = case.inputs(device=device)
+    got = run(
+        backend, case, replace(inputs, sinks=torch.tensor([-torch.inf] * 2).to(device)), device
+    )
+    want = run(backend, case, inputs, device)
+    assert not got.grads.pop("sinks").any()
+    for a, b in (
+        (got.out, want.out),
+        (got.lse, want.lse),
+        *zip(got.grads.values(), want.grads.values()),
+    ):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize(
     "name", ["v", *(pytest.param(n, marks=pytest.mark.slow) for n in ("q", "k", "grad_out"))]
 )

@@ -282,9 +282,8 @@ def test_autocast_changes_nothing() -> None:
 def test_reasons_against_device_and_dtype() -> None:
     layout = DocumentLayout.from_lengths([3])
     x = torch.randn(3, 1, 4)
-    narrow = x.to(torch.float8_e4m3fn)
-    with pytest.raises(NotImplementedError, match="float8_e4m3fn"):
-        attention(narrow, narrow, narrow, layout, backend="cpu")
+    narrow = replace(_request(x, x, x, layout), q=x.to(torch.float8_e4m3fn))
+    assert "q is torch.float8_e4m3fn" in cpu.reasons_against(narrow)[0]
     elsewhere = torch.empty(3, 1, 4, device="meta")
     request = replace(_request(x, x, x, layout), q=elsewhere)
     assert "q is on meta" in cpu.reasons_against(request)[0]
@@ -428,6 +427,31 @@ def test_prepared_layouts_compile_attention_whole_and_at_most_twice(mask: dict[s
         q = torch.randn(64, 2, 16, generator=generator)
         assert torch.equal(compiled(q, layout, seed), layer(q, layout, seed))
     assert counter.frame_count <= 2
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"prefix_lengths": [2, 0, 5]},
+        {"prefix_lengths": torch.tensor([2, 0, 5])},
+        {"key_layout": DocumentLayout.from_lengths([4, 1, 8])},
+    ],
+    ids=["prefix", "prefix_tensor", "key_layout"],
+)
+def test_masks_of_callers_compile_whole(mask: dict[str, Any]) -> None:
+    layout = DocumentLayout.from_lengths([5, 1, 7])
+
+    def layer(q: Tensor) -> Tensor:
+        return attention(q * 2, q, q, layout, **mask).sin()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    q = torch.randn(13, 2, 16, requires_grad=True)
+    results = []
+    for function in (compiled, layer):
+        out = function(q)
+        results.append((out, *torch.autograd.grad(out.sum(), q)))
+    assert all(torch.equal(a, b) for a, b in zip(*results))
 
 
 def _request(q: Tensor, k: Tensor, v: Tensor, layout: DocumentLayout):

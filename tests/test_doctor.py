@@ -76,6 +76,12 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert "no NVIDIA driver was found" in said["notes"][0]
 
 
+def test_the_longest_name_stands_apart_from_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["doctor", "--no-run"])
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("flash-linear")]
+    assert line.split()[0] == "flash-linear-attention"
+
+
 def test_tables(table, capsys: pytest.CaptureFixture[str]) -> None:
     table(gpu=_Reference("no GPU", "no luck"), other=_Reference())
     assert main(["doctor"]) == 0

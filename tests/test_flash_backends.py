@@ -88,6 +88,22 @@ def test_exact_or_refused(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
             assert_exact(name, case, "cpu")
 
 
+@pytest.mark.parametrize("window", [(2, -1), (-1, 6), (2, 6), (0, 4), (30, 5)], ids=str)
+def test_windows_of_more_queries_than_keys(
+    name: str, window: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Queries before the first key see what the window says."""
+    case = Case(
+        "more queries",
+        (21, 3),
+        key_lengths=(4, 2),
+        causal=False,
+        window_size=window,
+        dtype=torch.bfloat16,
+    )
+    assert_exact(name, case, "cpu")
+
+
 RUNS = {
     "flash2": {"mixed", "alibi", "window_both", "softcap", "cross"},
     "flash3": {"mixed", "window_both", "softcap", "cross"},

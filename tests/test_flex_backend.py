@@ -77,6 +77,18 @@ def test_isolated(name: str) -> None:
     assert_isolated("flex", BY_NAME[name], "cpu")
 
 
+@pytest.mark.usefixtures("on_cpu")
+def test_sink_of_minus_infinity() -> None:
+    """One that is turned off has gradient 0, on rows that see nothing too."""
+    layout = DocumentLayout.from_lengths([3, 6], padding=[True, False])
+    q, k, v = torch.randn(3, 9, 2, 16).unbind()
+    sinks = torch.full((2,), -torch.inf, requires_grad=True)
+    out, lse = attention(q, k, v, layout, sinks=sinks, backend="flex", return_lse=True)
+    torch.testing.assert_close(out, attention(q, k, v, layout, backend="reference"))
+    (gradient,) = torch.autograd.grad(out.sum() + lse[:, 3:].sum(), sinks)
+    assert not gradient.any()
+
+
 def _of(case: Case) -> Visibility:
     return case.layout().visibility(
         case.causal,

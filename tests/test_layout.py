@@ -410,6 +410,18 @@ def test_masks_of_prefixes_are_kept() -> None:
     assert torch.equal(changed.dense(), layout.visibility(prefix_lengths=[2, 3]).dense())
 
 
+def test_prefixes_of_inference_mode_are_read_each_time() -> None:
+    """They have no version that would tell when they were written to."""
+    layout = DocumentLayout.from_lengths([4, 3])
+    with torch.inference_mode():
+        prefix = torch.tensor([2, 1])
+        before = layout.visibility(prefix_lengths=prefix).dense()
+        prefix[1] = 3
+        after = layout.visibility(prefix_lengths=prefix).dense()
+    assert torch.equal(before, layout.visibility(prefix_lengths=[2, 1]).dense())
+    assert torch.equal(after, layout.visibility(prefix_lengths=[2, 3]).dense())
+
+
 def test_a_layout_keeps_a_bounded_number_of_masks() -> None:
     layout = DocumentLayout.from_lengths([4, 3])
     causal = layout.visibility()

@@ -152,6 +152,10 @@ def test_bad_input() -> None:
             _call(q, k, v, cu)
     with pytest.raises(ValueError, match=r"cu_seqlens_k must be int32, got torch.int64"):
         _call(q, k, v, _cu(0, 9), torch.tensor([0, 9]))
+    with pytest.raises(ValueError, match="cu_seqlens_k must be int32, got list"):
+        flash_attn_varlen_func(q, k, v, _cu(0, 9), [0, 9], 9, 9)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"alibi_slopes must have shape \[num_heads\] = \[4\]"):
+        _call(q, k, v, _cu(0, 9), alibi_slopes=torch.ones(1, 4))
     with pytest.raises(ValueError, match="cu_seqlens_k ends at 12, but there are only 9"):
         _call(q, k, v, _cu(0, 9), _cu(0, 12))
     with pytest.raises(ValueError, match=r"must have one shape, got \[2\] and \[3\]"):

@@ -250,8 +250,9 @@ def test_bad_chunk(chunk) -> None:
         ([1, 2], r"prefix_lengths must have shape \[1\], got \[2\]"),
         (torch.tensor([[1]]), r"prefix_lengths must have shape \[1\], got \[1, 1\]"),
         ([-1], "prefix_lengths must not be negative, got -1"),
-        ([1.5], "prefix_lengths must be integers, got torch.float32"),
-        ([True], "prefix_lengths must be integers, got torch.bool"),
+        ([1.5], "prefix_lengths must be integers, got 1.5"),
+        ([True], "prefix_lengths must be integers, got True"),
+        (torch.tensor([1.5]), "prefix_lengths must be integers, got torch.float32"),
     ],
 )
 def test_bad_prefix(prefix, message: str) -> None:

@@ -19,9 +19,11 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from importlib import import_module
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
+import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from packed_attn.request import AttentionRequest
 
@@ -65,6 +67,21 @@ def load(name: str) -> Backend:
     return _LOADED[name]
 
 
+def run(name: str, request: AttentionRequest) -> tuple[Tensor, Tensor | None]:
+    """out and lse by the backend that `select` gives.
+
+    A backward that is itself to be differentiated raises, but on the reference: some backends would
+    leave second derivatives out without a word. Compiled regions refuse it themselves.
+    """
+    backend = select(name, request)
+    out, lse = backend.run(request)
+    if backend is not _LOADED.get("reference") and not torch.compiler.is_compiling():
+        for x in (out, lse):
+            if x is not None and x.requires_grad:
+                x.register_hook(_refuse_second_derivatives)
+    return out, lse
+
+
 def select(name: str, request: AttentionRequest) -> Backend:
     """The backend that runs this request: the named one, or the first that can.
 
@@ -74,20 +91,42 @@ def select(name: str, request: AttentionRequest) -> Backend:
     """
     if name != "auto":
         backend = load(name)
-        reasons = backend.reasons_against(request)
+        reasons = _reasons(backend, request)
         if reasons:
             raise NotImplementedError(f"backend {name!r} cannot run this: {'; '.join(reasons)}")
         return backend
     against = {}
     for candidate in BACKENDS:
         backend = load(candidate)
-        against[candidate] = backend.reasons_against(request)
+        against[candidate] = _reasons(backend, request)
         if not against[candidate]:
             if candidate == "reference" and request.q.is_cuda:
                 del against[candidate]
                 _warn_of_the_reference(_listed(against))
             return backend
     raise NotImplementedError("no backend can run this:" + _listed(against))
+
+
+def _reasons(backend: Backend, request: AttentionRequest) -> list[str]:
+    """The backend's own, and derivatives that the reference alone has: others would fail without
+    a name, or give tangents of 0."""
+    reasons = backend.reasons_against(request)
+    if backend is _LOADED.get("reference") or torch.compiler.is_compiling():
+        return reasons
+    if torch._C._are_functorch_transforms_active():
+        return [*reasons, "runs inside no transform of torch.func (vmap, grad, jvp and others)"]
+    inputs = (request.q, request.k, request.v, request.sinks, request.alibi_slopes, request.bias)
+    if any(x is not None and forward_ad.unpack_dual(x).tangent is not None for x in inputs):
+        return [*reasons, "has no forward-mode derivative"]
+    return reasons
+
+
+def _refuse_second_derivatives(gradient: Any) -> None:
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "attention has no second derivative (create_graph=True): "
+            "use backend='reference', which has"
+        )
 
 
 def _listed(against: dict[str, list[str]]) -> str:

@@ -426,9 +426,11 @@ def _merged(out: Tensor, lse: Tensor, more: Tensor, more_lse: Tensor) -> tuple[T
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """out `[tokens, heads, dim]` and lse `[tokens, heads]` with each head's sink counted."""
+    blind = lse == -torch.inf
     with_sink = torch.logaddexp(lse, sinks.to(lse.dtype))
-    out = out * torch.exp(lse - with_sink)[..., None]
-    return out, with_sink.masked_fill_(lse == -torch.inf, -torch.inf)
+    # A sink of -inf, one turned off, would make its rows that see nothing exp(-inf - -inf).
+    kept = torch.exp(lse - with_sink).masked_fill_(blind, 0.0)
+    return out * kept[..., None], with_sink.masked_fill_(blind, -torch.inf)
 
 
 def _sinks_gradient(

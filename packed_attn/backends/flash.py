@@ -156,7 +156,9 @@ def _call(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> Call:
         # Where one query is the most, flash-attn 2 takes every document to have one, and an empty
         # document is an error. The bound may be larger than the longest document.
         max(2, longest_query),
-        longest_key,
+        # flash-attn 2 takes a window that reaches this far to the right for none, and an unlimited
+        # side beside a limited one for this: wrong where a document has more queries.
+        max(longest_query, longest_key),
         # A window that hides nothing is no window, and a wide one would not fit in 32 bits.
         (-1 if left >= longest_key - 1 else left, -1 if right >= longest_query else right),
     )

@@ -226,9 +226,11 @@ def _block_mask(request: AttentionRequest) -> BlockMask:
 
 def _with_sinks(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
     """A sink is one more logit with the value 0: it shrinks out and adds to lse."""
-    sink = sinks.to(lse.dtype)[:, None]
-    kept = torch.sigmoid(lse - sink)
-    with_sink = torch.where(lse == -torch.inf, lse, torch.logaddexp(lse, sink))
+    # Rows that see nothing take no part: a sink of -inf, one turned off, would make them NaN.
+    sink, blind = sinks.to(lse.dtype)[:, None], lse == -torch.inf
+    finite = lse.masked_fill(blind, 0.0)
+    kept = torch.sigmoid(finite - sink).masked_fill(blind, 0.0)
+    with_sink = torch.logaddexp(finite, sink).masked_fill(blind, -torch.inf)
     return (out * kept.t()[..., None]).to(out.dtype), with_sink
 
 

@@ -36,8 +36,9 @@ def run(args: argparse.Namespace) -> int:
 def _text(diagnosis: Diagnosis) -> str:
     from packed_attn.doctor import FEATURES, HEAD_DIM, HEADS, KV_HEADS
 
+    width = max(map(len, diagnosis.machine)) + 2
     sections = [
-        "\n".join(f"{name:<15}{value}" for name, value in diagnosis.machine.items()),
+        "\n".join(f"{name:<{width}}{value}" for name, value in diagnosis.machine.items()),
         f"A training step's attention on {diagnosis.device}: bfloat16, causal, "
         f"{HEADS}:{KV_HEADS} heads, head_dim {HEAD_DIM}, forward and backward\n"
         + "\n".join(_verdict_line(v) for v in diagnosis.verdicts)
