@@ -7,9 +7,14 @@ from typing import Any
 import pytest
 import torch
 from packed_attn_patches.tiny import tiny_model
-from transformers import AutoModelForSequenceClassification, AutoModelForTokenClassification
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
-from packed_attn import DocumentLayout, patch_model
+from packed_attn import DocumentLayout, audit, patch_model
 from tests.exactness import close, documents
 from tests.sweep import sweep_type
 
@@ -41,6 +46,8 @@ NO_ROPE = {"no_rope_layers": [1, 0], "floor_scale": 4}
         ("masked", "mobilebert", None, {}),
         ("sequence", "xlm", None, {"summary_type": "last"}),
         ("sequence", "flaubert", None, {"summary_type": "mean"}),
+        # A causal mask that takes no padding beside it.
+        ("causal", "xlnet", None, {"attn_type": "uni"}),
         # Padding that cannot be embedded.
         ("sequence", "llama", None, {"pad_token_id": -1}),
         ("sequence", "gpt2", None, {"pad_token_id": 199}),
@@ -118,14 +125,46 @@ def test_a_call_that_looks_both_ways_is_not_padded() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model_type", "implementation"), [("gemma", "sdpa"), ("gemma", "eager"), ("gemma2", "eager")]
+    ("model_type", "auto_class", "implementation", "settings"),
+    [
+        ("gemma", AutoModelForCausalLM, "sdpa", {"use_bidirectional_attention": True}),
+        ("gemma2", AutoModelForCausalLM, "eager", {"use_bidirectional_attention": True}),
+        ("big_bird", AutoModelForMaskedLM, None, {"attention_type": "block_sparse"}),
+        ("ibert", AutoModelForMaskedLM, None, {"quant_mode": True}),
+    ],
 )
-def test_masks_that_stay_causal_are_refused(model_type: str, implementation: str) -> None:
+def test_without_certain_outputs_alone_it_is_refused(
+    model_type: str, auto_class: Any, implementation: str | None, settings: dict[str, Any]
+) -> None:
     model = tiny_model(
-        model_type, attn_implementation=implementation, use_bidirectional_attention=True
+        model_type, auto_class=auto_class, attn_implementation=implementation, **settings
     )
-    with pytest.raises(NotImplementedError, match="use_bidirectional_attention"):
+    with pytest.raises(NotImplementedError, match=f"{next(iter(settings))}|block-sparse"):
         patch_model(model)
+
+
+@pytest.mark.parametrize("model_type", ["mamba", "roberta"])
+def test_a_config_that_asks_for_tuples(model_type: str) -> None:
+    model: Any = tiny_model(model_type, return_dict=False)
+    docs = documents(lengths=(5, 1, 4))
+    with torch.no_grad():
+        want = torch.cat([model(input_ids=d[None])[0][0] for d in docs])
+        patch_model(model)
+        ids, layout = torch.cat(docs)[None], DocumentLayout.from_lengths([5, 1, 4])
+        assert close(model(input_ids=ids, layout=layout)[0][0], want)
+        assert close(model(input_ids=ids, layout=layout, return_dict=True).logits[0], want)
+
+
+@pytest.mark.parametrize("auto_class", [AutoModelForMaskedLM, AutoModelForSequenceClassification])
+def test_an_audit_that_could_see_no_leak_says_so(auto_class: Any) -> None:
+    """Without its kernel MRA's attention is zero."""
+    model = tiny_model("mra", auto_class=auto_class)
+    with pytest.raises(NotImplementedError, match="a leak could not be seen"):
+        patch_model(model)
+    blind = [note for note in audit(model).notes if "a leak could not be seen" in note]
+    # A stock head of a sequence has no row for each document, which is said before.
+    assert len(blind) == (auto_class is AutoModelForMaskedLM)
+    assert not audit(tiny_model("llama")).notes
 
 
 def test_what_only_a_mask_could_say_is_refused() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -149,8 +149,6 @@ UNPACK_EQUAL = frozenset({
     "convbert", "cpmant", "doge", "flaubert", "fnet", "mobilebert", "nystromformer",
     "paligemma", "prophetnet", "xlm", "yoso",
 })
-# Types whose layers may look both ways while the masks that they are given stay causal.
-_MASKS_STAY_CAUSAL = frozenset({"gemma", "gemma2"})
 # Encoder-decoders: source and target documents, unpacked in pairs. Proven exact right-padded and
 # masked, in batches of equal lengths, or one pair at a time: rows of one batch share the capacity
 # of NLLB's experts. ProphetNet's relative positions reach later tokens (see above), and with sdpa
@@ -168,13 +166,34 @@ POSITIONS_AFTER_PADDING = frozenset({
     "xlm-roberta-xl", "xmod",
 })
 # fmt: on
-# Settings of encoder-decoders with which no document alone has certain outputs, and why.
-_UNCERTAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "bigbird_pegasus": (
-        lambda config: config.attention_type != "original_full",
-        "its block-sparse attention becomes full, for good, with the first short row that it sees; "
-        "load it with attention_type='original_full'",
+_BLOCK_SPARSE = (
+    lambda config: config.attention_type != "original_full",
+    "its block-sparse attention becomes full, for good, with the first short row that it sees; "
+    "load it with attention_type='original_full'",
+)
+# Layers look both ways, masks do not; kernels of flash-attn get none.
+_CAUSAL_MASKS = (
+    lambda config: (
+        getattr(config, "use_bidirectional_attention", False)
+        and "flash" not in (stock_of(config._attn_implementation) or "")
     ),
+    "with use_bidirectional_attention its masks stay causal, and implementation, padding and "
+    "length decide whether they are heeded; load it with attn_implementation='flash_attention_2'",
+)
+# Settings with which no document alone has certain outputs, and why: of models of one stream, and
+# of encoder-decoders.
+_UNCERTAIN_ALONE: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "big_bird": _BLOCK_SPARSE,
+    "gemma": _CAUSAL_MASKS,
+    "gemma2": _CAUSAL_MASKS,
+    "ibert": (
+        lambda config: config.quant_mode,
+        "with quant_mode it rounds by the range that a whole batch has, and those before it; load "
+        "it with quant_mode=False",
+    ),
+}
+_UNCERTAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bigbird_pegasus": _BLOCK_SPARSE,
     "fsmt": (
         lambda config: config.use_cache,
         "with a cache its decoder sees later tokens in training; load it with use_cache=False",
@@ -209,9 +228,9 @@ def route(model: nn.Module, on_unknown: str) -> Route:
     model_type = model.config.model_type
     if is_encoder_decoder(model):
         return _pair_route(model, on_unknown)
-    if model_type in _MASKS_STAY_CAUSAL:
-        _check_masks(model)
-    if model_type in UNPACK_EQUAL:
+    _check_certain(model, _UNCERTAIN_ALONE)
+    # XLNet makes a causal mask that takes no other beside it.
+    if model_type in UNPACK_EQUAL or getattr(model.config, "attn_type", None) == "uni":
         return _equal_route(model)
     known = model_type in INTERFACE | UNPACK_CAUSAL | UNPACK_MASKED
     if known and head_of(model).per_document:
@@ -238,9 +257,7 @@ def route(model: nn.Module, on_unknown: str) -> Route:
 def _pair_route(model: PreTrainedModel, on_unknown: str) -> Route:
     """How to make a model of source and target documents exact."""
     model_type = model.config.model_type
-    uncertain, reason = _UNCERTAIN.get(model_type, (lambda config: False, ""))
-    if uncertain(model.config):
-        raise _refused(model, reason)
+    _check_certain(model, _UNCERTAIN)
     for route, types in {
         Route.UNPACK_MASKED: PAIRS_MASKED,
         Route.UNPACK: PAIRS_EQUAL,
@@ -355,18 +372,13 @@ def _check_implementation(model: PreTrainedModel) -> None:
         )
 
 
-def _check_masks(model: PreTrainedModel) -> None:
-    """Layers that look both ways under masks that do not: padding, length and implementation then
-    decide who sees whom. Kernels of flash-attn get no mask."""
-    config: Any = model.config
-    stock = stock_of(config._attn_implementation) or ""
-    if getattr(config, "use_bidirectional_attention", False) and "flash" not in stock:
-        raise _refused(
-            model,
-            f"with use_bidirectional_attention its masks stay causal and {stock} heeds them only "
-            "at some lengths, so no document alone has certain outputs; load it with "
-            "attn_implementation='flash_attention_2'",
-        )
+def _check_certain(
+    model: PreTrainedModel, settings: Mapping[str, tuple[Callable[[Any], bool], str]]
+) -> None:
+    """Refuses a model whose outputs for a document alone are not certain."""
+    uncertain, reason = settings.get(model.config.model_type, (lambda config: False, ""))
+    if uncertain(model.config):
+        raise _refused(model, reason)
 
 
 def _refused(model: nn.Module, reason: str) -> NotImplementedError:

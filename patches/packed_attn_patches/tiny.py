@@ -139,6 +139,7 @@ _SPECIAL: dict[str, dict[str, Any]] = {
         "swa_v_head_dim": 16,
     },
     # Block-sparse attention becomes full, for good, with the first short row that it sees.
+    "big_bird": {"attention_type": "original_full"},
     "bigbird_pegasus": {"attention_type": "original_full"},
     "emu3": {"vocabulary_map": {"<image>": 195, "<|extra_200|>": 194}},
     "emu3_vqgan": {"base_channels": 32, "channel_multiplier": [1, 1]},

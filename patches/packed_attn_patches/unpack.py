@@ -137,10 +137,14 @@ class UnpackedForward:
     def run(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
         """The calls of a packed batch, and what they give put together."""
         _refuse_shards(self.model)
+        config: Any = self.model.config
+        by_default, asked = getattr(config, "return_dict", True), kwargs.get("return_dict")
+        # Rows of a tuple have no names to be put back by.
+        names = {} if by_default else {"return_dict": True}
         output = batch.joined(
-            [(b, self.function(self.model, **inputs)) for b, inputs in batch.calls()]
+            [(b, self.function(self.model, **inputs, **names)) for b, inputs in batch.calls()]
         )
-        return output.to_tuple() if kwargs.get("return_dict") is False else output
+        return output if (by_default if asked is None else asked) else output.to_tuple()
 
 
 class PackedCalls:
