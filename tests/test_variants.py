@@ -9,6 +9,7 @@ import torch
 from packed_attn_patches.tiny import tiny_model
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -94,6 +95,24 @@ def test_padding_ids_in_a_text_are_as_alone(
         patch_model(model)
         layout = DocumentLayout.from_lengths([len(d) for d in docs])
         got = model(input_ids=torch.cat(docs)[None], layout=layout).logits.flatten(0, -2)
+    assert close(got, want)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "name"), [("gemma3", "token_type_ids"), ("gemma4_unified", "mm_token_type_ids")]
+)
+def test_padding_is_of_no_block_that_looks_both_ways(model_type: str, name: str) -> None:
+    model: Any = tiny_model(model_type, auto_class=AutoModelForImageTextToText)
+    docs = documents(lengths=(5, 1, 4, 37, 31))
+    kinds = [(torch.arange(len(d)) >= len(d) // 2).long() for d in docs]
+    with torch.no_grad():
+        want = torch.cat(
+            [model(input_ids=d[None], **{name: k[None]}).logits[0] for d, k in zip(docs, kinds)]
+        )
+        patch_model(model)
+        layout = DocumentLayout.from_lengths([len(d) for d in docs])
+        types = {name: torch.cat(kinds)[None]}
+        got = model(input_ids=torch.cat(docs)[None], layout=layout, **types).logits[0]
     assert close(got, want)
 
 

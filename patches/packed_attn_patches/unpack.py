@@ -63,6 +63,10 @@ _OTHER_STREAM = (
     "decoder_inputs_embeds",
 )
 
+# Types of tokens, of which Gemma 3 and 4 let neighbours of one kind, images, see each other both
+# ways: padding is text.
+_TYPES = ("token_type_ids", "mm_token_type_ids")
+
 # Each document counts its own positions, sees all of itself and starts without a past.
 REPLACED = ("attention_mask", *CACHE_NAMES, "use_cache", "num_items_in_batch", "return_dict")
 
@@ -313,6 +317,9 @@ class _Unpacked(PackedCalls):
         for name in ("labels", "shift_labels"):
             if name in self.per_token:
                 inputs[name].view(-1)[bucket.pads] = IGNORE_INDEX
+        for name in _TYPES:
+            if name in self.per_token:
+                inputs[name].view(-1)[bucket.pads] = 0
         if self.forward.route is Route.UNPACK_MASKED:
             mask = torch.ones(bucket.batch, bucket.length, dtype=torch.long)
             inputs["attention_mask"] = mask = mask.to(self.layout.device)
