@@ -119,8 +119,13 @@ def sweep_type(
     *,
     device: str = "cpu",
     attn_implementation: str | None = None,
+    **overrides: Any,
 ) -> Outcome:
-    """All checks of one type; what it or transformers raises is part of the outcome."""
+    """All checks of one type; what it or transformers raises is part of the outcome.
+
+    Args:
+        overrides: fields of its config.
+    """
     from tests.sweep_pairs import StockPairs, pair_checks
 
     outcome = Outcome(head, model_type)
@@ -129,6 +134,7 @@ def sweep_type(
             model_type,
             auto_class=getattr(transformers, HEADS[head].auto_class),
             attn_implementation=attn_implementation,
+            **overrides,
         ).to(device)
         outcome.model = type(model).__name__
         stock = StockPairs(model) if HEADS[head].pairs else _Stock(model, HEADS[head])

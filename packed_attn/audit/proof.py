@@ -19,7 +19,7 @@ from packed_attn.audit.gradients import (
 )
 from packed_attn.audit.modes import NotOffered, drops, mode
 from packed_attn.audit.report import NONFINITE, Check, IsolationReport, Verdict
-from packed_attn.audit.subject import LENGTHS, NoRowPerDocument, Subject, is_compiled
+from packed_attn.audit.subject import BLIND, LENGTHS, NoRowPerDocument, Subject, is_compiled
 from packed_attn.audit.terms import mixing_terms
 from packed_attn.audit.trace import Trace, first_parting
 
@@ -137,6 +137,8 @@ def _report(
         except NoRowPerDocument as reason:
             checks = (Check(ALONE, "fails", float("inf"), 0.0),)
             return IsolationReport(name, convention, checks, None, (*notes, str(reason)))
+        if not subject.looks_beyond():
+            notes.append(BLIND)
         checks = tuple(proof.checks(stop_at_leak))
     return IsolationReport(name, convention, checks, proof.leak, (*notes, *proof.notes))
 

@@ -15,6 +15,8 @@ from packed_attn.audit.embeddings import input_embeddings
 
 # Documents of the audit: odd lengths, one of a single token, a sum that is unlikely to be a width.
 LENGTHS = (5, 1, 37, 24)
+# Beside a verdict that then says nothing of the architecture.
+BLIND = "no output depends on another token of its own document, so a leak could not be seen"
 
 
 class NoRowPerDocument(Exception):
@@ -84,12 +86,34 @@ class Subject:
         training = self.model.training
         if training not in self._alone:
             outputs = [self.run(kwargs_alone(d)) for d in self.documents]
-            lengths = [len(d.target if isinstance(d, Pair) else d) for d in self.documents]
+            lengths = [_size(d) for d in self.documents]
             self.per_token = all(
                 x.ndim >= 2 and x.shape[:2] == (1, n) for x, n in zip(outputs, lengths)
             )
             self._alone[training] = [self.flat(x) for x in outputs]
         return self._alone[training]
+
+    def looks_beyond(self) -> bool:
+        """Whether an output of the longest document changes with tokens that are not its own.
+
+        Its own is the middle one; with targets, all of them; where a model pools, which may be the
+        first or the last.
+        """
+        index = max(range(len(self.documents)), key=lambda i: _size(self.documents[i]))
+        document, other = self.documents[index], self.replacements[index]
+        alone = self.alone()[index]
+        rows = slice(None)
+        if isinstance(document, Pair):
+            assert isinstance(other, Pair)
+            changed: Document = document._replace(source=other.source)
+        else:
+            assert isinstance(other, Tensor)
+            own = torch.tensor([len(document) // 2] if self.per_token else [0, -1])
+            changed = other.clone()
+            changed[own] = document[own]
+            rows = own if self.per_token else rows
+        now = self.flat(self.run(kwargs_alone(changed)))
+        return not torch.equal(now[rows], alone[rows])
 
     def packed(self, batch: AuditBatch) -> Tensor:
         """The outputs of a packed batch: a row a token of its stream, or a row a document.
@@ -130,6 +154,10 @@ class Subject:
         if not self.per_token:
             return output.flatten(1) if output.ndim > 1 else output[:, None]
         return output.flatten(0, 1).flatten(1) if output.ndim > 2 else output.reshape(-1, 1)
+
+
+def _size(document: Document) -> int:
+    return len(document.target if isinstance(document, Pair) else document)
 
 
 def kwargs_alone(document: Document) -> dict[str, Tensor]:

@@ -197,9 +197,12 @@ def _mixers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
 def _probed(model: nn.Module) -> str:
     """What an audit finds when the unknown model is run as if its attention took the layout."""
     from packed_attn.audit import audit
+    from packed_attn.audit.subject import BLIND, LENGTHS, Subject
 
     assert isinstance(model, PreTrainedModel)
     try:
+        if not Subject(model, LENGTHS, seed=0).looks_beyond():
+            return f"An audit of it shows nothing: {BLIND}"
         _put_on(model, Route.INTERFACE, Settings())
         report = audit(model)
     except Exception as error:

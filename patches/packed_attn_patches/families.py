@@ -79,6 +79,9 @@ UNSHIFTED_TYPES = frozenset(
 # Token heads that count their loss where the attention_mask is 1, and so read the empty mask.
 _LOSS_READS_MASK = frozenset({"biogpt"})
 
+# Types that hide padding ids of a text where they are given no mask, and not where they are.
+HIDES_PADDING_IDS = frozenset({"t5gemma"})
+
 # Sequence heads that pool the last place of a row, padding or not.
 _POOLS_LAST_PLACE = frozenset({"xlnet"})
 
@@ -132,18 +135,19 @@ UNPACK_CAUSAL = frozenset({
 # Proven exact unpacked with a mask: encoders, and decoders that may be loaded as encoders.
 UNPACK_MASKED = frozenset({
     "albert", "big_bird", "camembert", "data2vec-text", "deberta", "deberta-v2",
-    "distilbert", "esm", "esmc", "eurobert", "flaubert", "gte", "ibert",
-    "jina_embeddings_v3", "layoutlm", "layoutlmv3", "lilt", "longformer", "luke",
-    "markuplm", "megatron-bert", "mobilebert", "modernbert", "modernvbert", "mpnet", "mt5",
-    "neomme", "nomic_bert", "rembert", "roberta", "roberta-prelayernorm", "roformer",
-    "squeezebert", "t5", "tapas", "ultrabert", "ultravbert", "umt5", "xlm", "xlm-roberta",
-    "xlm-roberta-xl", "xlnet", "xmod",
+    "distilbert", "esm", "esmc", "eurobert", "gte", "ibert", "jina_embeddings_v3",
+    "layoutlm", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "megatron-bert",
+    "modernbert", "modernvbert", "mpnet", "mt5", "neomme", "nomic_bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roformer", "squeezebert", "t5", "tapas",
+    "ultrabert", "ultravbert", "umt5", "xlm-roberta", "xlm-roberta-xl", "xlnet", "xmod",
 })
 # Proven exact unpacked without any padding: what mixes tokens takes no mask, or lets later tokens
 # change it (doge with transformers 5.17; ProphetNet's relative positions are read from other tokens
-# of the row than they are of).
+# of the row than they are of; MobileBERT embeds a token with the next one, padding or not; XLM and
+# FlauBERT count a document's tokens by their ids, and their heads may pool any place of a row).
 UNPACK_EQUAL = frozenset({
-    "convbert", "cpmant", "doge", "fnet", "nystromformer", "paligemma", "prophetnet", "yoso",
+    "convbert", "cpmant", "doge", "flaubert", "fnet", "mobilebert", "nystromformer",
+    "paligemma", "prophetnet", "xlm", "yoso",
 })
 # Encoder-decoders: source and target documents, unpacked in pairs. Proven exact right-padded and
 # masked, in batches of equal lengths, or one pair at a time: rows of one batch share the capacity
@@ -167,6 +171,15 @@ _BLOCK_SPARSE = (
     "its block-sparse attention depends on the length of the row, and becomes full, for good, with "
     "the first short row that it sees; load it with attention_type='original_full'"
 )
+# Kernels of flash-attn get no masks.
+_CAUSAL_MASKS: tuple[Callable[[Any], bool], str] = (
+    lambda model: (
+        getattr(model.config, "use_bidirectional_attention", False)
+        and "flash" not in (stock_of(model.config._attn_implementation) or "")
+    ),
+    "with use_bidirectional_attention its masks stay causal, and implementation, padding and "
+    "length decide whether they are heeded; load it with attn_implementation='flash_attention_2'",
+)
 _UNCERTAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "big_bird": (lambda model: model.config.attention_type != "original_full", _BLOCK_SPARSE),
     # Its decoder alone has no blocks.
@@ -177,6 +190,13 @@ _UNCERTAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
     "fsmt": (
         lambda model: model.config.use_cache,
         "with a cache its decoder sees later tokens in training; load it with use_cache=False",
+    ),
+    "gemma": _CAUSAL_MASKS,
+    "gemma2": _CAUSAL_MASKS,
+    "ibert": (
+        lambda model: model.config.quant_mode,
+        "with quant_mode it rounds by the range that a whole batch has, and those before it; load "
+        "it with quant_mode=False",
     ),
     "nllb-moe": (
         lambda model: model.config.moe_eval_capacity_token_fraction > 0,
@@ -209,11 +229,12 @@ def route(model: nn.Module, on_unknown: str) -> Route:
     _refuse_uncertain(model)
     if is_encoder_decoder(model):
         return _pair_route(model, on_unknown)
-    if model_type in UNPACK_EQUAL:
-        return Route.UNPACK
+    # XLNet makes a causal mask that takes no other beside it.
+    if model_type in UNPACK_EQUAL or getattr(model.config, "attn_type", None) == "uni":
+        return _equal_route(model)
     known = model_type in INTERFACE | UNPACK_CAUSAL | UNPACK_MASKED
     if known and head_of(model).per_document:
-        return Route.UNPACK if model_type in _POOLS_LAST_PLACE else Route.UNPACK_MASKED
+        return Route.UNPACK if _pools_padding(model) else Route.UNPACK_MASKED
     if model_type in UNPACK_MASKED:
         return Route.UNPACK_MASKED
     if model_type in UNPACK_CAUSAL:
@@ -272,10 +293,23 @@ def backbone_route(model: PreTrainedModel, chosen: Route) -> Route:
 
 def _decoder_route(model: PreTrainedModel) -> Route:
     """Of a type whose outputs never depend on later tokens, unless its config makes it an encoder
-    (Gemma 3 and 4; "vision" is of images alone)."""
+    (Gemma 3 and 4; "vision" is of images alone; `is_causal=False` of any type)."""
     config: Any = model.config.get_text_config()
     both_ways = getattr(config, "use_bidirectional_attention", None)
-    return Route.UNPACK if both_ways in (True, "all") else Route.UNPACK_CAUSAL
+    encoder = both_ways in (True, "all") or getattr(config, "is_causal", None) is False
+    return Route.UNPACK if encoder else Route.UNPACK_CAUSAL
+
+
+def _pools_padding(model: PreTrainedModel) -> bool:
+    """Whether a sequence head pools other places of a row than a document alone has, masked or not:
+    XLNet's the last one, Cohere's mean all but padding ids in the text."""
+    config: Any = model.config.get_text_config()
+    return config.model_type in _POOLS_LAST_PLACE or getattr(config, "pooling", None) == "mean"
+
+
+def _equal_route(model: PreTrainedModel) -> Route:
+    """Of a type that takes no padding; Doge's experts mix the rows of a batch too."""
+    return Route.UNPACK_SINGLE if getattr(model.config, "is_moe", False) else Route.UNPACK
 
 
 def reason_against_forests(model: nn.Module, route: Route) -> str | None:

@@ -121,6 +121,8 @@ class LayoutHook:
                 "that continues it, but the model was given labels to compute a loss with one "
                 "target a token: pass compute_loss_func=PackedLoss(model) to the Trainer"
             )
+        if not unpacked:
+            _refuse_prefixes(module, kwargs)
         packed = {k: v for k, v in kwargs.items() if k not in BOUNDARY_NAMES}
         packed["layout"] = layout
         packed["use_cache"] = False
@@ -144,6 +146,16 @@ class LayoutHook:
         if packed.get("shift_labels") is not None:
             packed.update(_shift_labels(packed["shift_labels"], packed.get("labels"), layout))
         return packed
+
+
+def _refuse_prefixes(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Tokens that see each other both ways by their type: only a mask could say so (HRM)."""
+    if kwargs.get("token_type_ids") is not None and getattr(module.config, "prefix_lm", False):
+        raise NotImplementedError(
+            f"{type(module).__name__} takes token_type_ids for prefixes that see themselves both "
+            "ways (prefix_lm=True), which packs do not serve: leave token_type_ids out, or load "
+            "it with prefix_lm=False"
+        )
 
 
 def _refuse_replaced_forward(module: nn.Module) -> None:

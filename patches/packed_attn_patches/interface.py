@@ -104,7 +104,7 @@ def packed_attention_forward(
             "this model does not pass it on to its attention layers"
         )
     batch, num_heads, tokens, _ = query.shape
-    options = _translated(module, kwargs)
+    options = _translated(module, kwargs, stock)
     if layout.is_forest and not options["causal"]:
         raise NotImplementedError(
             f"packed-attn: {type(module).__name__} looks both ways, so a shared prefix would see "
@@ -145,7 +145,7 @@ def _compute_dtype(value: Tensor) -> torch.dtype:
     return value.dtype
 
 
-def _translated(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+def _translated(module: nn.Module, kwargs: dict[str, Any], stock: str) -> dict[str, Any]:
     """transformers' keyword arguments in our names."""
     for name in UNSERVED:
         if kwargs.get(name) is not None:
@@ -155,9 +155,16 @@ def _translated(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     causal = kwargs.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
-    window, chunk = _local(module, kwargs)
+    window, chunk = _local(module, kwargs, stock)
+    if chunk is not None and not causal:
+        raise NotImplementedError(
+            f"packed-attn: {type(module).__name__} is called with is_causal=False, but its chunks "
+            "are causal: at some lengths stock masks heed one, at others the other"
+        )
     sinks = kwargs.get("s_aux")
-    left = -1 if window is None else int(window) - 1
+    # Masks of a causal layer that is_causal=False turns both ways reach a token further.
+    turned = not causal and getattr(module, "is_causal", True) and "flash" not in stock
+    left = -1 if window is None else int(window) - 1 + turned
     return {
         "causal": bool(causal),
         "window_size": (left, -1 if causal else left),
@@ -169,11 +176,12 @@ def _translated(module: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _local(module: nn.Module, kwargs: dict[str, Any]) -> tuple[int | None, int | None]:
+def _local(module: nn.Module, kwargs: dict[str, Any], stock: str) -> tuple[int | None, int | None]:
     """(sliding window, chunk) of a layer: as it says, or as its config says where its mask alone
-    would have told."""
-    if "sliding_window" in kwargs:
-        return kwargs["sliding_window"], None
+    would have told. flash-attn's kernels get what a layer says, and no mask."""
+    said = kwargs.get("sliding_window")
+    if said is not None or ("sliding_window" in kwargs and "flash" in stock):
+        return said, None
     config: Any = getattr(module, "config", None)
     layer_types = getattr(config, "layer_types", None)
     layer = getattr(module, "layer_idx", None)

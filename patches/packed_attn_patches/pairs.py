@@ -229,6 +229,7 @@ class _Pairs(PackedCalls):
     def calls(self) -> Iterator[tuple[tuple[Bucket, Bucket], dict[str, Any]]]:
         """The keyword arguments of each forward."""
         route = self.forward.route
+        self.forward.check_text(self.source.values.get("input_ids"), self.source.layout)
         pairs = pair_buckets(
             self.source.spans(),
             self.target.spans(),

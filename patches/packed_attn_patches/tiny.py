@@ -272,6 +272,10 @@ def tiny_model(
     for weight in model.parameters():
         if weight.ndim > 1 and weight.numel() and not weight.any():
             nn.init.normal_(weight, std=_VALUES["initializer_range"])
+    # So would padding whose embedding is zero, which it need not be in a model that was loaded.
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.normal_(module.weight[module.padding_idx], std=_VALUES["initializer_range"])
     return model
 
 

@@ -26,7 +26,13 @@ from packed_attn.buckets import Bucket, plan_buckets
 from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches import fast_mixers
-from packed_attn_patches.families import Head, Route, is_encoder_decoder, reason_against_forests
+from packed_attn_patches.families import (
+    HIDES_PADDING_IDS,
+    Head,
+    Route,
+    is_encoder_decoder,
+    reason_against_forests,
+)
 from packed_attn_patches.inputs import CACHE_NAMES
 from packed_attn_patches.rope import fresh, longest_alike, ropes_of
 
@@ -57,6 +63,10 @@ _OTHER_STREAM = (
     "decoder_input_ids",
     "decoder_inputs_embeds",
 )
+
+# Types of tokens, of which Gemma 3 and 4 let neighbours of one kind, images, see each other both
+# ways: padding is text.
+_TYPES = ("token_type_ids", "mm_token_type_ids")
 
 # Each document counts its own positions, sees all of itself and starts without a past.
 REPLACED = ("attention_mask", *CACHE_NAMES, "use_cache", "num_items_in_batch", "return_dict")
@@ -96,12 +106,34 @@ class UnpackedForward:
         return inspect.signature(self.function.__get__(self.model))
 
     def pad_token_id(self) -> int | None:
-        """What the model's config says that padding is made of."""
+        """What the model's config says that padding is made of, if it can be embedded: some say -1,
+        or an id beside a vocabulary that was never enlarged."""
+        whole: Any = self.model.config
+        config = whole.get_text_config()
+        token = getattr(config, "pad_token_id", None)
+        embedded = token is not None and 0 <= token < getattr(config, "vocab_size", token + 1)
+        return token if embedded else None
+
+    def check_text(self, ids: Tensor | None, layout: DocumentLayout) -> None:
+        """Refuses documents of which the model alone would hide tokens for their ids.
+
+        Args:
+            ids: of `layout`'s tokens, or None.
+        """
         config: Any = self.model.config
-        return getattr(config.get_text_config(), "pad_token_id", None)
+        token = self.pad_token_id()
+        if config.model_type not in HIDES_PADDING_IDS or ids is None or token is None:
+            return
+        hidden, padding = ids == token, layout.padding_tokens
+        if bool((hidden if padding is None else hidden & ~padding).any()):
+            raise NotImplementedError(
+                f"{type(self.model).__name__} hides the padding id {token} wherever it is given no "
+                "attention_mask, and padded rows need one: leave it out of documents, or mark it "
+                "as padding in the layout"
+            )
 
     def pads(self, *layouts: DocumentLayout) -> bool:
-        """Whether documents of unlike lengths may share a batch."""
+        """Whether the model may see documents of unlike lengths in a batch."""
         longest = max(layout.longest_path for layout in layouts)
         limit = longest_alike(self.ropes)
         return self.route is not Route.UNPACK and (limit is None or longest <= limit)
@@ -117,12 +149,16 @@ class UnpackedForward:
     def run(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
         """The calls of a packed batch, and what they give put together."""
         _refuse_shards(self.model)
+        config: Any = self.model.config
+        by_default, asked = getattr(config, "return_dict", True), kwargs.get("return_dict")
+        # Rows of a tuple have no names to be put back by.
+        names = {} if by_default else {"return_dict": True}
         parts = []
         for bucket, inputs in batch.calls():
             with fresh(self.ropes):
-                parts.append((bucket, self.function(self.model, **inputs)))
+                parts.append((bucket, self.function(self.model, **inputs, **names)))
         output = batch.joined(parts)
-        return output.to_tuple() if kwargs.get("return_dict") is False else output
+        return output if (by_default if asked is None else asked) else output.to_tuple()
 
 
 class PackedCalls:
@@ -216,6 +252,8 @@ class _Unpacked(PackedCalls):
                 "belong to: call an encoder-decoder with both sides"
             )
         reason = reason_against_forests(forward.model, forward.route)
+        if kwargs.get("is_causal") is False:
+            reason = "looks both ways, and a shared prefix would see what follows it"
         if layout.is_forest and reason is not None:
             raise NotImplementedError(
                 f"{type(forward.model).__name__} {reason}: it takes plain packs, but no forest "
@@ -247,11 +285,12 @@ class _Unpacked(PackedCalls):
 
     def calls(self) -> Iterator[tuple[Bucket, dict[str, Any]]]:
         """The keyword arguments of each forward."""
+        self.forward.check_text(self.per_token.get("input_ids"), self.layout)
         layout = self.layout.to("cpu")
         plan = _plan_on_the_host(
             layout.cu_seqlens,
             layout.padding,
-            pad_lengths=self.forward.pads(self.layout),
+            pad_lengths=self._may_pad(),
             parents=layout.parents,
             # Gathering ids costs nothing, and a document read in place would be a call of its own.
             view_tokens=CALL_TOKENS,
@@ -260,6 +299,15 @@ class _Unpacked(PackedCalls):
         for bucket in plan.buckets:
             bucket = bucket.to(self.layout.device)
             yield bucket, {**self.others, **self._inputs(bucket)}
+
+    def _may_pad(self) -> bool:
+        """Whether documents of unlike length may share a batch: where padding comes after all that
+        is seen, or is hidden. Sequence heads tell it by its ids, and without any pool it."""
+        if not self.forward.pads(self.layout):
+            return False
+        if self.forward.route is Route.UNPACK_CAUSAL:
+            return self.others.get("is_causal") is not False
+        return "input_ids" in self.per_token or not self.forward.head.per_document
 
     def _one_by_one(self) -> bool:
         """Sequence heads find a document's last token by its padding and take no batch without."""
@@ -280,6 +328,9 @@ class _Unpacked(PackedCalls):
         for name in ("labels", "shift_labels"):
             if name in self.per_token:
                 inputs[name].view(-1)[bucket.pads] = IGNORE_INDEX
+        for name in _TYPES:
+            if name in self.per_token:
+                inputs[name].view(-1)[bucket.pads] = 0
         if self.forward.route is Route.UNPACK_MASKED:
             mask = torch.ones(bucket.batch, bucket.length, dtype=torch.long)
             inputs["attention_mask"] = mask = mask.to(self.layout.device)
