@@ -38,6 +38,10 @@ BOUNDARY_NAMES = (
 # transformers 5.24 renamed the argument.
 CACHE_NAMES = ("past_key_values", "cache")
 
+# Asks the forward that TRL's trainers put over a model's own for log-probabilities of the labels.
+# It hands all else to the backbone, which has a hook and a forward of its own.
+FUSED_HEAD = "fused_lm_head"
+
 
 @dataclass(frozen=True)
 class LayoutHook:
@@ -127,7 +131,8 @@ class LayoutHook:
             if packed.get("position_ids") is None:
                 packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
         # Unpacked, a document's first label has no document before it that could predict it.
-        if packed.get("labels") is not None and self.shifts and not unpacked:
+        in_stream = not unpacked or packed.get(FUSED_HEAD)
+        if packed.get("labels") is not None and self.shifts and in_stream:
             packed["labels"] = without_first_labels(packed["labels"], layout)
         if layout.is_forest:
             packed.pop("shift_labels", None)  # the collator's counts for PackedLoss
@@ -149,11 +154,19 @@ def _refuse_replaced_forward(module: nn.Module) -> None:
 def replacement_of(module: nn.Module) -> Callable[..., Any] | None:
     """The function that runs in place of the forward that unpacks, where one was put over it.
 
-    What wraps that forward (autocast, a device hook) is no method of the module.
+    What wraps that forward (autocast, a device hook) is no method of the module. TRL's, which has a
+    fused head, is in its place too: it hands boundaries on to that forward or to the backbone's.
     """
     own = module.forward
-    function = inspect.unwrap(own.__func__) if isinstance(own, MethodType) else None
-    return function if inspect.isfunction(function) else None
+    function: Any = own.__func__ if isinstance(own, MethodType) else None
+    while hasattr(function, "__wrapped__") and not _is_of_trl(function):
+        function = function.__wrapped__
+    return function if inspect.isfunction(function) and not _is_of_trl(function) else None
+
+
+def _is_of_trl(function: Any) -> bool:
+    """Whether TRL has made it, under whatever name."""
+    return getattr(function, "__globals__", {}).get("__name__", "").startswith("trl.")
 
 
 def _is_recorded(device: torch.device) -> bool:
