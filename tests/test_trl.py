@@ -163,7 +163,9 @@ def test_sft_where_attention_takes_no_layout_equals_its_padded_run(
     """SFTTrainer puts a forward of its own over the model's; an evaluation's logits go by ours."""
 
     def run(patched: bool) -> list[dict[str, float]]:
-        model = model_for(tokenizer, family)
+        size = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+        layers = {"layer_types": ["conv", "full_attention"]} if family == "lfm2" else {}
+        model = tiny_model(family, **size, **layers)
         if patched and not late:
             patch_model(model)
         options = settings(tmp_path, max_length=None, padding_free=patched, max_steps=3)

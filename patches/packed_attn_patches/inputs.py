@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from packed_attn.layout import DocumentLayout
 from packed_attn.logps import IGNORE_INDEX, without_first_labels
 from packed_attn_patches import fast_mixers
-from packed_attn_patches.interface import empty_mask, is_empty_mask
+from packed_attn_patches.interface import empty_mask, is_empty_mask, is_ours
 from packed_attn_patches.prompts import refuse_calls_with_learned_tokens
 
 # Boundaries that the layout replaces; a layer that still saw them could act on them a second time.
@@ -122,6 +122,7 @@ class LayoutHook:
         packed["layout"] = layout
         packed["use_cache"] = False
         if not unpacked:
+            _refuse_other_attention(module)
             packed["packed_attn_backend"] = self.backend
             packed["attention_mask"] = empty_mask(batch.rows, layout, self.backend)
             packed.update((name, None) for name in CACHE_NAMES if name in packed)
@@ -139,6 +140,17 @@ class LayoutHook:
         if packed.get("shift_labels") is not None:
             packed.update(_shift_labels(packed["shift_labels"], packed.get("labels"), layout))
         return packed
+
+
+def _refuse_other_attention(module: nn.Module) -> None:
+    config: Any = module.config
+    implementation = config._attn_implementation
+    if implementation is not None and not is_ours(implementation):
+        raise RuntimeError(
+            f"the attention implementation of {type(module).__name__} was set to "
+            f"{implementation!r} after patch_model, which takes no layout: call "
+            "patch_model(model) once more"
+        )
 
 
 def _refuse_replaced_forward(module: nn.Module) -> None:
