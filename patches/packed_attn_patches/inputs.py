@@ -90,11 +90,26 @@ class LayoutHook:
             return (), kwargs
         if self.unpacked:
             _refuse_replaced_forward(module)
+        if layout.is_share:
+            self._refuse_share(module, kwargs)
         layout = layout.to(batch.device)
         # Mixers read lengths too, and their proof is not to be recorded.
         mixers = self.mixers and not recorded and fast_mixers.takes_layout(module, layout)
         unpacked = self.unpacked and not mixers
         return (), self._packed(module, kwargs, batch, layout, unpacked)
+
+    def _refuse_share(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+        """Of a pack over several ranks, which hold documents in pieces."""
+        reason = None
+        if self.unpacked:
+            reason = "has layers that take whole documents only"
+        elif not self.shifts and kwargs.get("labels") is not None:
+            reason = "has a loss in which a token predicts its own label"
+        elif _balances_experts(module, kwargs):
+            reason = "adds a loss over its routers' choices, whose summands are no part of a whole"
+            reason += ": set output_router_logits=False"
+        if reason is not None:
+            raise NotImplementedError(f"context parallelism: {type(module).__name__} {reason}")
 
     def _counted_from_0(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments with position_ids that begin where others' begin."""
