@@ -150,10 +150,12 @@ class LayoutHook:
         in_stream = not unpacked or packed.get(FUSED_HEAD)
         if packed.get("labels") is not None and self.shifts and in_stream:
             packed["labels"] = without_first_labels(packed["labels"], layout)
-        if layout.is_forest:
-            packed.pop("shift_labels", None)  # the collator's counts for PackedLoss
         if packed.get("shift_labels") is not None:
-            packed.update(_shift_labels(packed["shift_labels"], packed.get("labels"), layout))
+            counts = layout.is_forest or packed["shift_labels"].ndim == 3
+            if counts and (module.training or packed.get("labels") is not None):
+                raise ValueError(_UNTAKEN_COUNTS)
+            shifted = None if counts else _without_last_labels(packed["shift_labels"], layout)
+            packed["shift_labels"] = shifted
         return packed
 
 
@@ -462,20 +464,14 @@ def _check_positions(
         raise ValueError(message)
 
 
-def _shift_labels(
-    shift_labels: Tensor, labels: Tensor | None, layout: DocumentLayout
-) -> dict[str, Tensor | None]:
-    """Labels that were shifted already, or the collator's counts of documents, which a model that
-    computes the loss itself would take for its divisor."""
-    if shift_labels.ndim < 3:
-        return {"shift_labels": _without_last_labels(shift_labels, layout)}
-    if labels is not None:
-        raise ValueError(
-            "the batch counts documents (PackedCollator(loss_weighting='document')), but the model "
-            "was given labels to compute a token mean: pass compute_loss_func=PackedLoss(model, "
-            "'document') to the Trainer"
-        )
-    return {"shift_labels": None}
+# Every other loss, a model's own or that of a Trainer with label_smoothing_factor, would divide by
+# the counts what is no sum over them.
+_UNTAKEN_COUNTS = (
+    "the batch has counts for PackedLoss in shift_labels, as it shares prefixes or its collator "
+    "has loss_weighting='document', but no PackedLoss of this model takes them: pass "
+    "compute_loss_func=PackedLoss(model) to the Trainer, with 'document' where the collator has "
+    "it; for a loss of your own, leave shift_labels out of the model's arguments"
+)
 
 
 def _without_last_labels(shift_labels: Tensor, layout: DocumentLayout) -> Tensor:
