@@ -56,11 +56,13 @@ def context_parallel(
 
     Raises:
         ValueError: no layout, more than one row, a length that does not divide, an unknown method.
-        NotImplementedError: a forest.
+        NotImplementedError: a forest, documents that count alike, two streams. A model that takes
+            whole documents only refuses its share.
     """
     if method not in get_args(Method):
         raise ValueError(f"method must be 'auto', 'heads' or 'keys', got {method!r}")
     whole = _checked_layout(batch)
+    _refuse_other_losses(batch)
     group = group.get_group() if hasattr(group, "get_group") else group
     _check_divides(whole, group)
     layout = ShardedLayout.of(whole, group, method)
@@ -120,6 +122,11 @@ class ShardedLayout(DocumentLayout):
             group=group,
             method=method,
         )
+
+    @property
+    def is_share(self) -> bool:
+        """Whether it is one rank's share of a pack."""
+        return True
 
     @property
     def stream_order(self) -> Tensor:
@@ -303,6 +310,18 @@ def _checked_layout(batch: Mapping[str, Any]) -> DocumentLayout:
     if rows != 1:
         raise ValueError(f"batch must have one row, got {rows}")
     return layout
+
+
+def _refuse_other_losses(batch: Mapping[str, Any]) -> None:
+    """A rank's summand is of a mean over tokens, each predicted by the one before."""
+    counts = batch.get("shift_labels")
+    if isinstance(counts, Tensor) and counts.ndim == 3:
+        raise NotImplementedError(
+            "context parallelism has no mean over documents, which several ranks would hold in "
+            "pieces: use PackedCollator(loss_weighting='token')"
+        )
+    if batch.get("decoder_layout") is not None:
+        raise NotImplementedError("context parallelism has no encoder-decoders (decoder_layout)")
 
 
 def _check_divides(whole: DocumentLayout, group: Any) -> None:

@@ -278,6 +278,11 @@ class DocumentLayout:
         return self.parents is not None
 
     @property
+    def is_share(self) -> bool:
+        """Whether it is one rank's share of a pack (`context_parallel`): pieces of documents."""
+        return False
+
+    @property
     def document_ids(self) -> Tensor:
         """int32 `[total_tokens]`: the document of each token (mamba's `seq_idx`)."""
         return self._once("document_ids", self._document_ids)

@@ -33,12 +33,18 @@ def unpack_logps(logits: Tensor, layout: DocumentLayout, labels: Tensor) -> tupl
 
     Raises:
         ValueError: logits or labels of another number of tokens.
+        NotImplementedError: a share of a pack (`context_parallel`).
     """
     return token_logps(logits, layout, labels)[0].split(layout.lengths)
 
 
 def token_logps(logits: Tensor, layout: DocumentLayout, labels: Tensor) -> tuple[Tensor, Tensor]:
     """`unpack_logps` in one tensor, and which tokens it looked up, `[total_tokens]` each."""
+    if layout.is_share:
+        raise NotImplementedError(
+            "the layout is a share of a pack (context_parallel), where what a token predicts may "
+            "be on another rank: take the loss that the model computes from its shift_labels"
+        )
     tokens = layout.total_tokens
     for name, x, places in (
         ("logits", logits, logits.shape[:-1]),

@@ -156,13 +156,16 @@ class _LatestBatch:
     def arrives(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        counted = kwargs.get("shift_labels")
+        counted, layout = kwargs.get("shift_labels"), kwargs.get("layout")
         by_document = isinstance(counted, Tensor) and counted.ndim == 3
         self.weighting = "document" if by_document else "token"
+        # The model refuses counts that no PackedLoss has taken.
+        taken = by_document or (layout is not None and layout.is_forest)
         paths = kwargs.get("document_paths")
         self.paths = None if paths is None else paths[0]
         # Trainer asks Liger to leave the logits out of an evaluation; the loss needs them.
-        return args, {name: value for name, value in kwargs.items() if name != "skip_logits"}
+        dropped = ("skip_logits", "shift_labels") if taken else ("skip_logits",)
+        return args, {name: value for name, value in kwargs.items() if name not in dropped}
 
     def is_packed(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any

@@ -10,11 +10,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoModelForTokenClassification
 
-from packed_attn import DocumentLayout, PackedCollator, attention, patch_model
+from packed_attn import DocumentLayout, PackedCollator, PackedLoss, attention, patch_model
+from packed_attn.audit import leaks_between_documents
 from packed_attn.distributed import ShardedLayout, context_parallel
 from tests.exactness import gradients, relative
-from tests.models import tiny_model
+from tests.models import tiny_config, tiny_model
 from tests.processes import in_processes
 
 LENGTHS = (5, 1, 37, 22, 9, 3)
@@ -186,6 +188,45 @@ def refusals() -> None:
 
 def test_refusals() -> None:
     in_processes(2, refusals)
+
+
+def models_refuse_shares() -> None:
+    share = context_parallel(batch(), dist.group.WORLD)
+    whole_only = tiny_model("lfm2", layer_types=["conv", "full_attention"])
+    for model in (whole_only, *(tiny_model(family) for family in ("mamba", "bloom"))):
+        with pytest.raises(NotImplementedError, match="layers that take whole documents only"):
+            patch_model(model)(**share)
+    balanced = patch_model(tiny_model("mixtral", output_router_logits=True))
+    with pytest.raises(NotImplementedError, match="set output_router_logits=False"):
+        balanced(**share)
+    config = tiny_config("llama", num_labels=199)
+    tokens = patch_model(AutoModelForTokenClassification.from_config(config))
+    with pytest.raises(NotImplementedError, match="a token predicts its own label"):
+        tokens(**share)
+
+
+def test_models_refuse_shares_that_they_would_take_for_documents() -> None:
+    in_processes(2, models_refuse_shares)
+
+
+def losses_refuse_shares() -> None:
+    whole, model = batch(), patch_model(tiny_model("llama"))
+    loss = PackedLoss(model)
+    share = context_parallel(whole, dist.group.WORLD)
+    output = model(**{k: v for k, v in share.items() if k != "labels"})
+    with pytest.raises(NotImplementedError, match="may be on another rank"):
+        loss(output, share["labels"], share["num_items_in_batch"])
+    by_document = whole | {"shift_labels": torch.ones(1, 1, len(LENGTHS), dtype=torch.long)}
+    with pytest.raises(NotImplementedError, match="no mean over documents"):
+        context_parallel(by_document, dist.group.WORLD)
+    with pytest.raises(NotImplementedError, match="no encoder-decoders"):
+        context_parallel(whole | {"decoder_layout": whole["layout"]}, dist.group.WORLD)
+    with pytest.raises(ValueError, match="the batch is a share of a pack"):
+        leaks_between_documents(model, share)
+
+
+def test_losses_and_probes_refuse_shares() -> None:
+    in_processes(2, losses_refuse_shares)
 
 
 def work_of_one_long_document() -> tuple[int, int]:

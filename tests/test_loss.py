@@ -140,14 +140,23 @@ def test_a_collator_of_another_weighting_is_refused() -> None:
         loss(model(**batch), labels, 2)
 
 
-def test_counts_of_documents_without_the_loss_are_refused(tmp_path: Path) -> None:
-    """Trainer's own token mean would be divided by a number of documents."""
-    model = patch_model(tiny_model("llama"))
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("shared", [False, True])
+def test_counts_without_the_loss_are_refused(
+    tmp_path: Path, shared: bool, smoothing: float
+) -> None:
+    """Trainer's own token mean, smoothed or not, would be divided by a number of documents, or
+    predict an answer's first token from another answer."""
+    model, system = patch_model(tiny_model("llama")), list(range(20, 60))
+    docs = [system + answer for answer in ([70, 71], [80], [90, 91, 92])]
+    packs = pack_dataset(docs, CAPACITY, share_prefixes=shared)
     trainer = Trainer(
         model,
-        arguments(tmp_path, max_steps=1),
-        train_dataset=pack_dataset(documents(), CAPACITY),
-        data_collator=PackedCollator(loss_weighting="document"),
+        arguments(
+            tmp_path, max_steps=1, label_smoothing_factor=smoothing, remove_unused_columns=False
+        ),
+        train_dataset=packs,
+        data_collator=PackedCollator(loss_weighting="token" if shared else "document"),
     )
     with pytest.raises(ValueError, match="pass compute_loss_func=PackedLoss"):
         trainer.train()

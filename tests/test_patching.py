@@ -181,6 +181,36 @@ def test_undo_restores_configs_and_hooks() -> None:
         assert sorted(vars(module)) == names
 
 
+def test_undo_keeps_what_was_set_since() -> None:
+    model, other = tiny_model("llama"), tiny_model("llama")
+    other.config = model.config
+    patch_model(model).resize_token_embeddings(211)
+    model.config.note = "mine"
+    unpatch_model(model)
+    assert (model.config.vocab_size, model.config.note) == (211, "mine")
+    assert model.config is model.model.layers[0].self_attn.config
+    assert model.config._attn_implementation == "sdpa"
+    assert other.config.vocab_size == 199
+    ids = torch.tensor([[210, 3, 4]])
+    assert torch.isfinite(model(input_ids=ids, labels=ids).loss)
+
+
+@pytest.mark.parametrize(
+    ("family", "layers"),
+    [("llama", {}), ("lfm2", {"layer_types": ["conv", "full_attention"]})],
+    ids=["llama", "lfm2, by its mixers"],
+)
+def test_another_attention_set_since_is_refused_until_patched_again(
+    family: str, layers: dict[str, Any]
+) -> None:
+    model, docs = patch_model(tiny_model(family, **layers)), documents()
+    model.set_attn_implementation("eager")
+    with pytest.raises(RuntimeError, match="was set to 'eager' after patch_model"):
+        model(**packed(docs))
+    assert close(patch_model(model)(**packed(docs)).logits[0], alone(model, docs))
+    assert unpatch_model(model).config._attn_implementation == "eager"
+
+
 def test_patching_twice_is_patching_once() -> None:
     model = tiny_model("llama")
     assert patch_model(patch_model(model)) is model

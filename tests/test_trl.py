@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 
 from packed_attn import DocumentLayout, pack_dataset, patch_model
 from packed_attn.trl import pack_wrapped, packed_sft_arguments
-from tests.models import tiny_config, tiny_model
+from tests.models import EXPERTS, tiny_config, tiny_model
 
 pytest.importorskip("trl", reason="TRL is not installed")
 
@@ -147,6 +147,90 @@ def test_sft_is_exact(
     batch = seen.batches[0]
     assert (batch["position_ids"] == 0).sum() >= 2, "several documents in one batch"
     assert loss == pytest.approx(loss_alone(model_for(tokenizer), batch), rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "late"),
+    [("lfm2", False), ("mamba", False), ("mamba", True)],
+    ids=["lfm2, by its mixers", "mamba", "mamba, patched last"],
+)
+def test_sft_where_attention_takes_no_layout_equals_its_padded_run(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    family: str,
+    late: bool,
+) -> None:
+    """SFTTrainer puts a forward of its own over the model's; an evaluation's logits go by ours."""
+
+    def run(patched: bool) -> list[dict[str, float]]:
+        size = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+        layers = {"layer_types": ["conv", "full_attention"]} if family == "lfm2" else {}
+        model = tiny_model(family, **size, **layers)
+        if patched and not late:
+            patch_model(model)
+        options = settings(tmp_path, max_length=None, padding_free=patched, max_steps=3)
+        trainer = SFTTrainer(
+            model,
+            args=SFTConfig(**options, eval_strategy="steps", eval_steps=1),
+            train_dataset=plain("text"),
+            eval_dataset=plain("text").select(range(2)),
+            processing_class=tokenizer,
+            preprocess_logits_for_metrics=real_logits,
+            compute_metrics=lambda found: {"size": float(found.predictions[0])},
+        )
+        if patched and late:
+            patch_model(trainer.model)
+        trainer.train()
+        return trainer.state.log_history
+
+    names = {"loss", "grad_norm", "entropy", "mean_token_accuracy", "eval_loss", "eval_size"}
+    want, got = (
+        [{k: v for k, v in entry.items() if k in names} for entry in run(patched)]
+        for patched in (False, True)
+    )
+    assert names <= {name for entry in want for name in entry}
+    for ours, theirs in zip(got, want, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+JAMBA = {
+    "mamba_d_state": 8,
+    "mamba_dt_rank": 4,
+    "attn_layer_period": 2,
+    "attn_layer_offset": 1,
+    "expert_layer_period": 2,
+    "expert_layer_offset": 1,
+}
+
+
+def test_sft_balances_experts_where_attention_takes_no_layout(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    """The loss over the routers' choices is of the whole batch, not of batches by length."""
+
+    def run(patched: bool) -> list[dict[str, float]]:
+        size = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
+        model = tiny_model("jamba", **size, **EXPERTS, **JAMBA)
+        options = settings(tmp_path, max_length=None, padding_free=patched, max_steps=3)
+        trainer = SFTTrainer(
+            patch_model(model) if patched else model,
+            args=SFTConfig(**options, router_aux_loss_coef=0.5),
+            train_dataset=plain("text"),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        return [entry for entry in trainer.state.log_history if "loss" in entry]
+
+    want, got = run(False), run(True)
+    for name in ("loss", "grad_norm", "aux_loss"):
+        found = [entry[name] for entry in got]
+        assert found == pytest.approx([entry[name] for entry in want], rel=1e-4), name
+
+
+def real_logits(logits: Any, labels: torch.Tensor) -> torch.Tensor:
+    """The mean size of the logits that predict something."""
+    logits = logits[0] if isinstance(logits, tuple) else logits
+    return logits[:, :-1][labels[:, 1:] != -100].square().mean()[None]
 
 
 @pytest.mark.parametrize("pack", [pack_dataset, pack_wrapped])

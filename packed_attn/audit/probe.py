@@ -144,6 +144,11 @@ def _live(model: nn.Module, batch: Mapping[str, Any], seed: int) -> tuple[Subjec
         raise ValueError(f"the batch needs input_ids, it has {sorted(batch)}")
     given = [batch, _target(batch)] if takes_targets(model) else [batch]
     layouts = [_layout(stream) for stream in given]
+    if layouts[0].is_share:
+        raise ValueError(
+            "the batch is a share of a pack (context_parallel), whose documents are in pieces on "
+            "several ranks: give the whole batch to a model on one process"
+        )
     real = [_real(layout) for layout in layouts]
     if len(real[0]) < 2:
         raise OneDocument(f"the batch needs two documents to tell apart, it has {len(real[0])}")

@@ -30,7 +30,7 @@ from packed_attn_patches.families import (
 )
 from packed_attn_patches.fast_mixers import MixerForward, mixers_of
 from packed_attn_patches.inputs import LayoutHook, replacement_of
-from packed_attn_patches.interface import NAMES, stock_of
+from packed_attn_patches.interface import NAMES, is_ours, stock_of
 from packed_attn_patches.llama4 import ScalingForward, scaling_layers
 from packed_attn_patches.padding_free import PackRows, PadRows
 from packed_attn_patches.pairs import PairedForward, PairHook
@@ -86,7 +86,7 @@ def patch(
 def _patch(model: nn.Module, settings: Settings, on_unknown: str) -> nn.Module:
     """Patches a model that nothing wraps."""
     record = model.__dict__.get(_RECORD)
-    if record is not None and record.settings == settings and not _forward_replaced(model):
+    if record is not None and record.settings == settings and _is_whole(model, record):
         return model
     if record is not None:
         unpatch(model)
@@ -104,9 +104,14 @@ def _patch(model: nn.Module, settings: Settings, on_unknown: str) -> nn.Module:
     return model
 
 
-def _forward_replaced(model: nn.Module) -> bool:
-    """Whether something was put over a forward of the patch, which would now pass it by."""
-    return any(
+def _is_whole(model: nn.Module, record: PatchRecord) -> bool:
+    """Whether nothing was put over a forward of the patch or in place of its attention."""
+    attention = all(
+        is_ours(getattr(model.get_submodule(path), name)._attn_implementation)
+        for path, name, config in record.configs
+        if stock_of(config._attn_implementation) is not None
+    )
+    return attention and not any(
         isinstance(hook, LayoutHook) and hook.unpacked and replacement_of(module) is not None
         for module in model.modules()
         for hook in module._forward_pre_hooks.values()
@@ -236,8 +241,7 @@ def unpatch(model: nn.Module) -> nn.Module:
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
         take_forward(module)
-    for path, name, config in record.configs:
-        setattr(model.get_submodule(path), name, config)
+    _put_back_configs(model, record)
     del model.__dict__[_RECORD]
     forget_compiled(wrapper)
     return wrapper
@@ -264,7 +268,7 @@ def remains(model: nn.Module) -> str | None:
             if isinstance(value, FORWARDS):
                 return f"{where} has the patch's forward"
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if implementation in NAMES.values():
+        if is_ours(implementation):
             return f"the config of {where} has the patch's attention {implementation!r}"
     return None
 
@@ -318,6 +322,20 @@ def _replace_configs(model: PreTrainedModel, record: PatchRecord) -> None:
             copies[id(config)]._attn_implementation_internal = NAMES[stock]
     for path, name, config in record.configs:
         setattr(model.get_submodule(path), name, copies[id(config)])
+
+
+def _put_back_configs(model: nn.Module, record: PatchRecord) -> None:
+    """The original configs; where something was set since (a vocabulary resized, another attention
+    chosen), the copies that hold it, with stock attention."""
+    places = [(model.get_submodule(path), name, config) for path, name, config in record.configs]
+    for module, name, config in places:
+        copied = getattr(module, name)
+        if copied is not config and is_ours(copied._attn_implementation):
+            copied._attn_implementation_internal = config._attn_implementation_internal
+    # A config's own == leaves out what is no field of its class.
+    if all(vars(getattr(module, name)) == vars(config) for module, name, config in places):
+        for module, name, config in places:
+            setattr(module, name, config)
 
 
 def _entrances(model: PreTrainedModel) -> list[nn.Module]:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from packed_attn.layout import DocumentLayout
 from packed_attn.logps import IGNORE_INDEX, without_first_labels
 from packed_attn_patches import fast_mixers
-from packed_attn_patches.interface import empty_mask, is_empty_mask
+from packed_attn_patches.interface import empty_mask, is_empty_mask, is_ours
 from packed_attn_patches.prompts import refuse_calls_with_learned_tokens
 from packed_attn_patches.rope import Watch, marked, refuse_long_forest
 
@@ -38,6 +38,10 @@ BOUNDARY_NAMES = (
 
 # transformers 5.24 renamed the argument.
 CACHE_NAMES = ("past_key_values", "cache")
+
+# Asks the forward that TRL's trainers put over a model's own for log-probabilities of the labels.
+# It hands all else to the backbone, which has a hook and a forward of its own.
+FUSED_HEAD = "fused_lm_head"
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,8 @@ class LayoutHook:
             return (), kwargs
         if self.unpacked:
             _refuse_replaced_forward(module)
+        if layout.is_share:
+            self._refuse_share(module, kwargs)
         layout = layout.to(batch.device)
         if self.rope is not None:
             refuse_long_forest(module, layout)
@@ -98,6 +104,19 @@ class LayoutHook:
         mixers = self.mixers and not recorded and fast_mixers.takes_layout(module, layout)
         unpacked = self.unpacked and not mixers
         return (), self._packed(module, kwargs, batch, layout, unpacked)
+
+    def _refuse_share(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+        """Of a pack over several ranks, which hold documents in pieces."""
+        reason = None
+        if self.unpacked:
+            reason = "has layers that take whole documents only"
+        elif not self.shifts and kwargs.get("labels") is not None:
+            reason = "has a loss in which a token predicts its own label"
+        elif _balances_experts(module, kwargs):
+            reason = "adds a loss over its routers' choices, whose summands are no part of a whole"
+            reason += ": set output_router_logits=False"
+        if reason is not None:
+            raise NotImplementedError(f"context parallelism: {type(module).__name__} {reason}")
 
     def _counted_from_0(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The arguments with position_ids that begin where others' begin."""
@@ -127,6 +146,7 @@ class LayoutHook:
         packed["layout"] = layout
         packed["use_cache"] = False
         if not unpacked:
+            _refuse_other_attention(module)
             packed["packed_attn_backend"] = self.backend
             packed["attention_mask"] = empty_mask(batch.rows, layout, self.backend)
             packed.update((name, None) for name in CACHE_NAMES if name in packed)
@@ -139,12 +159,15 @@ class LayoutHook:
                 self.rope.packed = True
                 packed["position_ids"] = marked(packed["position_ids"], batch.rows, layout)
         # Unpacked, a document's first label has no document before it that could predict it.
-        if packed.get("labels") is not None and self.shifts and not unpacked:
+        in_stream = not unpacked or packed.get(FUSED_HEAD)
+        if packed.get("labels") is not None and self.shifts and in_stream:
             packed["labels"] = without_first_labels(packed["labels"], layout)
-        if layout.is_forest:
-            packed.pop("shift_labels", None)  # the collator's counts for PackedLoss
         if packed.get("shift_labels") is not None:
-            packed.update(_shift_labels(packed["shift_labels"], packed.get("labels"), layout))
+            counts = layout.is_forest or packed["shift_labels"].ndim == 3
+            if counts and (module.training or packed.get("labels") is not None):
+                raise ValueError(_UNTAKEN_COUNTS)
+            shifted = None if counts else _without_last_labels(packed["shift_labels"], layout)
+            packed["shift_labels"] = shifted
         return packed
 
 
@@ -155,6 +178,17 @@ def _refuse_prefixes(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
             f"{type(module).__name__} takes token_type_ids for prefixes that see themselves both "
             "ways (prefix_lm=True), which packs do not serve: leave token_type_ids out, or load "
             "it with prefix_lm=False"
+        )
+
+
+def _refuse_other_attention(module: nn.Module) -> None:
+    config: Any = module.config
+    implementation = config._attn_implementation
+    if implementation is not None and not is_ours(implementation):
+        raise RuntimeError(
+            f"the attention implementation of {type(module).__name__} was set to "
+            f"{implementation!r} after patch_model, which takes no layout: call "
+            "patch_model(model) once more"
         )
 
 
@@ -171,11 +205,19 @@ def _refuse_replaced_forward(module: nn.Module) -> None:
 def replacement_of(module: nn.Module) -> Callable[..., Any] | None:
     """The function that runs in place of the forward that unpacks, where one was put over it.
 
-    What wraps that forward (autocast, a device hook) is no method of the module.
+    What wraps that forward (autocast, a device hook) is no method of the module. TRL's, which has a
+    fused head, is in its place too: it hands boundaries on to that forward or to the backbone's.
     """
     own = module.forward
-    function = inspect.unwrap(own.__func__) if isinstance(own, MethodType) else None
-    return function if inspect.isfunction(function) else None
+    function: Any = own.__func__ if isinstance(own, MethodType) else None
+    while hasattr(function, "__wrapped__") and not _is_of_trl(function):
+        function = function.__wrapped__
+    return function if inspect.isfunction(function) and not _is_of_trl(function) else None
+
+
+def _is_of_trl(function: Any) -> bool:
+    """Whether TRL has made it, under whatever name."""
+    return getattr(function, "__globals__", {}).get("__name__", "").startswith("trl.")
 
 
 def _is_recorded(device: torch.device) -> bool:
@@ -444,20 +486,14 @@ def _check_positions(
         raise ValueError(message)
 
 
-def _shift_labels(
-    shift_labels: Tensor, labels: Tensor | None, layout: DocumentLayout
-) -> dict[str, Tensor | None]:
-    """Labels that were shifted already, or the collator's counts of documents, which a model that
-    computes the loss itself would take for its divisor."""
-    if shift_labels.ndim < 3:
-        return {"shift_labels": _without_last_labels(shift_labels, layout)}
-    if labels is not None:
-        raise ValueError(
-            "the batch counts documents (PackedCollator(loss_weighting='document')), but the model "
-            "was given labels to compute a token mean: pass compute_loss_func=PackedLoss(model, "
-            "'document') to the Trainer"
-        )
-    return {"shift_labels": None}
+# Every other loss, a model's own or that of a Trainer with label_smoothing_factor, would divide by
+# the counts what is no sum over them.
+_UNTAKEN_COUNTS = (
+    "the batch has counts for PackedLoss in shift_labels, as it shares prefixes or its collator "
+    "has loss_weighting='document', but no PackedLoss of this model takes them: pass "
+    "compute_loss_func=PackedLoss(model) to the Trainer, with 'document' where the collator has "
+    "it; for a loss of your own, leave shift_labels out of the model's arguments"
+)
 
 
 def _without_last_labels(shift_labels: Tensor, layout: DocumentLayout) -> Tensor:

@@ -61,6 +61,11 @@ def stock_of(implementation: str | None) -> str | None:
     return implementation if implementation is None else ours.get(implementation, implementation)
 
 
+def is_ours(implementation: str | None) -> bool:
+    """Whether it is an implementation that takes a layout."""
+    return implementation in NAMES.values()
+
+
 def is_empty_mask(mask: Any) -> bool:
     """Whether `mask` marks a packed forward."""
     return isinstance(mask, Tensor) and mask.ndim == 4 and mask.numel() == 0

@@ -33,7 +33,7 @@ from packed_attn_patches.families import (
     is_encoder_decoder,
     reason_against_forests,
 )
-from packed_attn_patches.inputs import CACHE_NAMES
+from packed_attn_patches.inputs import CACHE_NAMES, FUSED_HEAD
 from packed_attn_patches.rope import fresh, longest_alike, ropes_of
 
 # Tokens in one forward: beyond it a batch is as efficient as it gets, and only memory grows.
@@ -41,6 +41,9 @@ CALL_TOKENS = 1 << 16
 
 # Outputs of one row a document, whatever the head.
 PER_DOCUMENT = ("pooler_output",)
+
+# Of each layer `[B * T, experts]`: a loss over the whole batch is made of them outside.
+ROUTERS = "router_logits"
 
 # A head of text and entities calls its loss over text by a name of its own as well.
 LOSSES = ("loss", "mlm_loss")
@@ -144,6 +147,8 @@ class UnpackedForward:
         if "packed_attn_backend" in kwargs:  # the hook found that its mixers take the layout
             with fast_mixers.packed_forward():
                 return self.function(self.model, *args, layout=layout, **kwargs)
+        if kwargs.get(FUSED_HEAD):  # of a forward that was there before the patch: see inputs.py
+            return self.function(self.model, *args, layout=layout, **kwargs)
         return self.run(_Unpacked.of(self, layout, kwargs), kwargs)
 
     def run(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -193,7 +198,7 @@ class PackedCalls:
                 joined[name] = self._loss([(batch, o[name]) for batch, o in parts])
             elif isinstance(value, Tensor):
                 joined[name] = self.put_back(name, [(batch, o[name]) for batch, o in parts])
-            elif isinstance(value, tuple) and "hidden_states" in name:
+            elif isinstance(value, tuple) and ("hidden_states" in name or name == ROUTERS):
                 joined[name] = tuple(
                     self.put_back(name, [(batch, o[name][i]) for batch, o in parts])
                     for i in range(len(value))
@@ -357,6 +362,9 @@ class _Unpacked(PackedCalls):
     def put_back(self, name: str, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
         if name in PER_DOCUMENT or (name == "logits" and self.forward.head.per_document):
             return self._per_document(parts)
+        if name == ROUTERS:
+            parts = [(b, value.unflatten(0, (b.batch, b.length))) for b, value in parts]
+            return in_rows(name, parts, self.layout, self.rows).flatten(0, 1)
         return in_rows(name, parts, self.layout, self.rows)
 
     def _per_document(self, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
@@ -423,7 +431,8 @@ def in_stream(name: str, parts: list[tuple[Bucket, Tensor]], total_tokens: int) 
     first = parts[0][1]
     if first.ndim < 2 or first.shape[:2] != (parts[0][0].batch, parts[0][0].length):
         raise NotImplementedError(
-            f"the output {name} of shape {list(first.shape)} has no rows per token to put back"
+            f"the output {name} of shape {list(first.shape)} has no rows per token to put back: do "
+            "not ask for it in a packed forward"
         )
     rows, tokens = [], []
     for bucket, value in parts:
