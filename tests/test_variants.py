@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from packed_attn_patches.tiny import tiny_model
+from packed_attn_patches.families import INTERFACE
+from packed_attn_patches.tiny import tiny_config, tiny_model
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -14,11 +15,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from packed_attn import DocumentLayout, audit, patch_model
-from tests.exactness import close, documents
+from tests.exactness import alone, close, documents, packed
 from tests.sweep import sweep_type
 
+# How config classes name the positions that they have embeddings for.
+_PLACES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
 WINDOWED = ["sliding_attention", "full_attention"]
 NO_ROPE = {"no_rope_layers": [1, 0], "floor_scale": 4}
 
@@ -195,3 +199,22 @@ def test_what_only_a_mask_could_say_is_refused() -> None:
     model = patch_model(tiny_model("llama4_text"))
     with pytest.raises(NotImplementedError, match="chunks are causal"):
         model(input_ids=ids, layout=layout, is_causal=False)
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        pytest.param(name, marks=() if name == "llama4_text" else pytest.mark.slow)
+        for name in sorted(INTERFACE & set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES))
+    ],
+)
+def test_nothing_depends_on_the_place_in_a_long_row(model_type: str) -> None:
+    """Published models begin to scale by position at 8192 tokens, which short rows never reach."""
+    sizes = {name: 16384 for name in _PLACES if hasattr(tiny_config(model_type), name)}
+    model = tiny_model(model_type, **sizes)
+    docs = documents(lengths=(5, *(50,) * 166))
+    last = docs[-1]
+    want = alone(model, [last])
+    with torch.no_grad():
+        got = patch_model(model)(**packed(docs)).logits[0, -len(last) :]
+    assert close(got, want)

@@ -176,6 +176,8 @@ _SPECIAL: dict[str, dict[str, Any]] = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"]},
     "lilt": {"hidden_size": 96},  # boxes have six parts
+    # One layer of each kind, where published models have RoPE in three of four.
+    "llama4_text": {"no_rope_layers": [1, 0]},
     "longcat_flash": {"head_dim": 8},
     "longt5": {
         "decoder_start_token_id": 3,
