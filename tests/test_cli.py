@@ -46,6 +46,15 @@ def test_a_leak_is_an_exit_status(config: str, capsys: pytest.CaptureFixture[str
     assert "first leaking module: model.layers.0.self_attn (LlamaAttention)" in out
 
 
+def test_audit_at_other_lengths(config: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["audit", config, "--lengths", "3", "70", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["isolated"]
+    assert main(["audit", config, "--lengths", "3"]) == 2
+    assert "an audit needs two documents of a token or more, got (3,)" in capsys.readouterr().err
+    assert main(["audit", config, "--matrix", "--lengths", "3", "70"]) == 2
+    assert "leave out --lengths" in capsys.readouterr().err
+
+
 def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     any_tiny_config("xlstm").save_pretrained(tmp_path)
     assert main(["audit", str(tmp_path)]) == 2

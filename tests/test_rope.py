@@ -11,11 +11,12 @@ import torch
 import transformers
 from packaging.version import Version
 from packed_attn_patches import tiny
-from packed_attn_patches.rope import Watch, marked
+from packed_attn_patches.rope import Watch, marked, ropes_of
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from packed_attn import DocumentLayout, PackedCollator, patch_model, unpatch_model
+from packed_attn.audit import audit
 from tests.exactness import (
     alone,
     close,
@@ -212,6 +213,19 @@ def test_longrope_compiles_once_for_any_boundaries() -> None:
         assert close(got, one_by_one("llama", LONGROPE, docs))
         counts.append(counter.frame_count)
     assert counts[-1] <= 3 * counts[0]
+
+
+def test_an_audit_says_which_lengths_it_has_not_seen() -> None:
+    """And finds, at those, what stock models do: frequencies by the longest document."""
+    model = model_of("llama", LONGROPE)
+    for rope in ropes_of(model):
+        rope.config.rope_parameters["original_max_position_embeddings"] = 40
+    (note,) = audit(model, convention="position_ids, no cache").notes
+    assert "more than 40 tokens, and the longest one here has 37" in note
+    report = audit(model, convention="position_ids, no cache", lengths=(5, 1, 37, 41))
+    assert not report.notes
+    assert [check.verdict for check in report.checks[:2]] == ["fails", "holds"]
+    assert audit(patch_model(model), lengths=(5, 1, 37, 41)).isolated
 
 
 def test_the_watch_is_shared_with_the_hooks() -> None:

@@ -17,6 +17,7 @@ from packed_attn.audit.gradients import (
     largest,
     reached,
 )
+from packed_attn.audit.limits import unreached
 from packed_attn.audit.modes import NotOffered, drops, mode
 from packed_attn.audit.report import NONFINITE, Check, IsolationReport, Verdict
 from packed_attn.audit.subject import BLIND, LENGTHS, NoRowPerDocument, Subject, is_compiled
@@ -76,7 +77,8 @@ def audit(
             `PackedCollator` emits for a patched model, and position_ids for any other.
         conventions: several of them; the result is a report for each, also where the model raises.
         lengths: tokens of each document, at least two documents; of an encoder-decoder those of
-            its targets.
+            its targets. A model that computes otherwise from some length on (a `longrope`) shows
+            it at such a length alone; a note of the report says so.
         seed: of the random tokens.
 
     Raises:
@@ -132,6 +134,7 @@ def _report(
     flags = {"training": chosen.training, "checkpointing": chosen.checkpointing}
     with mode(subject.model, **flags), subject.hooked():
         notes += mixing_terms(subject)
+        notes += unreached(subject.model, subject.lengths)
         try:
             proof = _Proof(subject, convention)
         except NoRowPerDocument as reason:

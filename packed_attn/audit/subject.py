@@ -49,6 +49,7 @@ class Subject:
             )
         self.model = _watched(model)
         self.seed = seed
+        self.lengths = tuple(lengths)
         _check_weights(self.model)
         self.patched = is_patched(self.model)
         self.pools = token_pools(self.model, len(lengths) + 1, seed)

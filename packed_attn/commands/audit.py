@@ -45,6 +45,9 @@ def add(commands: Any) -> None:
         "--on-unknown", default="raise", choices=["raise", "unpack"], help="as in patch_model"
     )
     how.add_argument("--convention", help="which boundaries the batch carries")
+    how.add_argument(
+        "--lengths", nargs="+", type=int, metavar="N", help="tokens of the audit's documents"
+    )
     how.add_argument("--matrix", action="store_true", help="every convention, stock beside patched")
     how.add_argument("--dtype", default="float32", help="float32, bfloat16, float16 or float64")
     how.add_argument("--device", default="cpu", help="where one model runs: cpu, cuda, cuda:1, ...")
@@ -69,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
         return _one_report(args)
     if args.convention is not None:
         raise ValueError(f"a matrix has every convention: leave out --convention {args.convention}")
+    if args.lengths is not None:
+        raise ValueError("a matrix has lengths of its own: leave out --lengths")
     matrix = _tiny_matrix(args) if tiny else _matrix(args)
     _write(matrix, args)
     return _status(matrix, refusals_count=not tiny)
@@ -77,11 +82,12 @@ def run(args: argparse.Namespace) -> int:
 def _one_report(args: argparse.Namespace) -> int:
     """The full proof by one convention."""
     from packed_attn.audit import audit
+    from packed_attn.audit.subject import LENGTHS
 
     model = load_model(args.model, args.dtype, args.device)
     if not args.unpatched:
         _patch(args)(model)
-    report = audit(model, convention=args.convention)
+    report = audit(model, convention=args.convention, lengths=args.lengths or LENGTHS)
     text = json.dumps(report.to_dict(), indent=2)
     if args.json in (None, "-"):
         print(report if args.json is None else text)
