@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from packed_attn import PackedCollator
 
@@ -58,6 +59,24 @@ def token_mean(model: nn.Module, docs: list[Tensor]) -> Tensor:
             labels[0, 0] = -100
             loss = loss + model(input_ids=doc[None], labels=labels).loss * (len(doc) - 1) / targets
     return loss
+
+
+def compile_and_compare(
+    model: nn.Module, one_by_one: Callable[[list[Tensor]], Tensor], capacity: int = 64
+) -> None:
+    """A patched model, compiled whole, is exact for any boundaries and compiled but few times."""
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    collator, counts = PackedCollator(capacity=capacity), []
+    for lengths in ((5, 37, 16), (16, 16, 1, 20), (60,), (1, 2, 3, 4, 5, 40)):
+        docs = documents(lengths=lengths)
+        ids = torch.cat(docs).tolist()
+        batch = collator([{"input_ids": ids, "seq_lengths": list(lengths)}])
+        with torch.no_grad():
+            logits = compiled(**batch).logits[0, : sum(lengths)]
+        assert close(logits, one_by_one(docs))
+        counts.append(counter.frame_count)
+    assert counts[-1] <= 3 * counts[0]
 
 
 def stock_results(model: nn.Module) -> list[Tensor]:

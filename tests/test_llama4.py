@@ -11,13 +11,13 @@ import torch
 from packed_attn_patches import tiny
 from packed_attn_patches.llama4 import scaling_layers
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
-from packed_attn import DocumentLayout, PackedCollator, patch_model, unpatch_model
+from packed_attn import DocumentLayout, patch_model, unpatch_model
 from packed_attn.audit import audit
 from tests.exactness import (
     alone,
     close,
+    compile_and_compare,
     documents,
     gradients,
     packed,
@@ -105,17 +105,4 @@ def test_copies(docs: list[Tensor], clone: Any) -> None:
 
 @pytest.mark.slow
 def test_compiled() -> None:
-    model = patch_model(model_of())
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    collator = PackedCollator(capacity=64)
-    counts = []
-    for lengths in ((5, 37, 16), (16, 16, 1, 20), (60,), (1, 2, 3, 4, 5, 40)):
-        docs = documents(lengths=lengths)
-        ids = torch.cat(docs).tolist()
-        batch = collator([{"input_ids": ids, "seq_lengths": list(lengths)}])
-        with torch.no_grad():
-            got = compiled(**batch).logits[0, : sum(lengths)]
-        assert close(got, alone(model_of(), docs))
-        counts.append(counter.frame_count)
-    assert counts[-1] <= 3 * counts[0]
+    compile_and_compare(patch_model(model_of()), lambda docs: alone(model_of(), docs))

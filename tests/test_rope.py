@@ -13,13 +13,13 @@ from packaging.version import Version
 from packed_attn_patches import tiny
 from packed_attn_patches.rope import Watch, marked, ropes_of
 from torch import Tensor, nn
-from torch._dynamo.testing import CompileCounterWithBackend
 
-from packed_attn import DocumentLayout, PackedCollator, patch_model, unpatch_model
+from packed_attn import DocumentLayout, patch_model, unpatch_model
 from packed_attn.audit import audit
 from tests.exactness import (
     alone,
     close,
+    compile_and_compare,
     documents,
     gradients,
     packed,
@@ -200,19 +200,7 @@ def test_a_rank_may_hold_the_beginning_of_a_long_document() -> None:
 @pytest.mark.skipif(OLD, reason="transformers' own longrope breaks the graph")
 def test_longrope_compiles_once_for_any_boundaries() -> None:
     model = patch_model(model_of("llama", LONGROPE))
-    counter = CompileCounterWithBackend("eager")
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    collator = PackedCollator(capacity=64)
-    counts = []
-    for lengths in ((5, 37, 16), (16, 16, 1, 20), (60,), (1, 2, 3, 4, 5, 40)):
-        docs = documents(lengths=lengths)
-        ids = torch.cat(docs).tolist()
-        batch = collator([{"input_ids": ids, "seq_lengths": list(lengths)}])
-        with torch.no_grad():
-            got = compiled(**batch).logits[0, : sum(lengths)]
-        assert close(got, one_by_one("llama", LONGROPE, docs))
-        counts.append(counter.frame_count)
-    assert counts[-1] <= 3 * counts[0]
+    compile_and_compare(model, lambda docs: one_by_one("llama", LONGROPE, docs))
 
 
 def test_an_audit_says_which_lengths_it_has_not_seen() -> None:
