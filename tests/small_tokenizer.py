@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -55,7 +55,8 @@ def save_tokenizer(folder: Path, *, chat_template: str | None = PLAIN, begin: bo
     return str(folder)
 
 
-def prose() -> Iterable[str]:
-    """The paragraphs of README and design notes."""
-    for name in ("README.md", "docs/design.md"):
-        yield from (ROOT / name).read_text().split("\n\n")
+@cache
+def prose() -> tuple[str, ...]:
+    """The paragraphs of README and design notes, read once: they may be edited meanwhile."""
+    texts = [(ROOT / name).read_text() for name in ("README.md", "docs/design.md")]
+    return tuple(paragraph for text in texts for paragraph in text.split("\n\n"))
