@@ -60,6 +60,7 @@ class Subject:
         else:
             self.documents, self.replacements = _documents(self.pools, lengths, seed)
         self._alone: dict[bool, list[Tensor]] = {}
+        self._looks_beyond: dict[bool, bool] = {}
         self.per_token = True
         self.terms: list[str] | None = None
 
@@ -100,6 +101,12 @@ class Subject:
         Its own is the middle one; with targets, all of them; where a model pools, which may be the
         first or the last.
         """
+        training = self.model.training
+        if training not in self._looks_beyond:
+            self._looks_beyond[training] = self._sees_others()
+        return self._looks_beyond[training]
+
+    def _sees_others(self) -> bool:
         index = max(range(len(self.documents)), key=lambda i: _size(self.documents[i]))
         document, other = self.documents[index], self.replacements[index]
         alone = self.alone()[index]

@@ -154,17 +154,10 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
     model.__dict__[_RECORD] = record
     try:
         entrances = _entrances(model)
+        watch = Watch() if ropes_of(model) else None
         if layers_take_it:
             _replace_configs(model, record)
-        for mixer in mixers:
-            put_forward(mixer, MixerForward(mixer))
-        ropes = ropes_of(model)
-        watch = Watch() if ropes else None
-        if layers_take_it and watch is not None:
-            for rope in ropes:
-                put_forward(rope, RopeForward(rope, watch))
-        for layer in scaling_layers(model) if layers_take_it else ():
-            put_forward(layer, ScalingForward(layer))
+            _put_on_layers(model, mixers, watch)
         if settings.padding_free:
             backbone = entrances[-1]
             rows = PackRows(settings.share_prefixes)
@@ -191,6 +184,19 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
     except BaseException:
         unpatch(model)
         raise
+
+
+def _put_on_layers(
+    model: PreTrainedModel, mixers: tuple[nn.Module, ...], watch: Watch | None
+) -> None:
+    """Forwards of their own for the parts that have to be told the documents."""
+    for mixer in mixers:
+        put_forward(mixer, MixerForward(mixer))
+    if watch is not None:
+        for rope in ropes_of(model):
+            put_forward(rope, RopeForward(rope, watch))
+    for layer in scaling_layers(model):
+        put_forward(layer, ScalingForward(layer))
 
 
 def _mixers(model: PreTrainedModel) -> tuple[nn.Module, ...]:

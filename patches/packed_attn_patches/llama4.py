@@ -28,9 +28,10 @@ class ScalingForward(ModuleForward):
     """The forward of such a layer; set as the instance's `forward`."""
 
     def __call__(self, *args: Any, layout: DocumentLayout | None = None, **kwargs: Any) -> Any:
-        if layout is None or not self.module.attn_temperature_tuning:
-            packed = {} if layout is None else {"layout": layout}
-            return self.function(self.module, *args, **packed, **kwargs)
+        if layout is None:
+            return self.function(self.module, *args, **kwargs)
+        if not self.module.attn_temperature_tuning:
+            return self.function(self.module, *args, layout=layout, **kwargs)
         scale = _scale(layout, self.module)
         unscaled = _View(self.module, attn_temperature_tuning=False)
         return self.function(

@@ -161,23 +161,30 @@ def fresh(ropes: Iterable[nn.Module]) -> Iterator[None]:
 
 def _limits(module: Any) -> dict[str | None, int]:
     """Tokens up to which all inputs have the same frequencies, by type of layer (None: of all)."""
-    kinds: Any = getattr(module, "rope_type", None)
     limits: dict[str | None, int] = {}
-    for layer_type, kind in (kinds if isinstance(kinds, dict) else {None: kinds}).items():
+    for layer_type, kind in _kinds(module).items():
         if kind == "longrope":
             parameters = module.config.rope_parameters
             parameters = parameters if layer_type is None else parameters[layer_type]
             limits[layer_type] = int(parameters["original_max_position_embeddings"])
-        elif isinstance(kind, str) and "dynamic" in kind:
+        elif _is_dynamic(kind):
             limits[layer_type] = int(module.original_max_seq_len)
     return limits
 
 
 def _grows(module: nn.Module) -> bool:
     """Whether frequencies depend on the very length, and on inputs before."""
+    return any(map(_is_dynamic, _kinds(module).values()))
+
+
+def _kinds(module: nn.Module) -> dict[str | None, Any]:
+    """transformers' name for the frequencies, by type of layer (None: of all)."""
     kinds: Any = getattr(module, "rope_type", None)
-    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
-    return any(isinstance(kind, str) and "dynamic" in kind for kind in kinds)
+    return kinds if isinstance(kinds, dict) else {None: kinds}
+
+
+def _is_dynamic(kind: Any) -> bool:
+    return isinstance(kind, str) and "dynamic" in kind
 
 
 def _chosen(mask: Tensor, one: Output, other: Output) -> Output:
