@@ -28,6 +28,7 @@ from packed_attn.host_values import (
     whole_numbers,
 )
 from packed_attn.lasting import lasting
+from packed_attn.runs import integer_rows, starts_of_counts, starts_of_runs
 from packed_attn.trees import Forest, ForestTensors
 from packed_attn.visibility import (
     Visibility,
@@ -185,19 +186,7 @@ class DocumentLayout:
             ValueError: a negative position, or a document that does not count up from 0: a jump
                 could be a boundary or not, and a guess could leak.
         """
-        rows = _rows(position_ids, "position_ids")
-        if (rows < 0).any():
-            raise ValueError(f"position_ids must not be negative, got {int(rows.min())}")
-        starts = torch.ones_like(rows, dtype=torch.bool)
-        starts[:, 1:] = rows[:, 1:] != rows[:, :-1] + 1
-        wrong = (starts & (rows != 0)).nonzero()
-        if wrong.numel():
-            row, column = wrong[0].tolist()
-            raise ValueError(
-                "position_ids must count up from 0 inside each document, "
-                f"but row {row} has position {int(rows[row, column])} at token {column} "
-                "where a document begins or the count jumps"
-            )
+        starts = starts_of_counts(integer_rows(position_ids, "position_ids"))
         return _from_starts(starts.flatten(), None)
 
     @staticmethod
@@ -211,7 +200,7 @@ class DocumentLayout:
             ValueError: an id that comes back in a row after another one: its tokens would be one
                 document in two places.
         """
-        return _from_runs(_rows(document_ids, "document_ids"), "document_ids")
+        return _from_runs(integer_rows(document_ids, "document_ids"), "document_ids")
 
     @staticmethod
     def from_attention_mask(attention_mask: Tensor) -> DocumentLayout:
@@ -226,8 +215,8 @@ class DocumentLayout:
         Raises:
             ValueError: a negative value, or a value that comes back after another one.
         """
-        mask = attention_mask
-        rows = _rows(mask.to(torch.int64) if mask.dtype == torch.bool else mask, "attention_mask")
+        is_bool = attention_mask.dtype == torch.bool
+        rows = integer_rows(attention_mask.long() if is_bool else attention_mask, "attention_mask")
         if (rows < 0).any():
             raise ValueError(f"attention_mask must not be negative, got {int(rows.min())}")
         return _from_runs(torch.where(rows == 0, -1, rows), "attention_mask")
@@ -607,23 +596,4 @@ def _from_starts(starts: Tensor, padding: Tensor | None) -> DocumentLayout:
 
 def _from_runs(rows: Tensor, name: str) -> DocumentLayout:
     """Documents are runs of equal values of `rows` `[B, T]`; negative ones are padding."""
-    starts = torch.ones_like(rows, dtype=torch.bool)
-    starts[:, 1:] = rows[:, 1:] != rows[:, :-1]
-    for r, row in enumerate(rows):
-        heads = row[starts[r]]
-        values, counts = heads[heads >= 0].unique(return_counts=True)
-        if (counts > 1).any():
-            raise ValueError(
-                f"{name} must name contiguous tokens, "
-                f"but row {r} has {int(values[counts > 1][0])} in several places"
-            )
-    return _from_starts(starts.flatten(), (rows < 0).flatten())
-
-
-def _rows(ids: Tensor, name: str) -> Tensor:
-    """`[T]` or `[B, T]` integers as int64 `[B, T]`: narrow types would wrap around."""
-    if ids.dtype.is_floating_point or ids.dtype.is_complex or ids.dtype == torch.bool:
-        raise ValueError(f"{name} must be integers, got {ids.dtype}")
-    if ids.ndim not in (1, 2):
-        raise ValueError(f"{name} must have shape [T] or [B, T], got {list(ids.shape)}")
-    return (ids if ids.ndim == 2 else ids[None]).long()
+    return _from_starts(starts_of_runs(rows, name).flatten(), (rows < 0).flatten())
