@@ -48,10 +48,10 @@ packaged-mixers: export OMP_NUM_THREADS ?= 1
 packaged-mixers: $(MIXERS)/.ready
 	TRITON_INTERPRET=1 PYTHONPATH=$(MIXERS):$(MIXERS)/$(MAMBA) $(PY) -m pytest tests/test_packaged_mixers.py
 
-# Writes benchmarks/results/sm90_resources.md, which the compile gate holds machine code against.
+# Writes benchmarks/results/sm*_resources.md, which the compile gate holds machine code against.
 resources: $(READY) $(OLDEST)/.ready
-	$(PY) -m benchmarks.sm90_resources
-	$(OLDEST)/bin/python -m benchmarks.sm90_resources
+	$(PY) -m benchmarks.resources
+	$(OLDEST)/bin/python -m benchmarks.resources --sm 90 86
 
 lint: $(READY)
 	$(VENV)/bin/ruff check .

@@ -2,7 +2,7 @@
 
     python -m benchmarks.tune [--case WORD ...] [--kernel NAME ...] [--rounds N]
 
-For each case and kernel that this GPU runs, the row of `configurations.TABLE` (LEAN, HOPPER) and
+For each case and kernel that this GPU runs, the row of `configurations.TABLE` (AMPERE, HOPPER) and
 its CANDIDATES take turns inside whole forwards and backwards, the other kernels at their rows. A
 Hopper forward that HOPPER_FORWARD does not name is timed beside the portable kernel. A candidate
 whose results differ from the row's by more than rounding is wrong and is not timed. What is printed
@@ -19,15 +19,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from packed_attn_kernels import configurations
 from packed_attn_kernels.configurations import (
+    AMPERE,
+    AMPERE_CANDIDATES,
+    AMPERE_LEAN,
     CANDIDATES,
     HOPPER,
     HOPPER_CANDIDATES,
     LEAN,
+    PADDED,
     TABLE,
     Configuration,
     Halves,
@@ -35,6 +39,7 @@ from packed_attn_kernels.configurations import (
     KernelName,
     Problem,
 )
+from packed_attn_kernels.gpu import architecture
 from packed_attn_kernels.hopper_launch import reasons_against_hopper_kernel
 from torch import Tensor
 
@@ -49,6 +54,8 @@ Key = tuple[TunedKernel, int, int]
 Row = Configuration | HopperConfiguration | None  # None: the portable kernel, in Hopper's place
 Clock = Callable[..., dict[str, list[float]]]
 HALVES: tuple[Halves, ...] = get_args(Halves)
+PORTABLE_TABLES = (TABLE, LEAN, PADDED, AMPERE, AMPERE_LEAN)
+TABLES: tuple[dict[Any, Any], ...] = (*PORTABLE_TABLES, HOPPER)
 DEFAULT_CASES = ("log_normal", "one_32k", "one_16k_256x64", "64x512")
 
 
@@ -87,7 +94,7 @@ def tune_case(
     Args:
         clock: `paired_milliseconds`.
     """
-    problem = _problem(case)
+    problem = _problem(case, device)
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
     results = []
     for key in _keys(problem, capability):
@@ -175,11 +182,11 @@ def _rows(key: Key, problem: Problem) -> tuple[Row, ...]:
         named = (*size, problem.halves) in configurations.HOPPER_FORWARD
         return rows if named else (None, *rows)
     portable = kernel, *size
-    table = LEAN if problem.is_lean and portable in LEAN else TABLE
-    return table[portable], *CANDIDATES.get(portable, ())
+    more = AMPERE_CANDIDATES if problem.architecture == "ampere" else CANDIDATES
+    return configurations.table_of(portable, problem)[portable], *more.get(portable, ())
 
 
-def _problem(case: Case) -> Problem:
+def _problem(case: Case, device: str = "cpu") -> Problem:
     visibility = case.layout().visibility(case.causal, case.window_size, chunk_size=case.chunk_size)
     return Problem(
         case.head_dim,
@@ -190,16 +197,17 @@ def _problem(case: Case) -> Problem:
         has_softcap=case.softcap is not None,
         has_sinks=case.sinks,
         has_alibi=case.alibi,
+        architecture=architecture(torch.device(device)),
     )
 
 
 @contextmanager
 def _table_with(key: Key, row: Row) -> Iterator[None]:
     """dk and dv share a list of tiles, so one moves with the other's rows."""
-    saved = dict(TABLE), dict(LEAN), dict(HOPPER)
+    saved = [dict(table) for table in TABLES]
     named = configurations.HOPPER_FORWARD
     if isinstance(row, Configuration):
-        for table in (TABLE, LEAN):
+        for table in PORTABLE_TABLES:
             for other in table:
                 shares = {other[0], key[0]} == {"dk", "dv"} and other[1:] == key[1:]
                 if other == key or (shares and table[other].BLOCK_N != row.BLOCK_N):
@@ -212,9 +220,8 @@ def _table_with(key: Key, row: Row) -> Iterator[None]:
     try:
         yield
     finally:
-        TABLE.update(saved[0])
-        LEAN.update(saved[1])
-        HOPPER.update(saved[2])
+        for table, rows in zip(TABLES, saved):
+            table.update(rows)
         configurations.HOPPER_FORWARD = named
 
 

@@ -1,9 +1,9 @@
-"""The offline gate: the kernels' machine code for sm_90, compiled on a machine without a GPU.
+"""The offline gate: the kernels' machine code, compiled on a machine without a GPU.
 
-Default configurations must not spill, must fit shared memory and must use wgmma, those for Hopper
-also TMA, and nothing may be worse than the committed table. float32 keeps its bits on ordinary
-multiply-adds, so it must only compile and fit. `make test-all` compiles all jobs, on two versions
-of triton.
+Default configurations must not spill, must fit shared memory and must use the tensor cores, those
+for Hopper also TMA, and nothing may be worse than the committed tables, one for each kind of GPU.
+float32 keeps its bits on ordinary multiply-adds, so it must only compile and fit. `make test-all`
+compiles all jobs, those for sm_90 on two versions of triton.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ pytest.importorskip("triton", reason="the gate compiles with triton")
 
 from packed_attn_kernels import bookkeeping
 from packed_attn_kernels.compile_gate import (
-    SHARED_MEMORY_LIMIT,
+    GPUS,
     Resources,
     compile_function,
     compile_hopper_forward,
@@ -27,6 +27,9 @@ from packed_attn_kernels.compile_gate import (
     unordered_products,
 )
 from packed_attn_kernels.configurations import (
+    AMPERE,
+    AMPERE_CANDIDATES,
+    AMPERE_LEAN,
     BY_KEYS,
     CANDIDATES,
     FUSED,
@@ -42,40 +45,50 @@ from packed_attn_kernels.configurations import (
     tile_rows,
 )
 
-from benchmarks.sm90_resources import (
+from benchmarks.resources import (
     KNOWN_RACES,
     KNOWN_SPILLS,
     REGISTER_MARGIN,
-    RESULTS,
     HopperName,
     Job,
     Measured,
     all_jobs,
     default_jobs,
     faults,
+    few_jobs,
     installed_version,
+    jobs_of,
     measure,
     read_table,
     regressions,
+    results,
     write_table,
 )
 
+# GPUs whose table is committed, and the versions of triton in it.
+MEASURED = dict.fromkeys(GPUS, ("3.9",)) | {90: ("3.6", "3.9"), 86: ("3.6", "3.9")}
 WORKERS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2
-OTHERS = [job for job in all_jobs() if job not in default_jobs()]
+# RTX 30 stands for all that multiply a warp at a time, by the least shared memory.
+DEFAULTS = [*default_jobs(), *(replace(job, sm=86) for job in few_jobs())]
+OTHERS = [job for sm in GPUS for job in jobs_of(sm) if job not in DEFAULTS]
 CLEAN = Resources(
     registers=128,
     stack=0,
     shared_memory=1024,
     spills=0,
-    wgmma=8,
+    products=8,
     tensor_copies=4,
     register_changes=12,
 )
 
 
+def _name(job: Job) -> str:
+    return f"sm_{job.sm} {job}"
+
+
 @pytest.fixture(scope="module")
 def defaults() -> dict[Job, Measured]:
-    return _compiled(default_jobs())
+    return _compiled(DEFAULTS)
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +96,13 @@ def others() -> dict[Job, Measured]:
     return _compiled(OTHERS)
 
 
-@pytest.mark.parametrize("job", default_jobs(), ids=str)
+@pytest.mark.parametrize("job", DEFAULTS, ids=_name)
 def test_machine_code(job: Job, defaults: dict[Job, Measured]) -> None:
     _assert_clean(job, defaults[job])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", OTHERS, ids=str)
+@pytest.mark.parametrize("job", OTHERS, ids=_name)
 def test_machine_code_of_all(job: Job, others: dict[Job, Measured]) -> None:
     _assert_clean(job, others[job])
 
@@ -99,19 +112,20 @@ def test_candidates_compile_and_fit() -> None:
     """What tuning would time can be launched; spilling is for the clock to judge."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
-    for (kernel, width, _), rows in CANDIDATES.items():
-        problem = Job(kernel, (width, width), "causal").problem
-        for row in rows:
-            found = compile_kernel(kernel, problem, "bf16", row)
-            assert found.shared_memory <= SHARED_MEMORY_LIMIT, (kernel, row)
-            assert found.wgmma, (kernel, row)
+    for sm, candidates in ((90, CANDIDATES), (86, AMPERE_CANDIDATES)):
+        for (kernel, width, _), rows in candidates.items():
+            problem = Job(kernel, (width, width), "causal", sm=sm).problem
+            for row in rows:
+                found = compile_kernel(kernel, problem, "bf16", row, sm)
+                assert found.shared_memory <= GPUS[sm].shared_memory, (kernel, row)
+                assert found.products, (kernel, row)
     for size, hopper_rows in HOPPER_CANDIDATES.items():
         problem = Job("hopper_forward", (size, size), "causal").problem
         for row in hopper_rows:
             for confined in (False, True):
                 found = compile_hopper_forward(problem, "bf16", row, confined)
-                assert found.shared_memory <= SHARED_MEMORY_LIMIT, (size, row)
-                assert found.wgmma, (size, row)
+                assert found.shared_memory <= GPUS[90].shared_memory, (size, row)
+                assert found.products, (size, row)
 
 
 @pytest.mark.parametrize("kernel", ["forward", "dkdv"])
@@ -120,35 +134,38 @@ def test_padded_head_dims_do_not_spill(kernel: KernelName) -> None:
     if os.environ.get("TRITON_INTERPRET") == "1":
         pytest.skip("TRITON_INTERPRET=1: kernels are interpreted, not compiled")
     problem = Problem(96, 96, 1, 2, "either", has_softcap=False, has_sinks=False)
-    assert not compile_kernel(kernel, problem, "bf16").faults("wgmma")
+    assert not compile_kernel(kernel, problem, "bf16").faults("products")
 
 
 def test_gate_shuts() -> None:
     """Each fault is found: a gate that cannot fail guards nothing."""
-    assert not CLEAN.faults("wgmma")
+    assert not CLEAN.faults("products")
     assert "stack" in replace(CLEAN, stack=8).faults()[0]
     assert "local" in replace(CLEAN, spills=2).faults()[0]
     assert "shared memory" in replace(CLEAN, shared_memory=240_000).faults()[0]
-    assert "no HGMMA" in replace(CLEAN, wgmma=0).faults("wgmma")
+    assert "over 101376" in replace(CLEAN, shared_memory=131_072).faults(sm=86)[0]
+    assert replace(CLEAN, products=0).faults("products", sm=86) == ["no HMMA"]
+    assert "tensor memory" in replace(CLEAN, tensor_memory=513).faults(sm=100)[0]
+    assert "no HGMMA" in replace(CLEAN, products=0).faults("products")
     assert "before they are stored" in replace(CLEAN, races=1).faults()[0]
 
 
 @pytest.mark.parametrize(
     ("kernel", "change", "named"),
     [
-        ("hopper_forward", {"wgmma": 0}, "no HGMMA"),
+        ("hopper_forward", {"products": 0}, "no HGMMA"),
         ("hopper_forward", {"tensor_copies": 0}, "no UTMALDG"),
         ("hopper_backward", {"register_changes": 0}, "no USETMAXREG"),
         ("repair_forward", {"tensor_copies": 0}, "no UTMALDG"),
-        ("repair_dq", {"wgmma": 0}, "no HGMMA"),
+        ("repair_dq", {"products": 0}, "no HGMMA"),
         ("repair_dq", {"tensor_copies": 0}, None),
-        ("shares_cast", {"wgmma": 0}, None),
+        ("shares_cast", {"products": 0}, None),
         ("hopper_forward", {"races": 1}, "1 products may read"),
         ("hopper_backward", {"races": KNOWN_RACES["hopper_backward"]}, None),
         ("hopper_backward", {"races": KNOWN_RACES["hopper_backward"] + 1}, "5 products may read"),
         ("hopper_backward", {"stack": 8}, "spills: 8 bytes"),
-        ("hopper_forward", {"stack": KNOWN_SPILLS["3.9", "hopper_forward", 128]}, None),
-        ("hopper_forward", {"stack": KNOWN_SPILLS["3.9", "hopper_forward", 128] + 8}, "spills"),
+        ("hopper_forward", {"stack": KNOWN_SPILLS[90, "3.9", "hopper_forward", 128]}, None),
+        ("hopper_forward", {"stack": KNOWN_SPILLS[90, "3.9", "hopper_forward", 128] + 8}, "spills"),
     ],
 )
 def test_gate_knows_what_each_kernel_needs(
@@ -186,7 +203,7 @@ def test_stores_are_ordered_before_products(races: int, lines: tuple[str, ...]) 
     [
         ({"stack": 8}, "spills: 8 B and 0, were 0 B and 0"),
         ({"spills": 2}, "spills"),
-        ({"wgmma": 7}, "7 HGMMA, were 8"),
+        ({"products": 7}, "7 HGMMA, were 8"),
         ({"tensor_copies": 3}, "3 UTMALDG, were 4"),
         ({"shared_memory": 2048}, "2048 B of shared memory, were 1024"),
         ({"registers": 128 + REGISTER_MARGIN + 1}, "145 registers, were 128"),
@@ -201,22 +218,29 @@ def test_a_regression_is_found(change: dict[str, int], named: str) -> None:
     assert "make resources" in regressions(other, row)[0]
 
 
-def test_table_is_committed_for_two_versions_and_reads_back() -> None:
-    text = RESULTS.read_text()
-    rows = read_table(text)
-    assert write_table(rows) == text
-    for version in ("3.6", "3.9"):
-        assert {(version, str(job)) for job in all_jobs()} <= rows.keys()
-    named = {str(job): job for job in all_jobs()}
-    for (version, name), row in rows.items():
-        assert not faults(named[name], row.resources, version), (version, name)
-        assert row.configuration == named[name].configuration, name
-    portable = {width for _, kernel, width in KNOWN_SPILLS if kernel in get_args(KernelName)}
+def test_tables_are_committed_and_read_back() -> None:
+    for sm, versions in MEASURED.items():
+        text = results(sm).read_text()
+        rows = read_table(text)
+        assert write_table(rows, sm) == text
+        for version in versions:
+            assert {(version, str(job)) for job in jobs_of(sm)} <= rows.keys()
+        named = {str(job): job for job in jobs_of(sm)}
+        for (version, name), row in rows.items():
+            assert not faults(named[name], row.resources, version), (sm, version, name)
+            assert row.configuration == named[name].configuration, name
+    portable = {
+        width
+        for sm, _, kernel, width in KNOWN_SPILLS
+        if sm == 90 and kernel in get_args(KernelName)
+    }
     assert portable == {128, 256}, "at 64 nothing spills"
 
 
 def test_table_covers_every_width() -> None:
     """Each kernel has a row for each width and element size that its problems need."""
+    for special in (AMPERE, AMPERE_LEAN, LEAN, PADDED):
+        assert special.keys() <= TABLE.keys()
     for kernel in ("forward", "dkdv", "dq"):
         for width in (64, 128, 256):
             for size in (2, 4):
@@ -287,7 +311,8 @@ def _compiled(jobs: list[Job]) -> dict[Job, Measured]:
 def _assert_clean(job: Job, found: Measured) -> None:
     wrong = faults(job, found.resources, installed_version())
     assert not wrong, f"{found}: {'; '.join(wrong)}"
-    committed = read_table(RESULTS.read_text()).get((installed_version(), str(job)))
+    rows = read_table(results(job.sm).read_text())
+    committed = rows.get((installed_version(), str(job)))
     if committed is not None:
-        worse = regressions(found, committed)
+        worse = regressions(found, committed, job.sm)
         assert not worse, f"{'; '.join(worse)}; now {found}"

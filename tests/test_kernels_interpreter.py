@@ -29,8 +29,10 @@ from packed_attn_kernels import (
     backward,
     configurations,
     forward,
+    gpu,
     interval_attention,
     tile_list,
+    tile_problem,
 )
 from packed_attn_kernels.configurations import Configuration
 
@@ -174,6 +176,21 @@ def test_exact_fused(name: str) -> None:
 @pytest.mark.parametrize("name", ["documents, grouped", "bfloat16", "forest"])
 def test_exact_with_default_tiles(name: str) -> None:
     assert_exact(CASES[name])
+
+
+@pytest.mark.parametrize("dims", [(64, 64), (128, 128), (256, 256), (192, 128)], ids=str)
+@pytest.mark.parametrize("plain", [True, False])
+def test_exact_with_the_tiles_of_ampere(
+    dims: tuple[int, int], plain: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of GPUs with less shared memory, which multiply a warp at a time."""
+    monkeypatch.setattr(gpu, "capability", lambda _: (8, 9))
+    mask = {} if plain else {"window_size": (8, 0), "softcap": 5.0}
+    case = Case({"lengths": MIXED} if plain else TREE, mask, dims=dims, dtype=torch.bfloat16)
+    q, k, v = (case.inputs()[name] for name in ("q", "k", "v"))
+    problem = tile_problem(q, k, v, halves="either" if plain else "both", backward="split")
+    assert problem.architecture == "ampere"
+    assert_exact(case)
 
 
 @pytest.mark.parametrize("name", ["documents, grouped", "bidirectional", "forest", "padding"])

@@ -9,13 +9,14 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from packed_attn import DocumentLayout, attention
-from packed_attn.backends import triton
+from packed_attn.backends import machine, triton
 from packed_attn.request import AttentionRequest, checked_request
 
 RUNS = torch.cuda.is_available() or os.environ.get("TRITON_INTERPRET") == "1"
@@ -106,6 +107,25 @@ PLAIN = dict.fromkeys(("has_softcap", "has_alibi", "has_dropout"), False) | {
     "softmax_scale": 0.1,
     "halves": "either",
 }
+
+
+@pytest.mark.skipif(RUNS, reason="kernels run here")
+@pytest.mark.parametrize(
+    ("found", "hip", "wanted"),
+    [
+        ((7, 5), None, ["needs compute capability 8.0 or newer, but cuda:0 has 7.5"]),
+        ((8, 0), None, []),
+        ((12, 0), None, []),
+        ((9, 4), "6.4", ["has not been matched to ROCm (6.4)"]),
+    ],
+)
+def test_gpus_that_it_takes(
+    found: tuple[int, int], hip: str | None, wanted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "capability", lambda _: found)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    request: Any = SimpleNamespace(q=SimpleNamespace(device=torch.device("cuda", 0)))
+    assert triton._machine_reasons(request) == wanted
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Gluon is not interpreted")

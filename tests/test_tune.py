@@ -10,8 +10,10 @@ import torch
 
 pytest.importorskip("triton", reason="tuning compiles with triton")
 
-from packed_attn_kernels import configurations, hopper_launch
+from packed_attn_kernels import configurations, gpu, hopper_launch
 from packed_attn_kernels.configurations import (
+    AMPERE,
+    AMPERE_CANDIDATES,
     CANDIDATES,
     HOPPER,
     HOPPER_CANDIDATES,
@@ -91,6 +93,14 @@ def test_lean_cases_use_the_lean_table() -> None:
     assert tune._rows(key, tune._problem(replace(case, alibi=True)))[0] == LEAN[key]
     tree = replace(case, parents=(-1, 0), window_size=(3, 0))
     assert tune._rows(key, tune._problem(tree))[0] == LEAN[key]
+
+
+def test_an_ampere_gpu_tunes_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "capability", lambda _: (8, 0))
+    problem = tune._problem(replace(CASE, head_dim=256), "cuda")
+    for kernel in ("forward", "dk", "dv", "dq"):
+        key = (kernel, 256, 2)
+        assert tune._rows(key, problem) == (AMPERE[key], *AMPERE_CANDIDATES[key])
 
 
 def test_a_hopper_gpu_tunes_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:

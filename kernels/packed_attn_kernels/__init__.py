@@ -14,10 +14,11 @@
     backward_queries.py  dq
     hopper_backward.py   dk, dv and sums of dq for Hopper, in Gluon; hopper_backward_launch.py
     backward_repair.py   dq from those sums; all again where a result is not finite
-    configurations.py    tile sizes, one table
+    configurations.py    tile sizes, one table for each kind of GPU
+    gpu.py               which GPU a tensor is on
     launch.py            grids, strides, workspaces
     ops.py               the operators and `interval_attention`
-    compile_gate.py      compiles the kernels for sm_90 without a GPU and reads the machine code
+    compile_gate.py      compiles the kernels without a GPU and reads the machine code
 
 `TRITON_INTERPRET=1`, set before triton is imported, runs the kernels on CPU tensors.
 """

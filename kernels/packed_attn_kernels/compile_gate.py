@@ -1,4 +1,4 @@
-"""Compiles a kernel for sm_90 on a machine without a GPU and reads its machine code.
+"""Compiles a kernel for a GPU on a machine without one and reads its machine code.
 
 Uses the ptxas, cuobjdump and nvdisasm inside the triton wheel, and the same configurations that
 the launches use.
@@ -25,6 +25,7 @@ from packed_attn_kernels.backward_repair import (
 from packed_attn_kernels.configurations import (
     HOPPER,
     HOPPER_BACKWARD_TABLE,
+    Architecture,
     Configuration,
     HopperBackwardConfiguration,
     HopperConfiguration,
@@ -48,8 +49,6 @@ from packed_attn_kernels.hopper_launch import (
 )
 from packed_attn_kernels.launch import KERNELS
 
-TARGET = GPUTarget("cuda", 90, 32)
-SHARED_MEMORY_LIMIT = 227 * 1024
 FLOAT32 = (
     "lse_ptr",
     "dlse_ptr",
@@ -60,12 +59,37 @@ FLOAT32 = (
     "alibi_ptr",
     "dq_sums_ptr",
 )
-# The instruction of the machine code that a count of `Resources` counts.
-INSTRUCTIONS = {
-    "wgmma": "HGMMA",
-    "tensor_copies": "UTMALDG",
-    "register_changes": "USETMAXREG",
+# Columns that a block may have.
+TENSOR_MEMORY = 512
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a block may have of a GPU, whose rows of the table it takes, and how it multiplies."""
+
+    shared_memory: int  # bytes
+    architecture: Architecture
+    product: str  # its instruction of the machine code
+
+
+# By compute capability: A100; RTX 30; RTX 40, L4 and L40S; H100 and H200; B200; RTX 50.
+GPUS = {
+    80: Gpu(163 * 1024, "ampere", "HMMA"),
+    86: Gpu(99 * 1024, "ampere", "HMMA"),
+    89: Gpu(99 * 1024, "ampere", "HMMA"),
+    90: Gpu(227 * 1024, "hopper", "HGMMA"),
+    100: Gpu(227 * 1024, "hopper", "UTCHMMA"),
+    120: Gpu(99 * 1024, "ampere", "HMMA"),
 }
+
+
+def instructions(sm: int) -> dict[str, str]:
+    """The instruction of a GPU's machine code that a count of `Resources` counts."""
+    return {
+        "products": GPUS[sm].product,
+        "tensor_copies": "UTMALDG",
+        "register_changes": "USETMAXREG",
+    }
 
 
 @dataclass(frozen=True)
@@ -76,38 +100,43 @@ class Resources:
     stack: int
     shared_memory: int
     spills: int  # local loads and stores
-    wgmma: int  # products of a warpgroup; these three by `INSTRUCTIONS`
+    products: int  # of matrices; these three by `instructions`
     tensor_copies: int = 0  # blocks copied by TMA
     register_changes: int = 0  # registers handed from one role of warps to another
     races: int = 0  # see `unordered_products`
+    tensor_memory: int = 0  # columns, which data centers' Blackwell has
 
-    def faults(self, *needed: str) -> list[str]:
+    def faults(self, *needed: str, sm: int = 90) -> list[str]:
         """Why the gate must stay shut, in sentences; `needed` are counts that must not be 0."""
-        faults = []
+        faults, limit = [], GPUS[sm].shared_memory
         if self.stack or self.spills:
             faults.append(f"spills: {self.stack} bytes of stack, {self.spills} local accesses")
-        if self.shared_memory > SHARED_MEMORY_LIMIT:
-            faults.append(
-                f"{self.shared_memory} bytes of shared memory, over {SHARED_MEMORY_LIMIT}"
-            )
-        faults += [f"no {INSTRUCTIONS[name]}" for name in needed if not getattr(self, name)]
+        if self.shared_memory > limit:
+            faults.append(f"{self.shared_memory} bytes of shared memory, over {limit}")
+        if self.tensor_memory > TENSOR_MEMORY:
+            faults.append(f"{self.tensor_memory} columns of tensor memory, over {TENSOR_MEMORY}")
+        faults += [f"no {instructions(sm)[name]}" for name in needed if not getattr(self, name)]
         if self.races:
             faults.append(f"{self.races} products may read operands before they are stored")
         return faults
 
 
 def compile_kernel(
-    kernel: KernelName, problem: Problem, element: str, chosen: Configuration | None = None
+    kernel: KernelName,
+    problem: Problem,
+    element: str,
+    chosen: Configuration | None = None,
+    sm: int = 90,
 ) -> Resources:
     """The resources of a kernel as the launch would compile it for `element` ("bf16", ...).
 
-    `chosen` replaces the table's configuration.
+    `chosen` replaces the table's configuration, which is that of the problem's architecture.
     """
     function = KERNELS[kernel]
     values = constants(kernel, problem, chosen)
     signature = {name: _argument_type(name, element) for name in function.arg_names}
     values |= dict.fromkeys(_absent_arguments(kernel, problem) & set(function.arg_names))
-    return compile_function(function, signature, values, options(kernel, problem, chosen))
+    return compile_function(function, signature, values, options(kernel, problem, chosen), sm=sm)
 
 
 def compile_hopper_forward(
@@ -179,6 +208,7 @@ def compile_function(
     values: dict[str, Any],
     launch: dict[str, Any],
     source: Any = ASTSource,
+    sm: int = 90,
 ) -> Resources:
     """The resources of a triton function with aligned pointers and strides.
 
@@ -187,6 +217,7 @@ def compile_function(
         values: constants by name, None for what is absent; they go before the signature.
         launch: num_warps and other options of the compiler.
         source: the class of triton's that reads the function; Gluon has its own.
+        sm: compute capability, a key of `GPUS`.
     """
     types = signature | dict.fromkeys(values, "constexpr")
     aligned = [["tt.divisibility", 16]]
@@ -197,7 +228,7 @@ def compile_function(
     }
     constexprs = {(function.arg_names.index(name),): value for name, value in values.items()}
     parsed = source(function, signature=types, constexprs=constexprs, attrs=attributes)
-    return _resources(triton.compile(parsed, target=TARGET, options=launch))
+    return _resources(triton.compile(parsed, target=GPUTarget("cuda", sm, 32), options=launch), sm)
 
 
 def _absent_arguments(kernel: KernelName, problem: Problem) -> set[str]:
@@ -234,7 +265,7 @@ def _argument_type(name: str, element: str) -> str:
     return f"*{element}"
 
 
-def _resources(compiled: Any) -> Resources:
+def _resources(compiled: Any, sm: int) -> Resources:
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
@@ -250,7 +281,10 @@ def _resources(compiled: Any) -> Resources:
         shared_memory=compiled.metadata.shared,
         spills=len(re.findall(r"\b(?:STL|LDL)\b", code)),
         races=unordered_products(compiled.asm["ptx"]),
-        **{count: len(re.findall(rf"\b{name}\b", code)) for count, name in INSTRUCTIONS.items()},
+        tensor_memory=compiled.metadata.tmem_size or 0,
+        **{
+            count: len(re.findall(rf"\b{name}\b", code)) for count, name in instructions(sm).items()
+        },
     )
 
 

@@ -1,7 +1,8 @@
-"""The launch configuration of every kernel: one literal table, read by the launches and the gate.
+"""The launch configuration of every kernel: literal tables, read by the launches and the gate.
 
 Keyed on the padded head_dim and the element size, never on the number of tokens: a new batch
-compiles nothing. The compile gate holds the rows of half precision to no spills on sm_90.
+compiles nothing. TABLE is Hopper's, the other tables say where another row is taken. The compile
+gate holds the rows of half precision to no spills on the GPUs that take them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,9 @@ from typing import Any, Literal
 KernelName = Literal["forward", "delta", "dkdv", "dk", "dv", "dq", "fused", "dq_cast"]
 
 Halves = Literal["either", "query", "both"]
+
+# Whose rows a GPU takes, by how it multiplies and by its shared memory: see `gpu.py`.
+Architecture = Literal["ampere", "hopper"]
 
 # Kernels whose tiles are keys.
 BY_KEYS: tuple[KernelName, ...] = ("dkdv", "dk", "dv", "fused")
@@ -78,6 +82,7 @@ class Problem:
     has_alibi: bool = False
     has_dropout: bool = False
     fused: bool = False  # one backward kernel with atomic additions, instead of dkdv and dq
+    architecture: Architecture = "hopper"
 
     @property
     def block_d(self) -> int:
@@ -153,6 +158,27 @@ PADDED: Table = {
     ("dkdv", 128, 2): Configuration(16, 128, 8, 2),
 }
 
+# Where a warp multiplies by itself (mma.sync), operands take registers too: q of a forward tile, k
+# and v of a tile of keys stay in them. These rows fit the 99 KB of shared memory that a block has
+# on the smallest GPUs (RTX 30 to RTX 50, L4); an A100 has more.
+AMPERE: Table = {
+    ("forward", 128, 2): Configuration(128, 32, 8, 3),
+    ("forward", 256, 2): Configuration(64, 32, 8, 2),
+    ("dkdv", 64, 2): Configuration(32, 128, 8, 2),
+    ("dkdv", 128, 2): Configuration(16, 128, 8, 2),
+    ("dk", 256, 2): Configuration(32, 32, 8, 1),
+    ("dv", 256, 2): Configuration(32, 32, 8, 1),
+    ("dq", 64, 2): Configuration(128, 32, 8, 2),
+    ("dq", 128, 2): Configuration(128, 32, 8, 2),
+    ("dq", 256, 2): Configuration(32, 32, 8, 1),
+}
+AMPERE_LEAN: Table = {
+    ("dk", 256, 2): Configuration(16, 32, 8, 1),
+    ("dv", 256, 2): Configuration(16, 32, 8, 1),
+    ("dq", 128, 2): Configuration(128, 16, 8, 2),
+    ("dq", 256, 2): Configuration(16, 32, 4, 1),
+}
+
 # What `benchmarks/tune.py` times beside the rows above; some spill a little and may yet be faster.
 CANDIDATES: dict[tuple[KernelName, int, int], tuple[Configuration, ...]] = {
     ("forward", 64, 2): (
@@ -189,6 +215,20 @@ CANDIDATES: dict[tuple[KernelName, int, int], tuple[Configuration, ...]] = {
         Configuration(64, 64, 4, 2),
     ),
     ("dq", 256, 2): (Configuration(128, 32, 8, 1), Configuration(64, 16, 4, 1)),
+}
+
+# The same on GPUs of Ampere's kind.
+AMPERE_CANDIDATES: dict[tuple[KernelName, int, int], tuple[Configuration, ...]] = {
+    ("forward", 64, 2): (Configuration(128, 64, 8, 2), Configuration(64, 64, 4, 2)),
+    ("forward", 128, 2): (Configuration(128, 64, 8, 2), Configuration(64, 32, 4, 2)),
+    ("forward", 256, 2): (Configuration(64, 16, 8, 2), Configuration(64, 32, 8, 1)),
+    ("dkdv", 64, 2): (Configuration(64, 128, 8, 2), Configuration(32, 64, 4, 2)),
+    ("dkdv", 128, 2): (Configuration(16, 128, 8, 1), Configuration(32, 32, 4, 2)),
+    ("dk", 256, 2): (Configuration(32, 32, 8, 2), Configuration(32, 16, 4, 1)),
+    ("dv", 256, 2): (Configuration(32, 32, 8, 2), Configuration(32, 16, 4, 1)),
+    ("dq", 64, 2): (Configuration(128, 64, 8, 2), Configuration(64, 64, 4, 2)),
+    ("dq", 128, 2): (Configuration(128, 16, 8, 2), Configuration(64, 32, 8, 1)),
+    ("dq", 256, 2): (Configuration(32, 16, 8, 1), Configuration(16, 32, 4, 1)),
 }
 
 # One kernel for dk, dv and, by atomic additions in float32, dq. At 256 its five products spill
@@ -251,10 +291,20 @@ def configuration(kernel: KernelName, problem: Problem) -> Configuration:
     if kernel == "fused":
         return FUSED[problem.width, problem.itemsize]
     key = (kernel, problem.width, problem.itemsize)
-    if problem.is_lean and key in LEAN:
-        return LEAN[key]
+    return table_of(key, problem)[key]
+
+
+def table_of(key: tuple[KernelName, int, int], problem: Problem) -> Table:
+    """The table whose row a problem takes: the most special one that has the key."""
     is_padded = (problem.head_dim, problem.value_dim) != (problem.block_d, problem.block_dv)
-    return PADDED[key] if is_padded and key in PADDED else TABLE[key]
+    tables = [
+        (AMPERE_LEAN, problem.architecture == "ampere" and problem.is_lean),
+        (AMPERE, problem.architecture == "ampere"),
+        (LEAN, problem.is_lean),
+        (PADDED, is_padded),
+        (TABLE, True),
+    ]
+    return next(table for table, is_meant in tables if is_meant and key in table)
 
 
 def tile_rows(problem: Problem) -> tuple[int, int, int]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from packed_attn_kernels import configurations
+from packed_attn_kernels import configurations, gpu
 from packed_attn_kernels.configurations import HopperConfiguration, Problem
 from packed_attn_kernels.rules import INTERPRETED
 
@@ -90,10 +90,7 @@ def reasons_against_hopper_kernel(
 
 
 def _reasons_against(kernel: HopperKernel, inputs: Inputs) -> list[str]:
-    device = inputs.q.device
-    on_gpu = device.type == "cuda"
-    capability = torch.cuda.get_device_capability(device) if on_gpu else (0, 0)
-    reasons = [*_kernel_reasons(kernel, inputs.problem, capability)]
+    reasons = [*_kernel_reasons(kernel, inputs.problem, gpu.capability(inputs.q.device))]
     return reasons + reasons_against_hopper_inputs(
         inputs.softmax_scale, q=inputs.q, k=inputs.k, v=inputs.v
     )

@@ -19,6 +19,7 @@ from packed_attn_kernels.backward import delta_kernel, dkdv_kernel
 from packed_attn_kernels.backward_queries import dq_cast_kernel, dq_kernel
 from packed_attn_kernels.configurations import DELTA_BLOCK, Halves, KernelName, Problem
 from packed_attn_kernels.forward import forward_kernel
+from packed_attn_kernels.gpu import architecture
 from packed_attn_kernels.hopper_backward_launch import launch_hopper_backward
 from packed_attn_kernels.hopper_launch import (
     launch_hopper_forward,
@@ -63,6 +64,7 @@ class Inputs:
             has_alibi=self.alibi_slopes is not None,
             has_dropout=self.dropout_seed is not None,
             fused=self.fused,
+            architecture=architecture(self.q.device),
         )
 
     @cached_property

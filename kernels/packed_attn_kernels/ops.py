@@ -17,6 +17,7 @@ from packed_attn_kernels.configurations import (
     Problem,
     tile_rows,
 )
+from packed_attn_kernels.gpu import architecture
 from packed_attn_kernels.hopper_launch import (
     reasons_against_hopper_inputs,
     reasons_against_hopper_kernel,
@@ -131,6 +132,7 @@ def tile_problem(
         has_alibi=has_alibi,
         has_dropout=has_dropout,
         fused=backward == "fused",
+        architecture=architecture(q.device),
     )
 
 

@@ -109,7 +109,7 @@ def _machine_reasons(request: AttentionRequest) -> list[str]:
             f"needs a CUDA device, but q is on {request.q.device} "
             "(TRITON_INTERPRET=1, set before triton is imported, interprets the kernels anywhere)"
         ]
-    return []
+    return machine.gpu_reasons(request)
 
 
 @machine.constant  # a compiler cannot follow it to where it was set
