@@ -14,7 +14,6 @@ from packed_attn_patches import tiny
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -468,11 +467,7 @@ class Mixing(nn.Module):
 
 
 def test_models_that_cannot_be_packed_are_refused_by_name() -> None:
-    from transformers import (
-        BertForQuestionAnswering,
-        BigBirdPegasusForConditionalGeneration,
-        ViTModel,
-    )
+    from transformers import BertForQuestionAnswering, ViTModel
 
     with pytest.raises(NotImplementedError, match="no text path, its forward takes pixel_values"):
         patch_model(ViTModel(tiny.tiny_config("vit")))
@@ -482,18 +477,6 @@ def test_models_that_cannot_be_packed_are_refused_by_name() -> None:
         patch_model(model)
     with pytest.raises(NotImplementedError, match="a ForQuestionAnswering head are of a row"):
         patch_model(BertForQuestionAnswering(tiny.tiny_config("bert")))
-    encoder_decoder = BigBirdPegasusForConditionalGeneration(
-        tiny.tiny_config("bigbird_pegasus", attention_type="block_sparse")
-    )
-    for on_unknown in ("raise", "unpack"):
-        with pytest.raises(NotImplementedError, match="its block-sparse attention"):
-            patch_model(encoder_decoder, on_unknown=on_unknown)  # type: ignore[arg-type]
-    for auto_class in (AutoModelForMaskedLM, AutoModelForCausalLM):
-        blocks = tiny.tiny_model(
-            "big_bird", auto_class=auto_class, attention_type="block_sparse", is_decoder=False
-        )
-        with pytest.raises(NotImplementedError, match="depends on the length of the row"):
-            patch_model(blocks)
 
 
 @pytest.mark.parametrize("family", ["llama", "mamba"])
