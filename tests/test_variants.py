@@ -36,6 +36,8 @@ NO_ROPE = {"no_rope_layers": [1, 0], "floor_scale": 4}
         # A causal model turned both ways: through its windows, and right-padded.
         ("causal", "qwen3", "sdpa", {"is_causal": False}),
         ("causal", "mistral", "eager", {"is_causal": False}),
+        ("causal", "nemotron", "eager", {"is_causal": False}),
+        ("causal", "nemotron", "sdpa", {"is_causal": False}),
         ("causal", "falcon", None, {"is_causal": False}),
         ("causal", "qwen3_next", None, {"is_causal": False}),
         # A window that the mask has and the layer does not say.

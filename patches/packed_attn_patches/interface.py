@@ -210,6 +210,11 @@ def _translated(module: nn.Module, kwargs: dict[str, Any], stock: str) -> dict[s
     causal = kwargs.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
+        if (
+            stock == "eager"
+            and getattr(getattr(module, "config", None), "is_causal", None) is False
+        ):
+            causal = False  # eager attention sees the mask alone, which is made by the config
     window, chunk = _local(module, kwargs, stock)
     if chunk is not None and not causal:
         raise NotImplementedError(
