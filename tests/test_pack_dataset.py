@@ -269,6 +269,17 @@ def test_bad_columns_are_named(rows, message):
         pack_dataset(Dataset.from_dict(rows), 8)
 
 
+@pytest.mark.parametrize("convert", [np.asarray, torch.tensor])
+def test_empty_documents_among_arrays(convert):
+    """numpy takes what is empty for floats."""
+    documents = [[1, 2, 3], [], [4], []]
+    given = [convert(d) for d in documents]
+    rows = [{"input_ids": d, "labels": d} for d in given]
+    mixed = [d if len(d) else [] for d in given]
+    for data in (given, rows, mixed):
+        assert pack_dataset(data, 8)["input_ids"][:] == [[1, 2, 3, 4]]
+
+
 def test_reserved_names_are_free_where_they_go_nowhere(recwarn):
     rows = pack_dataset([{"input_ids": [1, 2], "parents": "a", "documents": ["b"]}], 8)
     assert sorted(rows.column_names) == ["input_ids", "labels", "position_ids", "seq_lengths"]
