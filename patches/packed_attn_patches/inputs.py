@@ -79,7 +79,7 @@ class LayoutHook:
             layout, backend = mask.packed_attn
             return args, {**kwargs, "layout": layout, "packed_attn_backend": backend}
         if self.rope is not None:
-            self.rope.packed = False
+            self.rope.begin(None)
         kwargs = named(module, args, kwargs)
         cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
         if cached or kwargs.get("input_ids") is None:
@@ -162,7 +162,7 @@ class LayoutHook:
             if packed.get("position_ids") is None:
                 packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
             if self.rope is not None:
-                self.rope.packed = True
+                self.rope.begin(layout)
                 packed["position_ids"] = marked(packed["position_ids"], batch.rows, layout)
         # Unpacked, a document's first label has no document before it that could predict it.
         in_stream = not unpacked or packed.get(FUSED_HEAD)
