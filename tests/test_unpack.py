@@ -286,7 +286,7 @@ def test_predictions_further_ahead() -> None:
 
 
 @pytest.mark.parametrize("by_config", [False, True])
-@pytest.mark.parametrize("model_type", ["jamba", "qwen3_next", "granitemoehybrid"])
+@pytest.mark.parametrize("model_type", ["jamba", "qwen3_next", "minimax"])
 def test_the_balance_of_experts_is_over_all_real_tokens(model_type: str, by_config: bool) -> None:
     """Loss, gradients and auxiliary loss of a padded batch, where stock says what it is over."""
     model: Any = tiny.tiny_model(model_type, router_aux_loss_coef=0.5)
