@@ -17,11 +17,14 @@ gpu-test gpu-bench resources: export PYTHONPATH := .:kernels:patches$(if $(PYTHO
 # The oldest triton that is supported, in an environment of its own; its interpreter needs this numpy.
 OLDEST := .venv-triton36
 
+# All minimums of pyproject.toml together.
+LOWEST := .venv-lowest
+
 # Packages of token mixers: of mamba_ssm the Python alone, as its CUDA code needs a compiler.
 MIXERS := .venv-mixers
 MAMBA := mamba_ssm-2.3.2.post1
 
-.PHONY: demo test test-all oldest-triton packaged-mixers resources lint gpu-test gpu-bench clean
+.PHONY: demo test test-all lower-bounds oldest-triton packaged-mixers resources lint gpu-test gpu-bench clean
 
 demo: $(READY)
 	$(VENV)/bin/packed-attn demo
@@ -31,10 +34,17 @@ test: lint
 	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -m "not slow and not gpu"
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_conformance.py -k "triton and exact" -m "not slow and not gpu"
 
-test-all: lint oldest-triton packaged-mixers
+test-all: lint lower-bounds oldest-triton packaged-mixers
 	$(PY) -m pytest tests -m "not gpu"
 	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -m "not gpu"
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_conformance.py -k triton -m "not gpu"
+
+# The tests on the lowest version of every package that pyproject.toml allows.
+lower-bounds: export OMP_NUM_THREADS ?= 1
+lower-bounds: $(LOWEST)/.ready
+	$(LOWEST)/bin/python -m pytest tests -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(LOWEST)/bin/python -m pytest $(INTERPRETED) -m "not slow and not gpu"
+	TRITON_INTERPRET=1 $(LOWEST)/bin/python -m pytest tests/test_conformance.py -k "triton and exact" -m "not slow and not gpu"
 
 # The compile gate and the kernels' results on the oldest triton.
 oldest-triton: export OMP_NUM_THREADS ?= 1
@@ -78,6 +88,13 @@ $(OLDEST)/.ready: constraints-cpu.txt
 	$(OLDEST)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps "triton==3.6.*"
 	touch $(OLDEST)/.ready
 
+# uv takes the lowest versions; the oldest torch comes with its CUDA libraries, 5 GB in all.
+$(LOWEST)/.ready: pyproject.toml
+	$(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	$(LOWEST)/bin/uv pip install --quiet --python $(LOWEST)/bin/python --resolution lowest-direct -e ".[dev]"
+	touch $(LOWEST)/.ready
+
 $(MIXERS)/.ready: $(READY)
 	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps --target $(MIXERS) fla-core==0.6.0 flash-linear-attention==0.6.0 einops
 	$(PY) -m pip install --quiet --disable-pip-version-check wheel
@@ -86,4 +103,4 @@ $(MIXERS)/.ready: $(READY)
 	touch $(MIXERS)/.ready
 
 clean:
-	rm -rf $(VENV) $(OLDEST) $(MIXERS) build dist *.egg-info demo-output bench-report
+	rm -rf $(VENV) $(OLDEST) $(LOWEST) $(MIXERS) build dist *.egg-info demo-output bench-report

@@ -313,7 +313,9 @@ def _links(
         return None, None
     if len(given) < 2:
         raise ValueError(
-            f"feature {index} must have parents and ends together, but has {', '.join(given)} alone"
+            f"feature {index} must have parents and ends together, but has {', '.join(given)} "
+            "alone: they say how prefixes are shared, so a column of another meaning needs another "
+            "name"
         )
     parents, ends = (_tokens(index, name, values) for name, values in given.items())
     if parents.size != documents:
@@ -357,7 +359,7 @@ def _tokens(index: int, name: str, values: Any) -> Integers:
         tokens = np.asarray(values).ravel()
     if tokens.dtype.kind in "iub":
         return tokens
-    if tokens.dtype.kind != "f":
+    if tokens.size:
         raise ValueError(f"feature {index} must have integers as {name}, got {tokens.dtype}")
     return tokens.astype(np.int64)
 

@@ -74,7 +74,8 @@ def equivalence(
     """Trains two copies of a model, packed and one document at a time, on the same documents.
 
     One pack is one optimizer step (AdamW without weight decay); the loss is the mean over target
-    tokens of the step. Dropout is off: no two runs draw the same.
+    tokens of the step. Dropout is off: no two runs draw the same. So is a router's load-balancing
+    loss (`output_router_logits`), which is over all tokens of a batch by design (see `audit`).
 
     Args:
         model: an unpatched model of an accepted architecture; it is left as it is.
@@ -124,6 +125,7 @@ class _Run:
                 module.p = 0.0
             if "attention_dropout" in vars(module):
                 vars(module)["attention_dropout"] = 0.0
+        _leave_balance_out(model)
         self._optimizer = torch.optim.AdamW(
             model.parameters(), lr=learning_rate, weight_decay=0.0, eps=1e-6
         )
@@ -154,6 +156,15 @@ class _Run:
 
     def weights(self) -> dict[str, Tensor]:
         return {n: p.detach().double() for n, p in self.model.named_parameters()}
+
+
+def _leave_balance_out(model: nn.Module) -> None:
+    """Takes a term out of the loss that is no mean over documents; the config is the copy's own."""
+    whole: Any = getattr(model, "config", None)
+    text: Any = whole.get_text_config() if hasattr(whole, "get_text_config") else None
+    for config in (whole, text):
+        if getattr(config, "output_router_logits", False):
+            config.output_router_logits = False
 
 
 def _packs(documents: Sequence[Any], capacity: int) -> list[list[dict[str, Tensor]]]:

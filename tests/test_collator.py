@@ -159,6 +159,14 @@ def test_large_batches_number_their_tokens_alike(mean: int, tokens: int) -> None
 def test_values_that_are_no_integers_are_named() -> None:
     with pytest.raises(ValueError, match="feature 0 must have integers as input_ids, got <U1"):
         PackedCollator("documents")([{"input_ids": ["a", "b"]}])
+    with pytest.raises(ValueError, match="feature 0 must have integers as labels, got float64"):
+        PackedCollator("documents")([{"input_ids": [1, 2], "labels": [1.5, 2.0]}])
+
+
+def test_a_column_of_a_reserved_name_is_named() -> None:
+    row = {"input_ids": [1, 2], "seq_lengths": [2], "parents": [0, 1]}
+    with pytest.raises(ValueError, match=r"has parents alone: .* needs another name"):
+        PackedCollator()([row])
 
 
 def pairs(sources: tuple[int, ...], targets: tuple[int, ...]) -> dict[str, list[int]]:

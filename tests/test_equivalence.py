@@ -36,6 +36,15 @@ def test_a_few_steps(family: str) -> None:
     assert all(torch.equal(before[n], p) for n, p in model.named_parameters())
 
 
+def test_the_balance_of_experts_is_left_out() -> None:
+    """It is over all tokens of a batch: no run of documents one by one has it."""
+    model = tiny_model("mixtral", output_router_logits=True, router_aux_loss_coef=10.0)
+    report = equivalence(model, documents(), capacity=CAPACITY, steps=3)
+    bounded(report, 1e-5)
+    assert report.losses[0][0] < 10
+    assert model.config.output_router_logits
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss"])
 def test_a_hundred_steps(family: str) -> None:

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.data_loader import prepare_data_loader
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from packed_attn import PackedCollator, PackedDataset, pack_dataset, pack_lengths
+from packed_attn.cli import main
+from packed_attn.offline import pack_files, read_manifest, report_of, verify
 from packed_attn.packing import PackingReport
 
 DOCUMENTS = [[d % 90 + 1] * (1 + d % 13) for d in range(60)]
@@ -97,6 +103,7 @@ def test_ranks_share_every_document_or_a_warning_says_what_to_set(
         PackedCollator()(features)
         return [int(d) for feature in features for d in feature["documents"]]
 
+    PartialState()  # older versions make it with the loader, and begin a group of 4
     monkeypatch.setenv("WORLD_SIZE", "4")
     with caplog.at_level(logging.WARNING, "packed_attn.loaders"):
         assert seen(8) == list(range(60))
@@ -104,3 +111,32 @@ def test_ranks_share_every_document_or_a_warning_says_what_to_set(
         assert len(seen(1)) > 60
     assert len(caplog.records) == 4  # one a rank
     assert "multiple=8 of pack_dataset or PackedDataset" in caplog.text
+
+
+@pytest.mark.parametrize("share", [[], ["--share-prefixes", "--min-shared", "2"]])
+def test_shards_hold_a_multiple_of_packs(tmp_path: Path, share: list[str]) -> None:
+    documents = [[1, 2, 3, *row] for row in DOCUMENTS]
+    path, out = tmp_path / "data.jsonl", tmp_path / "out"
+    path.write_text("".join(json.dumps({"input_ids": row}) + "\n" for row in documents))
+    arguments = ["pack", str(path), "-o", str(out), "--capacity", "64", "--shard-tokens", "192"]
+    assert main([*arguments, "--multiple", "8", *share]) == 0
+    assert list(verify(out)) == []
+    assert report_of(read_manifest(out)).packs % 8 == 0
+    rows = [
+        row for file in sorted(out.glob("*.parquet")) for row in pq.read_table(file).to_pylist()
+    ]
+    assert len(rows) % 8 == 0
+    assert sorted(d for row in rows for d in documents_of(row)) == sorted(documents)
+    with pytest.raises(ValueError, match="holds a run with other multiple"):
+        pack_files([path], out, 64, shard_tokens=192, resume=True, share_prefixes=bool(share),
+                   min_shared=2 if share else 16)  # fmt: skip
+
+
+def test_more_packs_than_documents_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"input_ids": [1]}\n' * 5)
+    with pytest.raises(ValueError, match=r"multiple must find a document for each row, but 5 doc"):
+        pack_files([path], tmp_path / "out", 4, multiple=8)
+    with pytest.raises(ValueError, match="multiple must be at least 1"):
+        pack_files([path], tmp_path / "out", 4, multiple=0)
+    assert not (tmp_path / "out").exists()

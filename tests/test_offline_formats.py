@@ -195,6 +195,7 @@ def test_tokens_pass_through(tokenizer: Any) -> None:
         (MARKED, {"messages": MESSAGES, "chat_template_kwargs": {"tokenize": 1}},
          "refuses the conversation: .* multiple values for keyword argument 'tokenize'"),
         (None, {"text": "half of \ud83e a pair"}, "the tokenizer refuses the text"),
+        (None, {"input_ids": [1, 2], "seq_lengths": [1, 1]}, "must not have 'seq_lengths': either"),
         (None, {"text": None}, "text must be text, got NoneType"),
         (None, {"text": 3}, "text must be text, got int"),
         (None, {"prompt": "a", "completion": 3}, "prompt must be a list of messages"),

@@ -256,11 +256,36 @@ def test_list_columns_of_any_type_are_kept_when_per_token():
         ),
         ({"input_ids": [[1]], "seq_lengths": [[1]]}, "must not have a 'seq_lengths' column"),
         ({"input_ids": [[1]], "position_ids": [[0]]}, "must not have a 'position_ids' column"),
+        ({"input_ids": [[1]], "parents": [[0]]}, "dataset has a column 'parents', by which rows"),
+        (
+            {"input_ids": [[1]], "ends": [[0]]},
+            "dataset has a column 'ends', by which rows of packs",
+        ),
+        ({"input_ids": [[1]], "documents": [[0]]}, "dataset has a column 'documents', by which"),
     ],
 )
 def test_bad_columns_are_named(rows, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         pack_dataset(Dataset.from_dict(rows), 8)
+
+
+@pytest.mark.parametrize("convert", [np.asarray, torch.tensor])
+def test_empty_documents_among_arrays(convert):
+    """numpy takes what is empty for floats."""
+    documents = [[1, 2, 3], [], [4], []]
+    given = [convert(d) for d in documents]
+    rows = [{"input_ids": d, "labels": d} for d in given]
+    mixed = [d if len(d) else [] for d in given]
+    for data in (given, rows, mixed):
+        assert pack_dataset(data, 8)["input_ids"][:] == [[1, 2, 3, 4]]
+
+
+def test_reserved_names_are_free_where_they_go_nowhere(recwarn):
+    rows = pack_dataset([{"input_ids": [1, 2], "parents": "a", "documents": ["b"]}], 8)
+    assert sorted(rows.column_names) == ["input_ids", "labels", "position_ids", "seq_lengths"]
+    for name in ("parents", "ends"):
+        with pytest.raises(ValueError, match=f"dataset has a column '{name}', .*: rename the col"):
+            pack_dataset([{"input_ids": [1, 2], name: 3}], 8, keep=[name])
 
 
 def test_bad_data_sets_are_named():

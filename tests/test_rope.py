@@ -50,13 +50,16 @@ PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 
 def model_of(family: str, kind: dict[str, Any]) -> nn.Module:
     parameters: dict[str, Any] = kind
-    if family == "gemma3_text":
+    if family in ("gemma3_text", "cohere_compass_text"):
         parameters = {"full_attention": kind, "sliding_attention": PLAIN}
     options: dict[str, Any] = {
         "rope_parameters": copy.deepcopy(parameters),
         "max_position_embeddings": LIMIT if kind["rope_type"] == "dynamic" else 128,
     }
-    if family == "falcon":
+    if family == "cohere_compass_text":
+        for one in options["rope_parameters"].values():
+            one["mrope_section"] = [2, 3, 3]
+    if family in ("falcon", "cohere_compass_text"):
         return tiny.tiny_model(family, **options)
     return tiny_model(family, **options, original_max_position_embeddings=LIMIT)
 
@@ -75,8 +78,18 @@ def one_by_one(family: str, kind: dict[str, Any], docs: list[Tensor]) -> Tensor:
 # branches on a tensor, so no compiler takes it whole.
 OLD = Version(transformers.__version__) < Version("5.23")
 KINDS = pytest.mark.parametrize("kind", [LONGROPE, DYNAMIC], ids=["longrope", "dynamic"])
-# By the attention interface, with a RoPE for each type of layer, on documents batched by length.
-FAMILIES = pytest.mark.parametrize("family", ["llama", "phi3", "phimoe", "gemma3_text", "falcon"])
+# By the attention interface, with a RoPE for each type of layer, with axes of positions, on
+# documents batched by length.
+COMPASS = pytest.param(
+    "cohere_compass_text",
+    marks=pytest.mark.skipif(
+        "cohere_compass_text" not in transformers.CONFIG_MAPPING,
+        reason="this transformers has no Cohere Compass",
+    ),
+)
+FAMILIES = pytest.mark.parametrize(
+    "family", ["llama", "phi3", "phimoe", "gemma3_text", COMPASS, "falcon"]
+)
 
 
 @KINDS
@@ -105,7 +118,7 @@ def test_a_neighbours_length_changes_no_bit(family: str, kind: dict[str, Any]) -
 
 
 @KINDS
-@pytest.mark.parametrize("family", ["llama", "falcon"])
+@pytest.mark.parametrize("family", ["llama", COMPASS, "falcon"])
 def test_loss_and_gradients(family: str, kind: dict[str, Any]) -> None:
     docs = documents(lengths=(5, 37, 16))
     targets = sum(len(d) - 1 for d in docs)

@@ -315,8 +315,9 @@ def test_a_derived_class_is_probed_and_verified() -> None:
 def test_settings_that_leave_a_document_uncertain_are_refused(
     model_type: str, setting: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(NotImplementedError, match=message):
-        patch_model(tiny_seq2seq(model_type, **setting))
+    for on_unknown in ("raise", "unpack"):
+        with pytest.raises(NotImplementedError, match=message):
+            patch_model(tiny_seq2seq(model_type, **setting), on_unknown=on_unknown)
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:

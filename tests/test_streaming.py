@@ -492,6 +492,7 @@ def test_other_columns_are_left_out_with_a_warning() -> None:
         ([{"input_ids": [1], "labels": [1, 2]}], "1 input_ids but 2 values in 'labels'"),
         ([{"input_ids": [1], "labels": [1]}, [2]], "document 1 must have the columns input_ids, l"),
         ([{"input_ids": [1, 2], "position_ids": [1, 1]}], "must not have 'position_ids'"),
+        ([{"input_ids": [1, 2], "parents": [1, 1]}], "document 0 has a column 'parents', by which"),
         ([{"input_ids": [1] * 3, "attention_mask": [1, 0, 1]}], "ones in one run"),
         (["text"], "document 0 must hold a list of token ids"),
     ],

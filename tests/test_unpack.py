@@ -285,10 +285,31 @@ def test_predictions_further_ahead() -> None:
         model(input_ids=ids, layout=DocumentLayout.from_lengths([24, 0], parents=[-1, 0]))
 
 
-def test_a_router_loss_over_all_documents_is_refused() -> None:
-    model = patch_model(tiny.tiny_model("jamba"))
-    with pytest.raises(NotImplementedError, match="the output aux_loss of shape"):
-        model(**packed(documents()), output_router_logits=True)
+@pytest.mark.parametrize("by_config", [False, True])
+@pytest.mark.parametrize("model_type", ["jamba", "qwen3_next", "minimax"])
+def test_the_balance_of_experts_is_over_all_real_tokens(model_type: str, by_config: bool) -> None:
+    """Loss, gradients and auxiliary loss of a padded batch, where stock says what it is over."""
+    model: Any = tiny.tiny_model(model_type, router_aux_loss_coef=0.5)
+    docs = documents(lengths=(5, 3, 30, 17))
+    ids = nn.utils.rnn.pad_sequence(docs, batch_first=True)
+    mask = nn.utils.rnn.pad_sequence([torch.ones_like(d) for d in docs], batch_first=True)
+    labels = ids.masked_fill(mask == 0, -100)
+    plain = model(ids, attention_mask=mask, labels=labels).loss.item()
+    asked = {} if by_config else {"output_router_logits": True}
+    model.config.output_router_logits = by_config
+    want = model(ids, attention_mask=mask, labels=labels, **asked)
+    want.loss.backward()
+    assert want.loss.item() > plain + 0.5
+    expected = gradients(model)
+    model.zero_grad()
+    patch_model(model)
+    got = model(**packed(docs, pad_to_multiple_of=64), **asked)
+    got.loss.backward()
+    assert got.aux_loss.item() == pytest.approx(want.aux_loss.item(), rel=1e-6)
+    assert got.loss.item() == pytest.approx(want.loss.item(), rel=1e-6)
+    assert relative(gradients(model), expected) <= 2e-6
+    # Logits of routers as they are through the attention interface: of all tokens of the pack.
+    assert {layer.shape for layer in got.router_logits} == {(64, want.router_logits[0].shape[1])}
 
 
 def test_tuples_on_request(mamba: nn.Module) -> None:

@@ -36,6 +36,8 @@ NO_ROPE = {"no_rope_layers": [1, 0], "floor_scale": 4}
         # A causal model turned both ways: through its windows, and right-padded.
         ("causal", "qwen3", "sdpa", {"is_causal": False}),
         ("causal", "mistral", "eager", {"is_causal": False}),
+        ("causal", "nemotron", "eager", {"is_causal": False}),
+        ("causal", "nemotron", "sdpa", {"is_causal": False}),
         ("causal", "falcon", None, {"is_causal": False}),
         ("causal", "qwen3_next", None, {"is_causal": False}),
         # A window that the mask has and the layer does not say.
@@ -45,6 +47,10 @@ NO_ROPE = {"no_rope_layers": [1, 0], "floor_scale": 4}
             None,
             {"use_sliding_window": False, "sliding_window": 8, "layer_types": WINDOWED},
         ),
+        # A window that the config has, undeclared, and no mask.
+        ("causal", "olmoe", "sdpa", {"sliding_window": 4}),
+        ("causal", "olmoe", "eager", {"sliding_window": 4}),
+        ("causal", "llama", "sdpa", {"sliding_window": 4, "layer_types": WINDOWED}),
         # Experts that mix the rows of a batch.
         ("causal", "doge", None, {"is_moe": True}),
         # Padding that is embedded, or pooled.
@@ -153,6 +159,12 @@ def test_a_call_that_looks_both_ways_is_not_padded() -> None:
         ("gemma", AutoModelForCausalLM, "sdpa", {"use_bidirectional_attention": True}),
         ("gemma2", AutoModelForCausalLM, "eager", {"use_bidirectional_attention": True}),
         ("big_bird", AutoModelForMaskedLM, None, {"attention_type": "block_sparse"}),
+        (
+            "big_bird",
+            AutoModelForCausalLM,
+            None,
+            {"attention_type": "block_sparse", "is_decoder": False},
+        ),
         ("ibert", AutoModelForMaskedLM, None, {"quant_mode": True}),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +227,33 @@ def test_inspect_compares_with_truncation(packed: Path, capsys: pytest.CaptureFi
     assert f"{sum(max(n - 8, 0) for n in lengths):,} (" in printed.split("truncated to 8")[1]
     assert main(["inspect", str(packed), "--max-length", "0"]) == 2
     assert "max_length must be an integer of at least 1" in capsys.readouterr().err
+
+
+def test_any_damage_of_a_byte_is_found(packed: Path) -> None:
+    """Wherever it is, and whatever the reader of the damaged file raises."""
+    rng = np.random.default_rng(0)
+    for path in sorted(packed.iterdir()):
+        whole = path.read_bytes()
+        for place in rng.integers(0, len(whole), 60).tolist():
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << int(rng.integers(8))
+            path.write_bytes(damaged)
+            try:
+                found = list(verify(packed))
+            except ValueError as error:
+                found = [str(error)]
+            assert found or json.loads(damaged) == json.loads(whole), (path.name, place)
+        path.write_bytes(whole)
+    assert list(verify(packed)) == []
+
+
+def test_what_arrow_raises_for_a_damaged_file_is_a_fault(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any, **__: Any) -> None:
+        raise pa.ArrowNotImplementedError("Integers with more than 64 bits not implemented")
+
+    monkeypatch.setattr(import_module("packed_attn.offline.verify"), "_row_groups", fails)
+    assert any(
+        "cannot be read: Integers with more than 64 bits" in fault for fault in verify(packed)
+    )

@@ -34,6 +34,9 @@ def add(commands: Any) -> None:
     parser.add_argument("--min-shared", type=int, help="tokens that sharing must save (16)")
     parser.add_argument("--max-loss", type=float, help="share of the tokens that may be lost")
     parser.add_argument(
+        "--multiple", type=int, default=1, help="packs to a multiple of this: processes x batch"
+    )
+    parser.add_argument(
         "--skip-bad", action="store_true", help="count records that cannot be read, leave them out"
     )
     parser.add_argument("--workers", type=int, default=1, help="processes; the bytes stay the same")
@@ -60,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
         learnable_only=args.learnable_only,
         share_prefixes=args.share_prefixes,
         max_loss=args.max_loss,
+        multiple=args.multiple,
         skip_bad=args.skip_bad,
         workers=args.workers,
         engine=args.engine,

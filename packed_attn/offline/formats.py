@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from packed_attn.offline.chat import assistant_mask, render, tokens_and_starts
 from packed_attn.packing.documents import DocumentReader
+from packed_attn.packing.sources import WRITTEN_COLUMNS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -95,7 +96,8 @@ class Tokenize:
                 f"must have the format of the first record, {self._kind}, but is {kind}"
             )
         if kind == "input_ids":
-            kept = {name: record[name] for name in KEPT if record.get(name) is not None}
+            names = (*KEPT, *WRITTEN_COLUMNS)  # the reader refuses those of packs
+            kept = {name: record[name] for name in names if record.get(name) is not None}
             return self._reader.read("the record", kept)
         make = {"text": self._text, "messages": self._messages}.get(kind, self._prompt_completion)
         return make(record), 0

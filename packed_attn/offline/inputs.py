@@ -79,12 +79,36 @@ def read_part(part: Part) -> Iterator[tuple[Place, Any]]:
     yield from reader(part)
 
 
-def stamp_of(path: str) -> tuple[int, int]:
-    """What changes when an input does: bytes, and the last change in nanoseconds, of its files."""
-    place = Path(path)
-    files = sorted(place.rglob("*")) if place.is_dir() else [place]
-    stats = [file.stat() for file in files if file.is_file()]
-    return sum(s.st_size for s in stats), max((s.st_mtime_ns for s in stats), default=0)
+def parquet_file(path: str) -> Any:
+    """A Parquet file, opened.
+
+    Raises:
+        ValueError: it is not whole.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(
+            f"{path} is not a whole Parquet file ({os.path.getsize(path)} bytes): "
+            f"{first_line(error)}"
+        ) from error
+
+
+def saved_dataset(path: str) -> Any:
+    """What `Dataset.save_to_disk` wrote.
+
+    Raises:
+        ValueError: it is not whole.
+    """
+    from datasets import load_from_disk
+
+    try:
+        return load_from_disk(path).with_format(None)
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(f"{path} is not a whole saved data set: {first_line(error)}") from error
 
 
 def _parts_of(path: Path, part_bytes: int) -> list[Part]:
@@ -112,7 +136,7 @@ def _parts_of_folder(path: Path, part_bytes: int) -> list[Part]:
             f"{path / splits[0]}"
         )
     if (path / "dataset_info.json").exists():
-        rows = len(_saved_dataset(str(path)))
+        rows = len(saved_dataset(str(path)))
         step = max(1, part_bytes // 1024)  # a row is about a kilobyte
         edges = [*range(0, rows, step), rows]
         return [Part(str(path), "dataset", a, b, b - a) for a, b in pairwise(edges)]
@@ -131,7 +155,7 @@ def _line_parts(path: Path, part_bytes: int) -> list[Part]:
 
 
 def _parquet_parts(path: Path) -> list[Part]:
-    metadata = _parquet(str(path)).metadata
+    metadata = parquet_file(str(path)).metadata
     sizes = [metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)]
     return [Part(str(path), "parquet", i, i + 1, size) for i, size in enumerate(sizes)]
 
@@ -178,7 +202,7 @@ class _LinesBefore:
 def _read_row_groups(part: Part) -> Iterator[tuple[Place, Any]]:
     import pyarrow as pa
 
-    file = _parquet(part.path)
+    file = parquet_file(part.path)
     row = sum(file.metadata.row_group(i).num_rows for i in range(part.start))
     groups = list(range(part.start, part.stop))
     try:
@@ -193,28 +217,6 @@ def _read_row_groups(part: Part) -> Iterator[tuple[Place, Any]]:
 
 
 def _read_rows(part: Part) -> Iterator[tuple[Place, Any]]:
-    rows = _saved_dataset(part.path).select(range(part.start, part.stop))
+    rows = saved_dataset(part.path).select(range(part.start, part.stop))
     for row, record in enumerate(rows, part.start):
         yield Place(part.path, "row", row), record
-
-
-def _parquet(path: str) -> Any:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        return pq.ParquetFile(path)
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(
-            f"{path} is not a whole Parquet file ({os.path.getsize(path)} bytes): "
-            f"{first_line(error)}"
-        ) from error
-
-
-def _saved_dataset(path: str) -> Any:
-    from datasets import load_from_disk
-
-    try:
-        return load_from_disk(path).with_format(None)
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is not a whole saved data set: {first_line(error)}") from error

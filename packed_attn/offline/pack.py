@@ -12,7 +12,7 @@ import errno
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,27 @@ from typing import Any
 import numpy as np
 
 from packed_attn import __version__
+from packed_attn.offline.contents import size_of, stamp_of
 from packed_attn.offline.engines import Engine, Task, run_tasks
 from packed_attn.offline.files import read_json
 from packed_attn.offline.formats import Tokenize, detect_format
-from packed_attn.offline.inputs import Bad, Part, find_parts, read_part, stamp_of
-from packed_attn.offline.job import FolderLock, Job, TokenizerIdentity, open_folder
+from packed_attn.offline.inputs import Bad, Part, find_parts, read_part
+from packed_attn.offline.job import (
+    INPUT_DIGESTS,
+    FolderLock,
+    Job,
+    TokenizerIdentity,
+    changed_inputs,
+    open_folder,
+)
 from packed_attn.offline.manifest import read_manifest, write_manifest
 from packed_attn.offline.progress import Progress
-from packed_attn.offline.scratch import document_figures, load_tokenizer, tokenize_part
+from packed_attn.offline.scratch import (
+    digest_part,
+    document_figures,
+    load_tokenizer,
+    tokenize_part,
+)
 from packed_attn.offline.shards import PLAN, save_plan, scratch_source, write_shard
 from packed_attn.packing.arguments import check_choice, checked_whole
 from packed_attn.packing.plan import Overflow, Strategy, pack_lengths
@@ -51,6 +64,7 @@ def pack_files(
     share_prefixes: bool = False,
     min_shared: int = MIN_SHARED,
     max_loss: float | None = None,
+    multiple: int = 1,
     skip_bad: bool = False,
     workers: int = 1,
     engine: Engine = "local",
@@ -74,14 +88,16 @@ def pack_files(
         output: the folder, new or empty.
         capacity: tokens a row holds.
         tokenizer: name or folder, for documents that are not tokens already.
-        strategy, overflow, seed, max_loss: as in `pack_lengths`.
+        strategy, overflow, seed, max_loss, multiple: as in `pack_lengths`.
         learnable_only: leave out documents of which no token has a label.
         share_prefixes, min_shared: as in `PlanOptions`.
         skip_bad: count records that cannot be read, and leave them out.
         workers: processes (with Ray: tasks at a time); a script that wants several calls this under
             `if __name__ == "__main__":`.
         engine: "local", or "ray" with a folder that all nodes see.
-        resume: continue a run that did not end; parts and shards that are whole are kept.
+        resume: continue a run that did not end; parts and shards that are whole are kept. Inputs
+            that are not what they were are refused: files that nobody wrote to are known at once,
+            copies and restored ones are read again.
         shard_tokens: room for tokens in a shard.
         part_bytes: bytes of input that are tokenised at a time.
         progress: show bars on a terminal's stderr.
@@ -96,32 +112,37 @@ def pack_files(
     check_choice("engine", engine, Engine)
     workers = checked_whole("workers", workers)
     # A plan of nothing: what is wrong with the settings shows before hours of tokenising.
-    pack_lengths([], capacity, strategy=strategy, overflow=overflow, seed=seed, max_loss=max_loss)
+    options: dict[str, Any] = {"strategy": strategy, "overflow": overflow, "seed": seed}
+    pack_lengths([], capacity, max_loss=max_loss, multiple=multiple, **options)
     parts = find_parts(inputs, checked_whole("part_bytes", part_bytes))
+    paths = list(dict.fromkeys(part.path for part in parts))
+    stamps = tuple(map(stamp_of, paths))  # before anything is read
     described = _describe(parts, tokenizer, skip_bad)
     job = Job(
         output=str(output),
         parts=tuple(parts),
-        inputs=tuple((path, *stamp_of(path)) for path in dict.fromkeys(p.path for p in parts)),
+        part_bytes=part_bytes,
+        inputs=tuple((path, size_of(path)) for path in paths),
+        stamps=stamps,
         capacity=capacity,
-        strategy=strategy,
-        overflow=overflow,
-        seed=seed,
+        **options,
         learnable_only=learnable_only,
         share_prefixes=share_prefixes,
         min_shared=checked_whole("min_shared", min_shared),
         max_loss=max_loss,
+        multiple=multiple,
         packs_per_shard=max(1, checked_whole("shard_tokens", shard_tokens) // capacity),
         skip_bad=skip_bad,
         version=__version__,
         **described,
     )
+    runner = _Runner(job, workers, engine, progress)
     try:
-        with open_folder(job, resume=resume) as lock:
+        with open_folder(job, runner.digests, resume=resume) as lock:
             if lock is None:
                 manifest = read_manifest(Path(output))
             else:
-                manifest = _run(job, _Runner(job, workers, engine, progress, lock))
+                manifest = _run(job, runner, lock)
         shutil.rmtree(job.work, ignore_errors=True)
         return manifest
     except OSError as error:
@@ -134,20 +155,24 @@ def pack_files(
         ) from error
 
 
-def _run(job: Job, runner: _Runner) -> dict[str, Any]:
-    counts = runner.run(
-        tokenize_part, job.tokens_result, len(job.parts), "Tokenising", [p.size for p in job.parts]
-    )
+def _run(job: Job, runner: _Runner, lock: FolderLock) -> dict[str, Any]:
+    sizes = [part.size for part in job.parts]
+    counts = runner.run(tokenize_part, job.tokens_result, "Tokenising", sizes, lock)
+    now = [stamp_of(path) for path, _ in job.inputs]
+    changed = changed_inputs(job, job.stamps, now, runner.digests, lock)
+    if changed:
+        raise ValueError(f"input {', '.join(changed)} was changed while it was read: run again")
     plan = _plan(job, counts)
     packs = [
         min(job.packs_per_shard, plan["packs"] - i * job.packs_per_shard)
         for i in range(plan["shards"])
     ]
-    shards = runner.run(write_shard, job.shard_result, plan["shards"], "Writing", packs)
+    shards = runner.run(write_shard, job.shard_result, "Writing", packs, lock)
+    digests = job.input_digests([count["digest"] for count in counts])
     return write_manifest(
         Path(job.output),
         {
-            "settings": job.public_settings(),
+            "settings": {**job.public_settings(), INPUT_DIGESTS: digests},
             "plan_sha256": plan["digest"],
             "report": plan["report"],
             "unreadable": [place for count in counts for place in count["places"]][:10],
@@ -172,6 +197,7 @@ def _plan(job: Job, counts: list[dict[str, Any]]) -> dict[str, Any]:
         learned=learned if job.learnable_only else None,
         seed=job.seed,
         share=share,
+        multiple=job.multiple,
     )
     bad, padding = (sum(count[name] for count in counts) for name in ("bad", "padding"))
     in_packs = int(learned[np.unique(packs.order)].sum())
@@ -196,35 +222,45 @@ def _plan(job: Job, counts: list[dict[str, Any]]) -> dict[str, Any]:
 class _Runner:
     """Runs what has no result yet, and shows how far it is."""
 
-    def __init__(
-        self, job: Job, workers: int, engine: Engine, progress: bool, lock: FolderLock
-    ) -> None:
-        self._job, self._workers, self._progress, self._lock = job, workers, progress, lock
+    def __init__(self, job: Job, workers: int, engine: Engine, progress: bool) -> None:
+        self._job, self._workers, self._progress = job, workers, progress
         self._engine: Engine = engine
 
     def run(
         self,
         task: Task,
         result_of: Callable[[int], Path],
-        tasks: int,
         title: str,
         sizes: Sequence[int],
+        lock: FolderLock,
     ) -> list[dict[str, Any]]:
         """The results of all tasks, in their order."""
-        results = {i: read_json(result_of(i)) for i in range(tasks) if result_of(i).exists()}
-        left = [i for i in range(tasks) if i not in results]
+        tasks = range(len(sizes))
+        results = {i: read_json(result_of(i)) for i in tasks if result_of(i).exists()}
+        left = [i for i in tasks if i not in results]
         with Progress(title, sizes, before=results, shown=self._progress) as bar:
-            for number, result in run_tasks(
-                task,
-                self._job,
-                left,
-                workers=self._workers,
-                engine=self._engine,
-                lock=self._lock,
-            ):
+            for number, result in self._results(task, left, lock):
                 results[number] = result
                 bar.done(number, result["documents"])
-        return [results[i] for i in range(tasks)]
+        return [results[i] for i in tasks]
+
+    def digests(self, parts: Sequence[int], lock: FolderLock | None) -> list[str]:
+        """Digests of these parts of the inputs as they are now, in their order."""
+        results = {}
+        sizes = [part.size for part in self._job.parts]
+        done = set(range(len(sizes))).difference(parts)
+        with Progress("Comparing", sizes, before=done, shown=self._progress) as bar:
+            for number, result in self._results(digest_part, parts, lock):
+                results[number] = result["digest"]
+                bar.done(number, 0)
+        return [results[number] for number in parts]
+
+    def _results(
+        self, task: Task, numbers: Sequence[int], lock: FolderLock | None
+    ) -> Iterator[tuple[int, dict[str, Any]]]:
+        return run_tasks(
+            task, self._job, numbers, workers=self._workers, engine=self._engine, lock=lock
+        )
 
 
 def _describe(parts: Sequence[Part], tokenizer: str | None, skip_bad: bool) -> dict[str, Any]:
@@ -261,4 +297,4 @@ def _identity(name: str, tokenizer: Any) -> TokenizerIdentity:
 
 
 def _names(job: Job) -> str:
-    return ", ".join(os.path.basename(name) for name, _, _ in job.inputs)
+    return ", ".join(os.path.basename(name) for name, _ in job.inputs)

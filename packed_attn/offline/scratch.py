@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from packed_attn.offline.contents import digest_of
 from packed_attn.offline.files import whole_file, write_json
 from packed_attn.offline.formats import Columns, Tokenize
 from packed_attn.offline.inputs import Bad, read_part
@@ -32,6 +33,8 @@ def tokenize_part(job: Job, number: int) -> dict[str, Any]:
     import pyarrow as pa
 
     counts: dict[str, Any] = {"documents": 0, "tokens": 0, "padding": 0, "bad": 0, "places": []}
+    # Before the part is read: what is written to it meanwhile, or later, gives another one.
+    counts["digest"] = digest_of(job.parts[number])
     schema = _schema(job.columns)
     with (
         whole_file(job.tokens_file(number)) as path,
@@ -42,6 +45,11 @@ def tokenize_part(job: Job, number: int) -> dict[str, Any]:
             writer.write_batch(_record_batch(documents, schema))
     write_json(job.tokens_result(number), counts)
     return counts
+
+
+def digest_part(job: Job, number: int) -> dict[str, Any]:
+    """What a part's documents are read from, as one digest."""
+    return {"digest": digest_of(job.parts[number])}
 
 
 def document_figures(job: Job) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from packed_attn.errors import first_line
 from packed_attn.offline.files import sha256_of
 from packed_attn.offline.manifest import is_unaltered, read_manifest, report_of
 from packed_attn.packing.columns import ListColumn, table_columns
@@ -70,9 +71,9 @@ def _shard_faults(path: Path, shard: dict[str, Any], settings: dict[str, Any]) -
     if sha256_of(path) != shard["sha256"]:
         yield "altered since it was written (sha256 differs)"
     counts: Counter[str] = Counter()
+    shares = settings["share_prefixes"]
     try:
         for first, table in _row_groups(path):
-            shares = settings["share_prefixes"]
             required = REQUIRED_SHARED if shares else REQUIRED
             missing = [name for name in required if name not in table.column_names]
             if missing:
@@ -84,8 +85,8 @@ def _shard_faults(path: Path, shard: dict[str, Any], settings: dict[str, Any]) -
             documents = columns["ends" if shares else "seq_lengths"]
             counts["documents"] += int(documents.lengths.sum())
             counts["tokens"] += int(columns["input_ids"].lengths.sum())
-    except (OSError, ValueError) as error:
-        yield f"cannot be read: {(str(error).splitlines() or [''])[0]}"
+    except Exception as error:  # Arrow raises many things for a damaged file
+        yield f"cannot be read: {first_line(error)}"
         return
     for name in COUNTS:
         if counts[name] != shard[name]:

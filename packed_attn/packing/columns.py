@@ -239,14 +239,24 @@ def _from_list(data: Sequence[Any], argument: str) -> Dataset:
     if all(as_dicts):
         names = list(dict.fromkeys(name for document in data for name in document))
         return datasets.Dataset.from_dict(
-            {name: [document.get(name) for document in data] for name in names}
+            {name: _of_one_type([document.get(name) for document in data]) for name in names}
         )
     if any(as_dicts):
         raise ValueError(
             f"{argument} must hold dicts or token lists, not both, but document 0 is "
             f"{type(data[0]).__name__} and document {as_dicts.index(not as_dicts[0])} is not"
         )
-    return datasets.Dataset.from_dict({"input_ids": list(data)})
+    return datasets.Dataset.from_dict({"input_ids": _of_one_type(list(data))})
+
+
+def _of_one_type(values: list[Any]) -> list[Any]:
+    """Values of documents with those that are empty, which numpy takes for floats, in the type of
+    the arrays or tensors among them."""
+    typed = (v for v in values if hasattr(v, "dtype") and getattr(v, "ndim", 0) and len(v))
+    first = next(typed, None)
+    if first is None:
+        return values
+    return [first[:0] if hasattr(v, "__len__") and not len(v) else v for v in values]
 
 
 def _without_rows(names: Sequence[str]) -> Dataset:

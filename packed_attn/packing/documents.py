@@ -10,15 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from packed_attn.packing.sources import (
-    DOCUMENTS,
     IGNORED_LABEL,
     MASK_COLUMNS,
+    RESERVED_COLUMNS,
     TOKEN_COLUMNS,
     WRITTEN_COLUMNS,
+    reserved,
 )
 
 # What rows of `pack_dataset` say of their documents, and documents have no use for.
-BOUNDARY_COLUMNS = (*WRITTEN_COLUMNS, "parents", "ends", DOCUMENTS)
+BOUNDARY_COLUMNS = (*WRITTEN_COLUMNS, *RESERVED_COLUMNS)
 
 
 class DocumentReader:
@@ -140,8 +141,9 @@ def _aligned(where: str, given: Any) -> dict[str, NDArray[Any]]:
     for name in WRITTEN_COLUMNS:
         if name in document:
             raise ValueError(
-                f"{where} must not have {name!r}: either it is packed already, and lacks"
-                " seq_lengths, or packing would overwrite positions of its own"
+                f"{where} must not have {name!r}: either it is packed already (of which a stream "
+                "takes rows apart that have seq_lengths), or packing would overwrite positions of "
+                "its own; remove the column to pack it anyway"
             )
     if document.get("input_ids") is None:
         raise ValueError(
@@ -161,6 +163,8 @@ def _aligned(where: str, given: Any) -> dict[str, NDArray[Any]]:
                 f"{where} has {tokens.size} input_ids but {column.size} values in "
                 f"{name!r}; remove the column if it is not per token"
             )
+        if name in RESERVED_COLUMNS:
+            raise ValueError(f"{where} has a column {name!r}, {reserved(name)}")
         columns[name] = column
     return columns
 

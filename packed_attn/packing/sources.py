@@ -30,6 +30,8 @@ WRITTEN_COLUMNS = ("position_ids", "seq_lengths")
 LABEL_COLUMNS = ("labels", *MASK_COLUMNS)
 TOKEN_COLUMNS = ("input_ids", "attention_mask", *LABEL_COLUMNS)
 DOCUMENTS = "documents"  # the name under which rows say which documents they hold
+# What else rows of packs say of their documents: no column of the documents' own can have the name.
+RESERVED_COLUMNS = ("parents", "ends", DOCUMENTS)
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,9 @@ def read_source(data: Dataset | TokenFile, keep: Sequence[str] = ()) -> Source:
     for name in TOKEN_COLUMNS:
         if name in aligned:
             _require_integers(aligned[name])
+    for name in RESERVED_COLUMNS:
+        if name in aligned or name in keep:
+            raise ValueError(f"dataset has a column {name!r}, {reserved(name)}")
     dropped = [name for name in names if name not in aligned and name not in keep]
     mask = aligned.pop("attention_mask", None)
     if mask is None:
@@ -149,6 +154,19 @@ def read_source(data: Dataset | TokenFile, keep: Sequence[str] = ()) -> Source:
         starts, lengths = _unpadded(mask)
     kept = {} if isinstance(data, TokenFile) else {n: scalar_column(data, n) for n in keep}
     return Source(aligned, starts, lengths, kept, dropped)
+
+
+def reserved(name: str) -> str:
+    """Why no column of documents that goes along can have one of the reserved names."""
+    says = {
+        "parents": "what each piece of a row continues, where prefixes are shared",
+        "ends": "where each document of a row ends, where prefixes are shared",
+        DOCUMENTS: "which documents a row holds",
+    }
+    return (
+        f"by which rows of packs say {says[name]}: rename the column before packing (reserved are "
+        f"{', '.join((*WRITTEN_COLUMNS, *RESERVED_COLUMNS))})"
+    )
 
 
 def integer_column(data: Dataset | TokenFile, argument: str, name: str) -> NDArray[np.int64]:

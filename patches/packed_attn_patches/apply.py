@@ -154,7 +154,7 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
     model.__dict__[_RECORD] = record
     try:
         entrances = _entrances(model)
-        watch = Watch() if ropes_of(model) else None
+        watch = Watch.of(model)
         if layers_take_it:
             _replace_configs(model, record)
             _put_on_layers(model, mixers, watch)

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache, partial
-from types import CellType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from packed_attn.backends import machine
 from packed_attn.layout import DocumentLayout
-from packed_attn_patches.forwards import ModuleForward
+from packed_attn_patches.forwards import ModuleForward, with_names
 from packed_attn_patches.interface import is_empty_mask
 from packed_attn_patches.mixer_proof import circumstances, proven
 
@@ -150,23 +150,10 @@ def reason_against(model: nn.Module, layout: DocumentLayout) -> str | None:
 
 
 def with_boundaries(forward: Callable[..., Any], layout: DocumentLayout) -> Callable[..., Any]:
-    """A mixer's `forward` whose kernels get the documents of `layout`.
-
-    The function is made anew around the same code, with other functions under its module's names:
-    nothing that another model or thread sees is changed. Decorators around it are kept.
-    """
-    inner = getattr(forward, "__wrapped__", None)
-    assert isinstance(forward, FunctionType)
-    names, closure = forward.__globals__, forward.__closure__
-    if inner is None:
-        names = {**names, **{n: _bound(n, names[n], layout) for n in _kernels_in(forward)}}
-    else:
-        bounded = with_boundaries(inner, layout)
-        cells = closure or ()
-        closure = tuple(CellType(bounded) if c.cell_contents is inner else c for c in cells)
-    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, closure)
-    made.__kwdefaults__ = forward.__kwdefaults__
-    return made
+    """A mixer's `forward` whose kernels get the documents of `layout`."""
+    return with_names(
+        forward, lambda f: {n: _bound(n, f.__globals__[n], layout) for n in _kernels_in(f)}
+    )
 
 
 def _bound(name: str, stock: Callable[..., Any], layout: DocumentLayout) -> Callable[..., Any]:

@@ -3,10 +3,36 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import CellType, FunctionType
 from typing import Any
 
 from torch import nn
+
+
+def with_names(
+    forward: Callable[..., Any], functions: Callable[[FunctionType], Mapping[str, Any]]
+) -> Callable[..., Any]:
+    """`forward` with other functions under names of its module.
+
+    The function is made anew around the same code: nothing that another model or thread sees is
+    changed. Decorators around it are kept.
+
+    Args:
+        functions: given the innermost function, those other functions by name.
+    """
+    inner = getattr(forward, "__wrapped__", None)
+    assert isinstance(forward, FunctionType)
+    names, closure = forward.__globals__, forward.__closure__
+    if inner is None:
+        names = {**names, **functions(forward)}
+    else:
+        bounded = with_names(inner, functions)
+        cells = closure or ()
+        closure = tuple(CellType(bounded) if c.cell_contents is inner else c for c in cells)
+    made = FunctionType(forward.__code__, names, forward.__name__, forward.__defaults__, closure)
+    made.__kwdefaults__ = forward.__kwdefaults__
+    return made
 
 
 class ModuleForward:

@@ -23,6 +23,7 @@ from packed_attn_patches import fast_mixers
 from packed_attn_patches.interface import empty_mask, is_empty_mask, is_ours
 from packed_attn_patches.prompts import refuse_calls_with_learned_tokens
 from packed_attn_patches.rope import Watch, marked, refuse_long_forest
+from packed_attn_patches.routers import asks_for
 
 # Boundaries that the layout replaces; a layer that still saw them could act on them a second time.
 BOUNDARY_NAMES = (
@@ -78,7 +79,7 @@ class LayoutHook:
             layout, backend = mask.packed_attn
             return args, {**kwargs, "layout": layout, "packed_attn_backend": backend}
         if self.rope is not None:
-            self.rope.packed = False
+            self.rope.begin(None)
         kwargs = named(module, args, kwargs)
         cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
         if cached or kwargs.get("input_ids") is None:
@@ -112,7 +113,10 @@ class LayoutHook:
             reason = "has layers that take whole documents only"
         elif not self.shifts and kwargs.get("labels") is not None:
             reason = "has a loss in which a token predicts its own label"
-        elif _balances_experts(module, kwargs):
+        elif asks_for(module, kwargs, "attentions"):
+            reason = "returns weights of a row's tokens, of which a rank has a part"
+            reason += ": set output_attentions=False"
+        elif asks_for(module, kwargs, "router_logits"):
             reason = "adds a loss over its routers' choices, whose summands are no part of a whole"
             reason += ": set output_router_logits=False"
         if reason is not None:
@@ -148,15 +152,17 @@ class LayoutHook:
         if not unpacked:
             _refuse_other_attention(module)
             packed["packed_attn_backend"] = self.backend
-            packed["attention_mask"] = empty_mask(batch.rows, layout, self.backend)
+            packed["attention_mask"] = empty_mask(
+                batch.rows, layout, self.backend, weights=asks_for(module, kwargs, "attentions")
+            )
             packed.update((name, None) for name in CACHE_NAMES if name in packed)
-            if self.outer and _balances_experts(module, kwargs):
+            if self.outer and asks_for(module, kwargs, "router_logits"):
                 # The auxiliary loss is over the real tokens of all rows, and this mask says which.
                 packed["attention_mask"] = _real_mask(batch, layout)
             if packed.get("position_ids") is None:
                 packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
             if self.rope is not None:
-                self.rope.packed = True
+                self.rope.begin(layout)
                 packed["position_ids"] = marked(packed["position_ids"], batch.rows, layout)
         # Unpacked, a document's first label has no document before it that could predict it.
         in_stream = not unpacked or packed.get(FUSED_HEAD)
@@ -227,12 +233,6 @@ def _is_recorded(device: torch.device) -> bool:
     if torch.compiler.is_compiling():
         return True
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-def _balances_experts(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Whether this forward adds a loss over the router's choices of the whole batch."""
-    asked = kwargs.get("output_router_logits")
-    return bool(getattr(module.config, "output_router_logits", False) if asked is None else asked)
 
 
 def _real_mask(batch: BatchShape, layout: DocumentLayout) -> Tensor | None:

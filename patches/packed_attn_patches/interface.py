@@ -37,17 +37,37 @@ NAMES = {
     "flex_attention": "packed_attn_on_flex",
 }
 
+# What code that makes masks with windows or chunks imports by name, from masking_utils.
+_LOCAL = (
+    "create_sliding_window_causal_mask",
+    "create_bidirectional_sliding_window_mask",
+    "create_chunked_causal_mask",
+    "create_masks_for_generate",
+)
+_MODELS = "transformers.models."
+
 # Keyword arguments that change which keys a layer sees or their scores, and that we do not serve.
 UNSERVED = ("position_bias", "indices", "block_indices", "key_indices", "bias")
 
 # Model types without layer_types whose masks are windowed while their layers do not say so.
 WINDOWED_BY_CONFIG = frozenset({"phimoe"})
 
+# Model types whose eager attention returns weights to which a sink has not been added.
+WEIGHTS_WITHOUT_SINKS = frozenset({"granite_swa", "granitemoe_swa"})
 
-def empty_mask(batch_size: int, layout: DocumentLayout, backend: str) -> Tensor:
-    """The 4-D mask without elements that marks a packed forward and carries its layout."""
+
+def empty_mask(
+    batch_size: int, layout: DocumentLayout, backend: str, *, weights: bool = False
+) -> Tensor:
+    """The 4-D mask without elements that marks a packed forward and carries its layout.
+
+    Args:
+        weights: whether attention layers are to return their weights (`output_attentions`).
+    """
     mask = torch.empty(batch_size, 1, 0, 0, dtype=torch.bool, device=layout.device)
     mask.packed_attn = (layout, backend)  # type: ignore[attr-defined]
+    if weights:
+        mask.packed_attn_weights = True  # type: ignore[attr-defined]
     return mask
 
 
@@ -94,7 +114,8 @@ def packed_attention_forward(
             forward, where the layer itself would ask for its place in the row.
 
     Returns:
-        `[B, T, num_heads, value_head_dim]` and no weights.
+        `[B, T, num_heads, value_head_dim]`, and `[B, num_heads, T, T]`, the weights as eager
+        attention returns them, 0 between documents, where `output_attentions` asks for them.
     """
     if layout is None:
         carried = getattr(attention_mask, "packed_attn", (None, packed_attn_backend))
@@ -119,6 +140,10 @@ def packed_attention_forward(
         scale = packed_attn_query_scale.view(batch, 1, tokens, 1).to(query.device)
         query = (query * scale).to(query.dtype)
     dtype = _compute_dtype(value)
+    wanted = getattr(attention_mask, "packed_attn_weights", False)
+    if wanted:
+        value = _with_places(value)
+        packed_attn_backend = "reference"  # the one that takes values of any width
     out = attention(
         _stream(query.to(dtype)),
         _stream(key.to(dtype)),
@@ -127,7 +152,13 @@ def packed_attention_forward(
         backend=packed_attn_backend,
         **options,
     )
-    return out.view(batch, tokens, num_heads, out.shape[-1]), None
+    out = out.view(batch, tokens, num_heads, out.shape[-1])
+    if not wanted:
+        return out, None
+    out, weights = out.split((out.shape[-1] - tokens, tokens), dim=-1)
+    if getattr(getattr(module, "config", None), "model_type", None) in WEIGHTS_WITHOUT_SINKS:
+        weights = _without_sinks(module, weights, options["dropout_p"])
+    return out.contiguous(), weights.transpose(1, 2)
 
 
 def packed_mask(*args: Any, stock: str, **kwargs: Any) -> Any:
@@ -138,6 +169,25 @@ def packed_mask(*args: Any, stock: str, **kwargs: Any) -> Any:
 def _stream(x: Tensor) -> Tensor:
     """`[B, heads, T, head_dim]` -> `[B * T, heads, head_dim]`, a view where strides allow."""
     return x.transpose(1, 2).flatten(0, 1)
+
+
+def _with_places(value: Tensor) -> Tensor:
+    """Values with one number more for each token of the row, 1 at its own: what attention makes of
+    those are its weights, after dropout and with their gradients, as eager attention has them."""
+    batch, heads, tokens, _ = value.shape
+    places = torch.eye(tokens, dtype=value.dtype, device=value.device)
+    return torch.cat([value, places.expand(batch, heads, tokens, tokens)], dim=-1)
+
+
+def _without_sinks(module: nn.Module, weights: Tensor, dropout_p: float) -> Tensor:
+    """Weights of rows that add up to 1, or are 0 where a token sees nothing."""
+    if dropout_p:
+        raise NotImplementedError(
+            f"packed-attn: {type(module).__name__} returns weights without its sinks, which packs "
+            "do not under dropout: call it in eval mode, or without output_attentions"
+        )
+    total = weights.sum(dim=-1, keepdim=True)
+    return weights / total.masked_fill(total == 0, 1.0)
 
 
 def _compute_dtype(value: Tensor) -> torch.dtype:
@@ -160,6 +210,11 @@ def _translated(module: nn.Module, kwargs: dict[str, Any], stock: str) -> dict[s
     causal = kwargs.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
+        if (
+            stock == "eager"
+            and getattr(getattr(module, "config", None), "is_causal", None) is False
+        ):
+            causal = False  # eager attention sees the mask alone, which is made by the config
     window, chunk = _local(module, kwargs, stock)
     if chunk is not None and not causal:
         raise NotImplementedError(
@@ -183,9 +238,14 @@ def _translated(module: nn.Module, kwargs: dict[str, Any], stock: str) -> dict[s
 
 def _local(module: nn.Module, kwargs: dict[str, Any], stock: str) -> tuple[int | None, int | None]:
     """(sliding window, chunk) of a layer: as it says, or as its config says where its mask alone
-    would have told. flash-attn's kernels get what a layer says, and no mask."""
+    would have told. flash-attn's kernels get what a layer says, and no mask; all others get the
+    mask, so a config's window is none where the type's code makes no such mask."""
     said = kwargs.get("sliding_window")
-    if said is not None or ("sliding_window" in kwargs and "flash" in stock):
+    if "flash" in stock and "sliding_window" in kwargs:
+        return said, None
+    if not _masks_are_local(type(module)):
+        return None, None
+    if said is not None:
         return said, None
     config: Any = getattr(module, "config", None)
     layer_types = getattr(config, "layer_types", None)
@@ -199,6 +259,13 @@ def _local(module: nn.Module, kwargs: dict[str, Any], stock: str) -> tuple[int |
     if layer_types[layer] == "chunked_attention":
         return None, config.attention_chunk_size
     return None, None
+
+
+def _masks_are_local(layer: type[nn.Module]) -> bool:
+    """Whether transformers' code of a layer's type makes masks with windows or chunks; code that is
+    not transformers' is taken at its config's word."""
+    names = [cls.__module__ for cls in layer.__mro__ if cls.__module__.startswith(_MODELS)]
+    return not names or any(hasattr(sys.modules[name], mask) for name in names for mask in _LOCAL)
 
 
 def _stock_attention(stock: str, module: nn.Module) -> Any:

@@ -59,11 +59,36 @@ def refuse_long_forest(model: nn.Module, layout: DocumentLayout) -> None:
         )
 
 
+# Types that make axes of their position ids, in the model's own forward, and lose the layout.
+_MAKES_AXES = frozenset({"cohere_compass_text"})
+
+
 @dataclass
 class Watch:
-    """Whether a model's forward is packed: position ids without a layout have lost it then."""
+    """Whether a model's forward is packed: position ids without a layout have lost it then.
+
+    Attributes:
+        keeps: the model's type loses the layout, so it is kept here while the forward goes on: no
+            part of such a model that is computed again for checkpointing asks for it.
+    """
 
     packed: bool = False
+    keeps: bool = False
+    layout: DocumentLayout | None = None
+
+    @staticmethod
+    def of(model: nn.Module) -> Watch | None:
+        """That of a model with such embeddings."""
+        if not ropes_of(model):
+            return None
+        config: Any = model.config
+        return Watch(keeps=config.get_text_config().model_type in _MAKES_AXES)
+
+    def begin(self, layout: DocumentLayout | None) -> None:
+        """A forward begins, of a pack or (None) of anything else."""
+        self.packed = layout is not None
+        if self.keeps:
+            self.layout = layout
 
 
 def marked(position_ids: Tensor, rows: int, layout: DocumentLayout) -> Tensor:
@@ -96,7 +121,7 @@ class RopeForward(ModuleForward):
 
     def __call__(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> Output:
         named = {} if layer_type is None else {"layer_type": layer_type}
-        layout = getattr(position_ids, "packed_attn_layout", None)
+        layout = getattr(position_ids, "packed_attn_layout", self.watch.layout)
         limit = _limits(self.module).get(layer_type)
         if limit is None or (layout is None and not self.watch.packed):
             return self.function(self.module, x, position_ids, **named)
@@ -105,7 +130,7 @@ class RopeForward(ModuleForward):
                 f"packed-attn: {type(self.module).__name__} ran in a packed forward with position "
                 "ids that have lost the layout: this model does not pass them on as they are"
             )
-        lengths = layout.lengths_alone.view_as(position_ids)
+        lengths = layout.lengths_alone.view(position_ids.shape[-2:])
         if _grows(self.module):
             return self._grown(x, position_ids, lengths, limit, named)
         short = self._as_if(limit, x, position_ids.clamp(max=limit - 1), named)
@@ -131,8 +156,8 @@ class RopeForward(ModuleForward):
     def _as_if(self, length: int, x: Tensor, position_ids: Tensor, named: dict[str, str]) -> Output:
         """What `position_ids` get in an input of so many tokens."""
         # One token more says so: a rank of context parallelism may hold a document's beginning.
-        last = position_ids.new_full((position_ids.shape[0], 1), length - 1)
-        out = self.function(self.module, x, torch.cat([position_ids, last], 1), **named)
+        last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
+        out = self.function(self.module, x, torch.cat([position_ids, last], -1), **named)
         return tuple(t[:, :-1] for t in out) if isinstance(out, tuple) else out[:, :-1]
 
 

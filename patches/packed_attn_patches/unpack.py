@@ -35,6 +35,7 @@ from packed_attn_patches.families import (
 )
 from packed_attn_patches.inputs import CACHE_NAMES, FUSED_HEAD
 from packed_attn_patches.rope import fresh, longest_alike, ropes_of
+from packed_attn_patches.routers import BalancingLoss, asks_for
 
 # Tokens in one forward: beyond it a batch is as efficient as it gets, and only memory grows.
 CALL_TOKENS = 1 << 16
@@ -158,11 +159,17 @@ class UnpackedForward:
         by_default, asked = getattr(config, "return_dict", True), kwargs.get("return_dict")
         # Rows of a tuple have no names to be put back by.
         names = {} if by_default else {"return_dict": True}
-        parts = []
+        function, parts = self.function, []
+        routed = asks_for(self.model, kwargs, "router_logits")
+        balance = BalancingLoss.of(function, routed and isinstance(batch, _Unpacked))
+        if balance is not None:
+            function = balance.function
         for bucket, inputs in batch.calls():
             with fresh(self.ropes):
-                parts.append((bucket, self.function(self.model, **inputs, **names)))
-        output = batch.joined(parts)
+                parts.append((bucket, function(self.model, **inputs, **names)))
+        output = batch.joined(parts, left_out="" if balance is None else "aux_loss")
+        if balance is not None:
+            balance.added(self.model, output, batch.layout)
         return output if (by_default if asked is None else asked) else output.to_tuple()
 
 
@@ -183,8 +190,8 @@ class PackedCalls:
         """How many targets a batch's mean is over."""
         raise NotImplementedError
 
-    def joined(self, parts: list[tuple[Any, Any]]) -> Any:
-        """The output of one forward over all documents, in stream order.
+    def joined(self, parts: list[tuple[Any, Any]], left_out: str = "") -> Any:
+        """The output of one forward over all documents, in stream order, without `left_out`.
 
         Tokens of padding get zeros.
         """
@@ -192,7 +199,7 @@ class PackedCalls:
             raise ValueError("a packed forward needs a document that is not padding")
         joined = {}
         for name, value in parts[0][1].items():
-            if name in PASTS:
+            if name in PASTS or name == left_out:
                 continue
             if name in LOSSES:
                 joined[name] = self._loss([(batch, o[name]) for batch, o in parts])
