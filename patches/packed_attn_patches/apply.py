@@ -32,6 +32,7 @@ from packed_attn_patches.fast_mixers import MixerForward, mixers_of
 from packed_attn_patches.inputs import LayoutHook, replacement_of
 from packed_attn_patches.interface import NAMES, is_ours, stock_of
 from packed_attn_patches.llama4 import ScalingForward, scaling_layers
+from packed_attn_patches.noise import put_back_noise
 from packed_attn_patches.padding_free import PackRows, PadRows
 from packed_attn_patches.pairs import PairedForward, PairHook
 from packed_attn_patches.rope import RopeForward, Watch, reason_against_ropes, ropes_of
@@ -247,6 +248,7 @@ def unpatch(model: nn.Module) -> nn.Module:
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
         take_forward(module)
+    put_back_noise(model)
     _put_back_configs(model, record)
     del model.__dict__[_RECORD]
     forget_compiled(wrapper)

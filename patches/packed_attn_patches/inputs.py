@@ -21,6 +21,7 @@ from packed_attn.layout import DocumentLayout
 from packed_attn.logps import IGNORE_INDEX, without_first_labels
 from packed_attn_patches import fast_mixers
 from packed_attn_patches.interface import empty_mask, is_empty_mask, is_ours
+from packed_attn_patches.noise import tell
 from packed_attn_patches.prompts import refuse_calls_with_learned_tokens
 from packed_attn_patches.rope import Watch, marked, refuse_long_forest
 
@@ -92,12 +93,14 @@ class LayoutHook:
         read = _traced_layout if traced else packed_layout
         layout = read(batch, self._counted_from_0(kwargs))
         if layout is None:
+            tell(module, kwargs.get("input_ids"), None)
             return (), kwargs
         if self.unpacked:
             _refuse_replaced_forward(module)
         if layout.is_share:
             self._refuse_share(module, kwargs)
         layout = layout.to(batch.device)
+        tell(module, kwargs.get("input_ids"), layout)
         if self.rope is not None:
             refuse_long_forest(module, layout)
         # Mixers read lengths too, and their proof is not to be recorded.

@@ -268,6 +268,9 @@ class _Pairs(PackedCalls):
             return self.source.put_back(name, [(source, value) for (source, _), value in parts])
         return self.target.put_back(name, [(target, value) for (_, target), value in parts])
 
+    def lengths(self, batch: tuple[Bucket, Bucket]) -> Tensor:
+        return batch[0].rows(self.source.layout.lengths_alone)
+
     def targets(self, batch: tuple[Bucket, Bucket]) -> Tensor:
         labels = self.target.values["labels"]
         real = batch[1].real(labels.device)[1]

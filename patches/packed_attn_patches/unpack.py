@@ -34,6 +34,7 @@ from packed_attn_patches.families import (
     reason_against_forests,
 )
 from packed_attn_patches.inputs import CACHE_NAMES, FUSED_HEAD
+from packed_attn_patches.noise import noises_of, told
 from packed_attn_patches.rope import fresh, longest_alike, ropes_of
 
 # Tokens in one forward: beyond it a batch is as efficient as it gets, and only memory grows.
@@ -158,9 +159,10 @@ class UnpackedForward:
         by_default, asked = getattr(config, "return_dict", True), kwargs.get("return_dict")
         # Rows of a tuple have no names to be put back by.
         names = {} if by_default else {"return_dict": True}
-        parts = []
+        parts, noises = [], noises_of(self.model)
         for bucket, inputs in batch.calls():
-            with fresh(self.ropes):
+            lengths = batch.lengths(bucket) if noises else None
+            with fresh(self.ropes), told(noises, inputs.get("input_ids"), lengths):
                 parts.append((bucket, self.function(self.model, **inputs, **names)))
         output = batch.joined(parts)
         return output if (by_default if asked is None else asked) else output.to_tuple()
@@ -181,6 +183,10 @@ class PackedCalls:
 
     def targets(self, batch: Any) -> Tensor:
         """How many targets a batch's mean is over."""
+        raise NotImplementedError
+
+    def lengths(self, batch: Any) -> Tensor:
+        """int64, of each of a batch's ids: the tokens of its document."""
         raise NotImplementedError
 
     def joined(self, parts: list[tuple[Any, Any]]) -> Any:
@@ -343,6 +349,9 @@ class _Unpacked(PackedCalls):
             if "input_ids" in inputs:
                 inputs["input_ids"].view(-1)[bucket.pads] = self.forward.pad_token_id() or 0
         return inputs
+
+    def lengths(self, batch: Bucket) -> Tensor:
+        return batch.rows(self.layout.lengths_alone)
 
     def _documents(self, bucket: Bucket) -> Tensor:
         """int64 `[batch]`: which documents its rows are, padding not counted."""
