@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from packed_attn.layout import DocumentLayout
 from packed_attn.logps import IGNORE_INDEX, without_first_labels
 from packed_attn_patches import fast_mixers
+from packed_attn_patches.adapters import refuse_adapters, refuse_calls_with_learned_tokens
 from packed_attn_patches.interface import empty_mask, is_empty_mask, is_ours
 from packed_attn_patches.noise import tell
-from packed_attn_patches.prompts import refuse_calls_with_learned_tokens
 from packed_attn_patches.rope import Watch, marked, refuse_long_forest
 
 # Boundaries that the layout replaces; a layer that still saw them could act on them a second time.
@@ -106,6 +106,7 @@ class LayoutHook:
         # Mixers read lengths too, and their proof is not to be recorded.
         mixers = self.mixers and not recorded and fast_mixers.takes_layout(module, layout)
         unpacked = self.unpacked and not mixers
+        refuse_adapters(module, same_rows=not unpacked)
         return (), self._packed(module, kwargs, batch, layout, unpacked)
 
     def _refuse_share(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
