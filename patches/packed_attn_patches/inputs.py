@@ -100,6 +100,8 @@ class LayoutHook:
         if layout.is_share:
             self._refuse_share(module, kwargs)
         layout = layout.to(batch.device)
+        if self.outer and not recorded and _balances_experts(module, kwargs):
+            layout = _with_padding_known(module, layout, kwargs.get("input_ids"))
         tell(module, kwargs.get("input_ids"), layout)
         if self.rope is not None:
             refuse_long_forest(module, layout)
@@ -154,16 +156,16 @@ class LayoutHook:
             packed["packed_attn_backend"] = self.backend
             packed["attention_mask"] = empty_mask(batch.rows, layout, self.backend)
             packed.update((name, None) for name in CACHE_NAMES if name in packed)
-            if self.outer and _balances_experts(module, kwargs):
-                # The auxiliary loss is over the real tokens of all rows, and this mask says which.
-                packed["attention_mask"] = _real_mask(batch, layout)
             if packed.get("position_ids") is None:
                 packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
             if self.rope is not None:
                 self.rope.packed = True
                 packed["position_ids"] = marked(packed["position_ids"], batch.rows, layout)
-        # Unpacked, a document's first label has no document before it that could predict it.
         in_stream = not unpacked or packed.get(FUSED_HEAD)
+        if in_stream and self.outer and _balances_experts(module, kwargs):
+            # The auxiliary loss is over the real tokens of all rows, and this mask says which.
+            packed["attention_mask"] = _real_mask(batch, layout)
+        # Unpacked, a document's first label has no document before it that could predict it.
         if packed.get("labels") is not None and self.shifts and in_stream:
             packed["labels"] = without_first_labels(packed["labels"], layout)
         if packed.get("shift_labels") is not None:
@@ -243,6 +245,24 @@ def _real_mask(batch: BatchShape, layout: DocumentLayout) -> Tensor | None:
     """A 0/1 mask `[rows, tokens]` of the tokens that are not padding; None where all are real."""
     padding = layout.padding_tokens
     return None if padding is None else (~padding).long().view(batch.rows, batch.tokens)
+
+
+def _with_padding_known(
+    module: nn.Module, layout: DocumentLayout, ids: Tensor | None
+) -> DocumentLayout:
+    """TRL's collator pads a stream (`pad_to_multiple_of`) by documents of one padding id each,
+    which a loss over the router's choices would count: here they are marked."""
+    config: Any = module.config
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    if layout.padding is not None or layout.is_forest or ids is None or pad is None:
+        return layout
+    lone = next((i for i, n in enumerate(reversed(layout.lengths)) if n != 1), len(layout.lengths))
+    last = ids.flatten()[ids.numel() - lone :].tolist()
+    padding = next((i for i, token in enumerate(reversed(last)) if token != pad), lone)
+    if not padding:
+        return layout
+    flags = [False] * (layout.num_documents - padding) + [True] * padding
+    return DocumentLayout.from_lengths(layout.lengths, padding=flags, device=layout.device)
 
 
 @dataclass(frozen=True)
