@@ -516,7 +516,8 @@ _UNTAKEN_COUNTS = (
     "the batch has counts for PackedLoss in shift_labels, as it shares prefixes or its collator "
     "has loss_weighting='document', but no PackedLoss of this model takes them: pass "
     "compute_loss_func=PackedLoss(model) to the Trainer, with 'document' where the collator has "
-    "it; for a loss of your own, leave shift_labels out of the model's arguments"
+    "it (with model_init=, in on_train_begin of a callback); for a loss of your own, leave "
+    "shift_labels out of the model's arguments"
 )
 
 
