@@ -161,6 +161,8 @@ class LayoutHook:
             if self.rope is not None:
                 self.rope.packed = True
                 packed["position_ids"] = marked(packed["position_ids"], batch.rows, layout)
+        if self.shifts and not _is_recorded(batch.device):
+            _refuse_miscounted(module, kwargs, layout)
         in_stream = not unpacked or packed.get(FUSED_HEAD)
         if in_stream and self.outer and _balances_experts(module, kwargs):
             # The auxiliary loss is over the real tokens of all rows, and this mask says which.
@@ -175,6 +177,22 @@ class LayoutHook:
             shifted = None if counts else _without_last_labels(packed["shift_labels"], layout)
             packed["shift_labels"] = shifted
         return packed
+
+
+def _refuse_miscounted(
+    module: nn.Module, kwargs: Mapping[str, Any], layout: DocumentLayout
+) -> None:
+    """Labels of documents' first tokens, which nothing predicts, where Trainer has counted them."""
+    labels, count = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+    if kwargs.get("layout") is not None or labels is None or count is None or not module.training:
+        return  # the collator that writes layouts leaves them out
+    first = (without_first_labels(labels, layout) != labels)[:, 1:]
+    if bool(first.any()):
+        raise ValueError(
+            "the batch has labels of documents' first tokens, which nothing predicts, and Trainer "
+            "counted them in num_items_in_batch: its loss would be too small. Use PackedCollator, "
+            "or set them to -100 (DataCollatorForLanguageModeling makes labels of all tokens)"
+        )
 
 
 def _refuse_prefixes(module: nn.Module, kwargs: Mapping[str, Any]) -> None:

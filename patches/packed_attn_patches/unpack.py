@@ -76,6 +76,8 @@ _TYPES = ("token_type_ids", "mm_token_type_ids")
 REPLACED = ("attention_mask", *CACHE_NAMES, "use_cache", "num_items_in_batch", "return_dict")
 
 
+POSITIONS = "position_ids"
+
 # numpy on the lengths of a batch: nothing that a compiler could trace.
 _plan_on_the_host: Any = torch.compiler.disable(plan_buckets)
 
@@ -96,6 +98,9 @@ class UnpackedForward:
         self.route = route
         self.head = head
         self.ropes = ropes_of(model)
+        # Whether its own code has a place for them; an encoder-decoder's packs have others.
+        own = inspect.signature(type(model).forward).parameters
+        self.takes_positions = POSITIONS in own or is_encoder_decoder(model)
         # What stood on the instance in place of its class's forward.
         self.replaced: Callable[..., Any] | None = None
 
@@ -106,8 +111,15 @@ class UnpackedForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """Trainer reads the names of a model's columns from here."""
-        return inspect.signature(self.function.__get__(self.model))
+        """Trainer reads the names of a model's columns from here and leaves all others out, so
+        position_ids, which tell documents apart, are named by models that count none too."""
+        stock = inspect.signature(self.function.__get__(self.model))
+        if self.takes_positions or POSITIONS in stock.parameters:
+            return stock
+        named = inspect.Parameter(POSITIONS, inspect.Parameter.KEYWORD_ONLY, default=None)
+        before = [p for p in stock.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        after = [p for p in stock.parameters.values() if p.kind is p.VAR_KEYWORD]
+        return stock.replace(parameters=[*before, named, *after])
 
     def pad_token_id(self) -> int | None:
         """What the model's config says that padding is made of, if it can be embedded: some say -1,
@@ -144,6 +156,8 @@ class UnpackedForward:
 
     def __call__(self, *args: Any, layout: DocumentLayout | None = None, **kwargs: Any) -> Any:
         if layout is None:
+            if not self.takes_positions:
+                kwargs.pop(POSITIONS, None)
             return self.function(self.model, *args, **kwargs)
         if "packed_attn_backend" in kwargs:  # the hook found that its mixers take the layout
             with fast_mixers.packed_forward():
@@ -280,7 +294,7 @@ class _Unpacked(PackedCalls):
         for name, value in kwargs.items():
             if name in REPLACED or (name == "labels" and labels is not None):
                 continue
-            if name == "position_ids":
+            if name == POSITIONS:
                 # Plain positions restart with each document by themselves; rotary ids of several
                 # axes are given as they are.
                 if value is not None and value.ndim == 3:
