@@ -102,6 +102,12 @@ class PackedLoss:
         }
 
     def _per_document(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if not self._batch.has_run:
+            raise RuntimeError(
+                "PackedLoss was made of a model that has not run: where Trainer(model_init=...) "
+                "makes another, set trainer.compute_loss_func = PackedLoss(trainer.model) in "
+                "on_train_begin of a callback, and trainer.preprocess_logits_for_metrics likewise"
+            )
         layout = self._batch.layout
         if layout is None:
             # A batch without boundaries: every row is one document.
@@ -152,6 +158,7 @@ class _LatestBatch:
         self.layout: DocumentLayout | None = None
         self.paths: Tensor | None = None
         self.weighting: Literal["token", "document"] = "token"
+        self.has_run = False
 
     def arrives(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
@@ -171,6 +178,7 @@ class _LatestBatch:
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
     ) -> None:
         self.layout = kwargs.get("layout")
+        self.has_run = True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"layout": None, "paths": None, "weighting": self.weighting}
+        return {"layout": None, "paths": None, "weighting": self.weighting, "has_run": False}

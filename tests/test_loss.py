@@ -11,7 +11,7 @@ import datasets
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import Trainer
+from transformers import Trainer, TrainerCallback
 
 from packed_attn import PackedCollator, PackedIterableDataset, PackedLoss, pack_dataset, patch_model
 from packed_attn.loss import document_losses
@@ -181,3 +181,38 @@ def test_a_model_with_the_loss_copies_and_pickles() -> None:
     want = model(**batch).loss
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(other(**batch).loss, want)
+
+
+class Bound(TrainerCallback):
+    """Gives a trainer that makes its own models the loss of the one that it trains."""
+
+    trainer: Any
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        self.trainer.compute_loss_func = PackedLoss(self.trainer.model, "document")
+
+
+def test_models_that_the_trainer_makes(tmp_path: Path) -> None:
+    """A loss of another model would take rows for documents: it is refused, and can be set."""
+    docs = documents()
+    want = trained(tmp_path, "document", docs).state.log_history[0]
+
+    def trainer(weighting: Any) -> Trainer:
+        return Trainer(
+            model_init=lambda: patch_model(tiny_model("llama")),
+            args=arguments(tmp_path, max_steps=1, lr_scheduler_type="constant"),
+            train_dataset=pack_dataset(docs, CAPACITY, overflow="error"),
+            data_collator=PackedCollator(loss_weighting=weighting),
+            compute_loss_func=PackedLoss(patch_model(tiny_model("llama")), weighting),
+        )
+
+    with pytest.raises(RuntimeError, match="a model that has not run"):
+        trainer("token").train()
+    with pytest.raises(ValueError, match=r"no PackedLoss of this model .* in on_train_begin"):
+        trainer("document").train()
+    bound, callback = trainer("document"), Bound()
+    callback.trainer = bound
+    bound.add_callback(callback)
+    bound.train()
+    for name in ("loss", "grad_norm"):
+        assert bound.state.log_history[0][name] == pytest.approx(want[name], rel=1e-6)

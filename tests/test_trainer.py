@@ -9,7 +9,7 @@ import datasets
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, default_data_collator
 
 from packed_attn import PackedCollator, pack_dataset, patch_model
 from tests.models import tiny_model
@@ -187,3 +187,28 @@ def test_a_resumed_run_ends_in_the_same_weights(tmp_path: Path) -> None:
     assert later[-6:] == all_seen[-6:]
     for (name, want), got in zip(whole.model.named_parameters(), resumed.model.parameters()):
         assert torch.equal(got, want), name
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba"])
+def test_labels_that_nothing_predicts_are_refused_where_they_were_counted(
+    tmp_path: Path, family: str
+) -> None:
+    """The collator of language models makes labels of all tokens, first ones of documents too."""
+    packs = pack_dataset(documents(), CAPACITY)
+
+    def run(collator: Any) -> float:
+        trainer = Trainer(
+            patch_model(tiny_model(family)),
+            arguments(tmp_path, max_steps=1, per_device_train_batch_size=1),
+            train_dataset=packs,
+            data_collator=collator,
+        )
+        return losses(trainer)[0]
+
+    def of_all_tokens(features: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = default_data_collator(features)
+        return {**batch, "labels": batch["input_ids"].clone()}
+
+    with pytest.raises(ValueError, match="Use PackedCollator"):
+        run(of_all_tokens)
+    assert run(default_data_collator) == pytest.approx(run(PackedCollator()), rel=1e-6)

@@ -203,15 +203,29 @@ JAMBA = {
 }
 
 
-def test_sft_balances_experts_where_attention_takes_no_layout(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerFast
+@pytest.mark.parametrize(
+    ("family", "layers", "multiple"),
+    [
+        pytest.param("jamba", JAMBA, None, id="jamba"),
+        pytest.param("jamba", JAMBA, 64, id="jamba, padded", marks=pytest.mark.slow),
+        pytest.param("mixtral", {}, 64, id="mixtral, padded"),
+    ],
+)
+def test_sft_balances_experts(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerFast,
+    family: str,
+    layers: dict[str, int],
+    multiple: int | None,
 ) -> None:
-    """The loss over the routers' choices is of the whole batch, not of batches by length."""
+    """The loss over the routers' choices is of the batch's real tokens: not of batches by length,
+    and not of what TRL pads a stream with."""
 
     def run(patched: bool) -> list[dict[str, float]]:
         size = {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
-        model = tiny_model("jamba", **size, **EXPERTS, **JAMBA)
+        model = tiny_model(family, **size, **EXPERTS, **layers)
         options = settings(tmp_path, max_length=None, padding_free=patched, max_steps=3)
+        options["pad_to_multiple_of"] = multiple if patched else None
         trainer = SFTTrainer(
             patch_model(model) if patched else model,
             args=SFTConfig(**options, router_aux_loss_coef=0.5),

@@ -144,9 +144,15 @@ def test_a_copy_is_patched_and_independent(clone: Any) -> None:
     assert close(twin(**packed(docs)).logits[0], want)
 
 
-def test_trainer_reads_the_names_of_forward(mamba: nn.Module) -> None:
-    stock = list(inspect.signature(tiny_model("mamba").forward).parameters)
-    assert list(inspect.signature(mamba.forward).parameters) == stock
+@pytest.mark.parametrize("family", ["mamba", "gpt_neo"])
+def test_trainer_reads_the_names_of_forward(family: str) -> None:
+    """And leaves out all other columns: position_ids are named, and taken, by every model."""
+    stock, model = tiny_model(family), patch_model(tiny_model(family))
+    want = set(inspect.signature(stock.forward).parameters)
+    assert set(inspect.signature(model.forward).parameters) == want | {"position_ids"}
+    ids = documents()[2][None]
+    alone = model(input_ids=ids, position_ids=torch.arange(ids.shape[1])[None])
+    assert torch.equal(alone.logits, stock(input_ids=ids).logits)
 
 
 def test_documents_of_like_length_share_a_forward(mamba: nn.Module) -> None:

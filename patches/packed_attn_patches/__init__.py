@@ -7,8 +7,9 @@
     fast_mixers.py token mixers whose kernels get the documents' boundaries
     mixer_proof.py the proof of such a mixer on the device at hand
     pairs.py       encoder-decoders: the same with source and target documents
+    noise.py       NEFTune's noise at each document's own scale
     wrappers.py    what stands around a model: taken off, or refused
-    prompts.py     prompt and prefix tuning, refused by name
+    adapters.py    PEFT's adapters that look at a row, refused by name
     apply.py       putting all of it on one model instance, and taking it off again
     tiny.py        tiny random models of every model type
     children.py    work on many types, each in a process of its own

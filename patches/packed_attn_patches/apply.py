@@ -32,7 +32,8 @@ from packed_attn_patches.fast_mixers import MixerForward, mixers_of
 from packed_attn_patches.inputs import LayoutHook, replacement_of
 from packed_attn_patches.interface import NAMES, is_ours, stock_of
 from packed_attn_patches.llama4 import ScalingForward, scaling_layers
-from packed_attn_patches.padding_free import PackRows, PadRows
+from packed_attn_patches.noise import put_back_noise
+from packed_attn_patches.padding_free import CheckAdapters, PackRows, PadRows
 from packed_attn_patches.pairs import PairedForward, PairHook
 from packed_attn_patches.rope import RopeForward, Watch, reason_against_ropes, ropes_of
 from packed_attn_patches.unpack import UnpackedForward
@@ -160,6 +161,7 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
             _put_on_layers(model, mixers, watch)
         if settings.padding_free:
             backbone = entrances[-1]
+            model.register_forward_pre_hook(CheckAdapters(), with_kwargs=True)
             rows = PackRows(settings.share_prefixes)
             backbone.register_forward_pre_hook(rows, with_kwargs=True)
             backbone.register_forward_hook(PadRows(), with_kwargs=True)
@@ -239,7 +241,7 @@ def unpatch(model: nn.Module) -> nn.Module:
         raise ValueError(f"{type(model).__name__} is not patched by packed-attn")
     for module in model.modules():
         for key, hook in list(module._forward_pre_hooks.items()):
-            if isinstance(hook, LayoutHook | PackRows):
+            if isinstance(hook, LayoutHook | CheckAdapters | PackRows):
                 del module._forward_pre_hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
         for key, hook in list(module._forward_hooks.items()):
@@ -247,6 +249,7 @@ def unpatch(model: nn.Module) -> nn.Module:
                 del module._forward_hooks[key]
                 module._forward_hooks_with_kwargs.pop(key, None)
         take_forward(module)
+    put_back_noise(model)
     _put_back_configs(model, record)
     del model.__dict__[_RECORD]
     forget_compiled(wrapper)

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from packed_attn.layout import DocumentLayout
 from packed_attn.logps import IGNORE_INDEX, without_first_labels
 from packed_attn_patches import fast_mixers
+from packed_attn_patches.adapters import refuse_adapters, refuse_calls_with_learned_tokens
 from packed_attn_patches.interface import empty_mask, is_empty_mask, is_ours
-from packed_attn_patches.prompts import refuse_calls_with_learned_tokens
+from packed_attn_patches.noise import tell
 from packed_attn_patches.rope import Watch, marked, refuse_long_forest
 from packed_attn_patches.routers import asks_for
 
@@ -93,17 +94,22 @@ class LayoutHook:
         read = _traced_layout if traced else packed_layout
         layout = read(batch, self._counted_from_0(kwargs))
         if layout is None:
+            tell(module, kwargs.get("input_ids"), None)
             return (), kwargs
         if self.unpacked:
             _refuse_replaced_forward(module)
         if layout.is_share:
             self._refuse_share(module, kwargs)
         layout = layout.to(batch.device)
+        if self.outer and not recorded and _balances_experts(module, kwargs):
+            layout = _with_padding_known(module, layout, kwargs.get("input_ids"))
+        tell(module, kwargs.get("input_ids"), layout)
         if self.rope is not None:
             refuse_long_forest(module, layout)
         # Mixers read lengths too, and their proof is not to be recorded.
         mixers = self.mixers and not recorded and fast_mixers.takes_layout(module, layout)
         unpacked = self.unpacked and not mixers
+        refuse_adapters(module, same_rows=not unpacked)
         return (), self._packed(module, kwargs, batch, layout, unpacked)
 
     def _refuse_share(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
@@ -156,16 +162,18 @@ class LayoutHook:
                 batch.rows, layout, self.backend, weights=asks_for(module, kwargs, "attentions")
             )
             packed.update((name, None) for name in CACHE_NAMES if name in packed)
-            if self.outer and asks_for(module, kwargs, "router_logits"):
-                # The auxiliary loss is over the real tokens of all rows, and this mask says which.
-                packed["attention_mask"] = _real_mask(batch, layout)
             if packed.get("position_ids") is None:
                 packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
             if self.rope is not None:
                 self.rope.begin(layout)
                 packed["position_ids"] = marked(packed["position_ids"], batch.rows, layout)
-        # Unpacked, a document's first label has no document before it that could predict it.
+        if self.shifts and not _is_recorded(batch.device):
+            _refuse_miscounted(module, kwargs, layout)
         in_stream = not unpacked or packed.get(FUSED_HEAD)
+        if in_stream and self.outer and asks_for(module, kwargs, "router_logits"):
+            # The auxiliary loss is over the real tokens of all rows, and this mask says which.
+            packed["attention_mask"] = _real_mask(batch, layout)
+        # Unpacked, a document's first label has no document before it that could predict it.
         if packed.get("labels") is not None and self.shifts and in_stream:
             packed["labels"] = without_first_labels(packed["labels"], layout)
         if packed.get("shift_labels") is not None:
@@ -175,6 +183,22 @@ class LayoutHook:
             shifted = None if counts else _without_last_labels(packed["shift_labels"], layout)
             packed["shift_labels"] = shifted
         return packed
+
+
+def _refuse_miscounted(
+    module: nn.Module, kwargs: Mapping[str, Any], layout: DocumentLayout
+) -> None:
+    """Labels of documents' first tokens, which nothing predicts, where Trainer has counted them."""
+    labels, count = kwargs.get("labels"), kwargs.get("num_items_in_batch")
+    if kwargs.get("layout") is not None or labels is None or count is None or not module.training:
+        return  # the collator that writes layouts leaves them out
+    first = (without_first_labels(labels, layout) != labels)[:, 1:]
+    if bool(first.any()):
+        raise ValueError(
+            "the batch has labels of documents' first tokens, which nothing predicts, and Trainer "
+            "counted them in num_items_in_batch: its loss would be too small. Use PackedCollator, "
+            "or set them to -100 (DataCollatorForLanguageModeling makes labels of all tokens)"
+        )
 
 
 def _refuse_prefixes(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
@@ -239,6 +263,24 @@ def _real_mask(batch: BatchShape, layout: DocumentLayout) -> Tensor | None:
     """A 0/1 mask `[rows, tokens]` of the tokens that are not padding; None where all are real."""
     padding = layout.padding_tokens
     return None if padding is None else (~padding).long().view(batch.rows, batch.tokens)
+
+
+def _with_padding_known(
+    module: nn.Module, layout: DocumentLayout, ids: Tensor | None
+) -> DocumentLayout:
+    """TRL's collator pads a stream (`pad_to_multiple_of`) by documents of one padding id each,
+    which a loss over the router's choices would count: here they are marked."""
+    config: Any = module.config
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    if layout.padding is not None or layout.is_forest or ids is None or pad is None:
+        return layout
+    lone = next((i for i, n in enumerate(reversed(layout.lengths)) if n != 1), len(layout.lengths))
+    last = ids.flatten()[ids.numel() - lone :].tolist()
+    padding = next((i for i, token in enumerate(reversed(last)) if token != pad), lone)
+    if not padding:
+        return layout
+    flags = [False] * (layout.num_documents - padding) + [True] * padding
+    return DocumentLayout.from_lengths(layout.lengths, padding=flags, device=layout.device)
 
 
 @dataclass(frozen=True)
@@ -492,7 +534,8 @@ _UNTAKEN_COUNTS = (
     "the batch has counts for PackedLoss in shift_labels, as it shares prefixes or its collator "
     "has loss_weighting='document', but no PackedLoss of this model takes them: pass "
     "compute_loss_func=PackedLoss(model) to the Trainer, with 'document' where the collator has "
-    "it; for a loss of your own, leave shift_labels out of the model's arguments"
+    "it (with model_init=, in on_train_begin of a callback); for a loss of your own, leave "
+    "shift_labels out of the model's arguments"
 )
 
 

@@ -25,6 +25,7 @@ from transformers.utils.generic import ModelOutput
 
 from packed_attn.layout import DocumentLayout
 from packed_attn.packing.forest import plan_forest
+from packed_attn_patches.adapters import refuse_adapters
 from packed_attn_patches.inputs import CACHE_NAMES, BatchShape, named, packed_layout
 
 ROWS = "packed_attn_rows"
@@ -164,6 +165,16 @@ class PackRows:
             if _is_per_token(value, mask) and name != "attention_mask":
                 rows.require_shared(name, value)
         return rows
+
+
+@dataclass(frozen=True)
+class CheckAdapters:
+    """Forward pre-hook of the whole model, on which PEFT writes what its adapters are."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        kwargs = named(module, args, kwargs)
+        if _is_rows_in_training(module, kwargs):
+            refuse_adapters(module, same_rows=False)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from packed_attn.buckets import Bucket, Spans, pair_buckets
 from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
+from packed_attn_patches.adapters import refuse_adapters
 from packed_attn_patches.families import Route
 from packed_attn_patches.inputs import BOUNDARY_NAMES, LayoutHook, named, rows_and_layout
 from packed_attn_patches.unpack import (
@@ -54,6 +55,7 @@ class PairHook(LayoutHook):
         for name, side in sides.items():
             if side is None:
                 raise ValueError(_one_sided(name, kwargs))
+        refuse_adapters(module, same_rows=False)
         return (), _packed(kwargs, *sides.values())  # type: ignore[arg-type]
 
 
@@ -267,6 +269,9 @@ class _Pairs(PackedCalls):
         if name.startswith("encoder_"):
             return self.source.put_back(name, [(source, value) for (source, _), value in parts])
         return self.target.put_back(name, [(target, value) for (_, target), value in parts])
+
+    def lengths(self, batch: tuple[Bucket, Bucket]) -> Tensor:
+        return batch[0].rows(self.source.layout.lengths_alone)
 
     def targets(self, batch: tuple[Bucket, Bucket]) -> Tensor:
         labels = self.target.values["labels"]

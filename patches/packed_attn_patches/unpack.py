@@ -34,6 +34,7 @@ from packed_attn_patches.families import (
     reason_against_forests,
 )
 from packed_attn_patches.inputs import CACHE_NAMES, FUSED_HEAD
+from packed_attn_patches.noise import noises_of, told
 from packed_attn_patches.rope import fresh, longest_alike, ropes_of
 from packed_attn_patches.routers import BalancingLoss, asks_for
 
@@ -76,6 +77,8 @@ _TYPES = ("token_type_ids", "mm_token_type_ids")
 REPLACED = ("attention_mask", *CACHE_NAMES, "use_cache", "num_items_in_batch", "return_dict")
 
 
+POSITIONS = "position_ids"
+
 # numpy on the lengths of a batch: nothing that a compiler could trace.
 _plan_on_the_host: Any = torch.compiler.disable(plan_buckets)
 
@@ -96,6 +99,9 @@ class UnpackedForward:
         self.route = route
         self.head = head
         self.ropes = ropes_of(model)
+        # Whether its own code has a place for them; an encoder-decoder's packs have others.
+        own = inspect.signature(type(model).forward).parameters
+        self.takes_positions = POSITIONS in own or is_encoder_decoder(model)
         # What stood on the instance in place of its class's forward.
         self.replaced: Callable[..., Any] | None = None
 
@@ -106,8 +112,15 @@ class UnpackedForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """Trainer reads the names of a model's columns from here."""
-        return inspect.signature(self.function.__get__(self.model))
+        """Trainer reads the names of a model's columns from here and leaves all others out, so
+        position_ids, which tell documents apart, are named by models that count none too."""
+        stock = inspect.signature(self.function.__get__(self.model))
+        if self.takes_positions or POSITIONS in stock.parameters:
+            return stock
+        named = inspect.Parameter(POSITIONS, inspect.Parameter.KEYWORD_ONLY, default=None)
+        before = [p for p in stock.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        after = [p for p in stock.parameters.values() if p.kind is p.VAR_KEYWORD]
+        return stock.replace(parameters=[*before, named, *after])
 
     def pad_token_id(self) -> int | None:
         """What the model's config says that padding is made of, if it can be embedded: some say -1,
@@ -144,6 +157,8 @@ class UnpackedForward:
 
     def __call__(self, *args: Any, layout: DocumentLayout | None = None, **kwargs: Any) -> Any:
         if layout is None:
+            if not self.takes_positions:
+                kwargs.pop(POSITIONS, None)
             return self.function(self.model, *args, **kwargs)
         if "packed_attn_backend" in kwargs:  # the hook found that its mixers take the layout
             with fast_mixers.packed_forward():
@@ -159,13 +174,14 @@ class UnpackedForward:
         by_default, asked = getattr(config, "return_dict", True), kwargs.get("return_dict")
         # Rows of a tuple have no names to be put back by.
         names = {} if by_default else {"return_dict": True}
-        function, parts = self.function, []
+        function, parts, noises = self.function, [], noises_of(self.model)
         routed = asks_for(self.model, kwargs, "router_logits")
         balance = BalancingLoss.of(function, routed and isinstance(batch, _Unpacked))
         if balance is not None:
             function = balance.function
         for bucket, inputs in batch.calls():
-            with fresh(self.ropes):
+            lengths = batch.lengths(bucket) if noises else None
+            with fresh(self.ropes), told(noises, inputs.get("input_ids"), lengths):
                 parts.append((bucket, function(self.model, **inputs, **names)))
         output = batch.joined(parts, left_out="" if balance is None else "aux_loss")
         if balance is not None:
@@ -188,6 +204,10 @@ class PackedCalls:
 
     def targets(self, batch: Any) -> Tensor:
         """How many targets a batch's mean is over."""
+        raise NotImplementedError
+
+    def lengths(self, batch: Any) -> Tensor:
+        """int64, of each of a batch's ids: the tokens of its document."""
         raise NotImplementedError
 
     def joined(self, parts: list[tuple[Any, Any]], left_out: str = "") -> Any:
@@ -281,7 +301,7 @@ class _Unpacked(PackedCalls):
         for name, value in kwargs.items():
             if name in REPLACED or (name == "labels" and labels is not None):
                 continue
-            if name == "position_ids":
+            if name == POSITIONS:
                 # Plain positions restart with each document by themselves; rotary ids of several
                 # axes are given as they are.
                 if value is not None and value.ndim == 3:
@@ -350,6 +370,9 @@ class _Unpacked(PackedCalls):
             if "input_ids" in inputs:
                 inputs["input_ids"].view(-1)[bucket.pads] = self.forward.pad_token_id() or 0
         return inputs
+
+    def lengths(self, batch: Bucket) -> Tensor:
+        return batch.rows(self.layout.lengths_alone)
 
     def _documents(self, bucket: Bucket) -> Tensor:
         """int64 `[batch]`: which documents its rows are, padding not counted."""

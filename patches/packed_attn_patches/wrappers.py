@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from packed_attn_patches.adapters import refuse_learned_tokens
 from packed_attn_patches.forwards import ModuleForward
-from packed_attn_patches.prompts import refuse_learned_tokens
 from packed_attn_patches.unpack import UnpackedForward
 
 # What `put_forward` puts on instances.

@@ -1,0 +1,242 @@
+"""PEFT's adapters on a patched model: exact, or refused by name where they look at a row."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from packed_attn_patches import tiny
+from torch import Tensor
+
+from packed_attn import DocumentLayout, patch_model
+from tests.exactness import alone, close, documents, gradients, packed, relative, token_mean
+
+peft = pytest.importorskip("peft", reason="needs peft")
+
+QV = {"target_modules": ["q_proj", "v_proj"]}
+TOKENS = list(range(3, 60))
+# What works on each token by itself.
+LORA: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "rslora": {"use_rslora": True},
+    "modules to save": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "tokens": {"trainable_token_indices": TOKENS},
+    "kasa": {"kasa_config": "KasaConfig"},
+}
+OTHERS: dict[str, dict[str, Any]] = {
+    "AdaLoraConfig": {**QV, "total_step": 10},
+    "IA3Config": {"target_modules": ["down_proj"], "feedforward_modules": ["down_proj"]},
+    "OFTConfig": QV,
+    "VeraConfig": {**QV, "r": 8},
+    "TrainableTokensConfig": {"target_modules": ["embed_tokens"], "token_indices": TOKENS},
+    "AdaptionPromptConfig": {"adapter_len": 4, "adapter_layers": 2},
+}
+REST: dict[str, dict[str, Any]] = {
+    "BOFTConfig": QV,
+    "BeftConfig": QV,
+    "C3AConfig": {**QV, "block_size": 16},
+    "DeftConfig": QV,
+    "DeloraConfig": QV,
+    "FourierFTConfig": {**QV, "n_frequency": 50},
+    "FrodConfig": QV,
+    "GloraConfig": QV,
+    "GraloraConfig": {**QV, "r": 8, "gralora_k": 2},
+    "HRAConfig": QV,
+    "HiraConfig": QV,
+    "LNTuningConfig": {"target_modules": ["input_layernorm"]},
+    "LoHaConfig": QV,
+    "LoKrConfig": QV,
+    "MissConfig": QV,
+    "OSFConfig": QV,
+    "PeanutConfig": QV,
+    "PsoftConfig": QV,
+    "RandLoraConfig": QV,
+    "RoadConfig": {**QV, "group_size": 16},
+    "ShiraConfig": {**QV, "r": 8},
+    "SupertuningConfig": QV,
+    "TinyLoraConfig": {**QV, "init_weights": "uniform"},
+    "UniLoraConfig": QV,
+    "VBLoRAConfig": {**QV, "vector_length": 16, "num_vectors": 20},
+    "WaveFTConfig": {**QV, "n_frequency": 50},
+}
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    **{name: ("LoraConfig", {**QV, **changes}) for name, changes in LORA.items()},
+    **{name: (name, changes) for name, changes in OTHERS.items()},
+}
+
+
+def config_of(kind: str, changes: dict[str, Any]) -> Any:
+    if not hasattr(peft, kind):
+        pytest.skip(f"this PEFT has no {kind}")
+    made = {k: getattr(peft, v)() if k == "kasa_config" else v for k, v in changes.items()}
+    return getattr(peft, kind)(task_type="CAUSAL_LM", **made)
+
+
+def adapted(config: Any, *, family: str = "llama", first: str = "", **patch: Any) -> Any:
+    """A model with the adapter, none of whose weights are 0, patched before, after, or not."""
+    model = tiny.tiny_model(family)
+    if first == "patch":
+        patch_model(model, **patch)
+    torch.manual_seed(0)
+    model = peft.get_peft_model(model, copy.deepcopy(config))
+    drawn(model)
+    if first == "adapter":
+        patch_model(model, **patch)
+    return model.train()
+
+
+def drawn(model: Any) -> None:
+    generator = torch.Generator().manual_seed(5)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        *(pytest.param(*case, id=name) for name, case in CASES.items()),
+        *(pytest.param(kind, REST[kind], marks=pytest.mark.slow, id=kind) for kind in REST),
+    ],
+)
+def test_exact_whichever_comes_first(kind: str, changes: dict[str, Any]) -> None:
+    config, docs = config_of(kind, changes), documents()
+    stock = adapted(config)
+    want_loss = token_mean(stock, docs)
+    want_loss.backward()
+    want = gradients(stock)
+    for first in ("patch", "adapter"):
+        model = adapted(config, first=first)
+        loss = model(**packed(docs)).loss
+        loss.backward()
+        assert abs(loss.item() - want_loss.item()) <= 2e-6 * want_loss.item()
+        assert relative(gradients(model), want) <= 1e-5
+
+
+def mixing(kind: str) -> Any:
+    """Adapters that would mix documents of a row."""
+    docs = documents()
+    if kind == "aLoRA":
+        invoked = docs[2][10:12].tolist()
+        return config_of("LoraConfig", {**QV, "alora_invocation_tokens": invoked})
+    return config_of(kind, QV if kind == "LilyConfig" else {})
+
+
+MIXING = ["aLoRA", "LilyConfig", "ShadowConfig"]
+
+
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [*(("llama", kind) for kind in MIXING), ("bloom", "aLoRA"), ("bloom", "LilyConfig")],
+)
+@pytest.mark.parametrize("first", ["patch", "adapter"])
+def test_those_that_look_at_a_row_are_refused_by_name(family: str, kind: str, first: str) -> None:
+    """In packs, where they would mix documents; other forwards are as they were."""
+    config = mixing(kind)
+    if family == "bloom":
+        config.target_modules = {"query_key_value"}
+    model = adapted(config, family=family, first=first)
+    batch = packed(documents())
+    names = ("input_ids", "position_ids", "labels")
+    for given in (batch, {name: batch[name] for name in names}):
+        with pytest.raises(NotImplementedError, match="refuses its adapter 'default', which"):
+            model(**given)
+    ids, mask = rows()
+    found, wanted = (
+        m.eval()(input_ids=ids, attention_mask=mask).logits
+        for m in (model, adapted(config, family=family))
+    )
+    assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("kind", MIXING)
+def test_they_are_refused_where_rows_lose_their_padding(kind: str) -> None:
+    model = adapted(mixing(kind), first="patch", padding_free=True)
+    ids, mask = rows()
+    with pytest.raises(NotImplementedError, match="refuses its adapter 'default', which"):
+        model(input_ids=ids, attention_mask=mask)
+
+
+def rows() -> tuple[Tensor, Tensor]:
+    """Two rows, one of them padded."""
+    docs = documents(lengths=(9, 16))
+    ids = torch.nn.utils.rnn.pad_sequence(docs, batch_first=True)
+    return ids, (torch.arange(16) < torch.tensor([9, 16])[:, None]).long()
+
+
+def two_adapters(family: str, **patch: Any) -> Any:
+    """LoRA "default" and "other", which a batch may name for each row."""
+    names = {"llama": ["q_proj", "v_proj"], "bloom": ["query_key_value"]}[family]
+    model = patch_model(tiny.tiny_model(family), **patch)
+    config = peft.LoraConfig(target_modules=names, task_type="CAUSAL_LM")
+    model = peft.get_peft_model(model, config)
+    model.add_adapter("other", config)
+    for adapter in ("default", "other"):
+        model.set_adapter(adapter)
+        drawn(model)
+    return model.eval()
+
+
+def test_adapters_by_row() -> None:
+    """Through the interface rows stay rows; where they do not, names for them are refused."""
+    docs = documents(lengths=(7, 9, 16))
+    ids, layout = torch.cat(docs).view(2, 16), DocumentLayout.from_lengths([7, 9, 16])
+    names = ["other", "default"]
+    llama = two_adapters("llama")
+    got = llama(input_ids=ids, layout=layout, adapter_names=names).logits.flatten(0, 1)
+    want = []
+    for doc, name in zip(docs, ("other", "other", "default")):
+        llama.set_adapter(name)
+        want.append(llama(input_ids=doc[None]).logits[0])
+    assert close(got.detach(), torch.cat(want).detach())
+
+    bloom = two_adapters("bloom")
+    two = torch.cat(documents(lengths=(16, 9))), DocumentLayout.from_lengths([16, 9])
+    with pytest.raises(NotImplementedError, match="adapters have adapter_names for each row"):
+        bloom(input_ids=two[0][None], layout=two[1], adapter_names=names)
+    free, (ids, mask) = two_adapters("llama", padding_free=True), rows()
+    with pytest.raises(NotImplementedError, match="adapters have adapter_names for each row"):
+        free(input_ids=ids, attention_mask=mask, use_cache=False, adapter_names=names)
+    for model in (bloom, free):
+        model(input_ids=ids, attention_mask=mask, adapter_names=names)
+
+
+def test_tasks_by_row() -> None:
+    """Poly draws its experts in training; in evaluation its packs equal the documents."""
+    config, docs = config_of("PolyConfig", {**QV, "n_tasks": 2, "r": 4}), documents()
+    tasks = torch.tensor([1])
+    stock, model = adapted(config).eval(), adapted(config, first="patch").eval()
+    want = [stock(input_ids=d[None], task_ids=tasks).logits[0] for d in docs]
+    got = model(**packed(docs), task_ids=tasks).logits[0]
+    assert close(got.detach(), torch.cat(want).detach())
+    config.target_modules = {"query_key_value"}
+    unpacked = adapted(config, family="bloom", first="patch")
+    with pytest.raises(NotImplementedError, match="adapter 'default' has its task_ids"):
+        unpacked(**packed(docs), task_ids=tasks)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_merging_switching_and_leaving_out(family: str) -> None:
+    """What PEFT does to a patched model holds for packs as it does for the documents."""
+    docs, model = documents(), two_adapters(family)
+
+    def exact() -> Tensor:
+        want = alone(model, docs)
+        got = model(**packed(docs)).logits[0].detach()
+        assert close(got, want)
+        return got
+
+    other = exact()
+    model.set_adapter("default")
+    default = exact()
+    assert not close(default, other)
+    model.merge_adapter()
+    assert close(exact(), default)
+    model.unmerge_adapter()
+    with model.disable_adapter():
+        assert not close(exact(), default)
+    assert close(exact(), default)
+    model = model.merge_and_unload()
+    assert close(exact(), default)
