@@ -100,10 +100,16 @@ class LayoutHook:
         layout = layout.to(batch.device)
         if self.rope is not None:
             refuse_long_forest(module, layout)
+        return (), self._packed(module, kwargs, layout)
+
+    def mixers_take(self, module: nn.Module, layout: DocumentLayout) -> bool:
+        """Whether this pack goes down to the model's token mixers.
+
+        Asked where the forward runs, as whatever wraps it may put autocast there.
+        """
         # Mixers read lengths too, and their proof is not to be recorded.
-        mixers = self.mixers and not recorded and fast_mixers.takes_layout(module, layout)
-        unpacked = self.unpacked and not mixers
-        return (), self._packed(module, kwargs, batch, layout, unpacked)
+        recorded = _is_recorded(layout.device)
+        return self.mixers and not recorded and fast_mixers.takes_layout(module, layout)
 
     def _refuse_share(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         """Of a pack over several ranks, which hold documents in pieces."""
@@ -130,9 +136,7 @@ class LayoutHook:
         self,
         module: nn.Module,
         kwargs: dict[str, Any],
-        batch: BatchShape,
         layout: DocumentLayout,
-        unpacked: bool,
     ) -> dict[str, Any]:
         if layout.is_forest and kwargs.get("labels") is not None:
             raise ValueError(
@@ -140,28 +144,13 @@ class LayoutHook:
                 "that continues it, but the model was given labels to compute a loss with one "
                 "target a token: pass compute_loss_func=PackedLoss(model) to the Trainer"
             )
-        if not unpacked:
-            _refuse_prefixes(module, kwargs)
         packed = {k: v for k, v in kwargs.items() if k not in BOUNDARY_NAMES}
         packed["layout"] = layout
         packed["use_cache"] = False
-        if not unpacked:
-            _refuse_other_attention(module)
-            packed["packed_attn_backend"] = self.backend
-            packed["attention_mask"] = empty_mask(batch.rows, layout, self.backend)
-            packed.update((name, None) for name in CACHE_NAMES if name in packed)
-            if self.outer and _balances_experts(module, kwargs):
-                # The auxiliary loss is over the real tokens of all rows, and this mask says which.
-                packed["attention_mask"] = _real_mask(batch, layout)
-            if packed.get("position_ids") is None:
-                packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
-            if self.rope is not None:
-                self.rope.packed = True
-                packed["position_ids"] = marked(packed["position_ids"], batch.rows, layout)
-        # Unpacked, a document's first label has no document before it that could predict it.
-        in_stream = not unpacked or packed.get(FUSED_HEAD)
-        if packed.get("labels") is not None and self.shifts and in_stream:
-            packed["labels"] = without_first_labels(packed["labels"], layout)
+        if not self.unpacked:
+            packed = self.in_stream(module, packed)
+        elif packed.get(FUSED_HEAD):
+            self._mask_first_labels(packed)
         if packed.get("shift_labels") is not None:
             counts = layout.is_forest or packed["shift_labels"].ndim == 3
             if counts and (module.training or packed.get("labels") is not None):
@@ -169,6 +158,32 @@ class LayoutHook:
             shifted = None if counts else _without_last_labels(packed["shift_labels"], layout)
             packed["shift_labels"] = shifted
         return packed
+
+    def in_stream(self, module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with which a packed forward's layout goes down to the layers."""
+        _refuse_prefixes(module, kwargs)
+        _refuse_other_attention(module)
+        layout, batch = kwargs["layout"], BatchShape.of(kwargs)
+        assert batch is not None
+        packed = {**kwargs, "packed_attn_backend": self.backend}
+        packed["attention_mask"] = empty_mask(batch.rows, layout, self.backend)
+        packed.update((name, None) for name in CACHE_NAMES if name in packed)
+        if self.outer and _balances_experts(module, kwargs):
+            # The auxiliary loss is over the real tokens of all rows, and this mask says which.
+            packed["attention_mask"] = _real_mask(batch, layout)
+        if packed.get("position_ids") is None:
+            packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
+        if self.rope is not None:
+            self.rope.packed = True
+            packed["position_ids"] = marked(packed["position_ids"], batch.rows, layout)
+        self._mask_first_labels(packed)
+        return packed
+
+    def _mask_first_labels(self, packed: dict[str, Any]) -> None:
+        """In a stream a document's first label has another document before it; unpacked it has
+        nothing that could predict it."""
+        if packed.get("labels") is not None and self.shifts:
+            packed["labels"] = without_first_labels(packed["labels"], packed["layout"])
 
 
 def _refuse_prefixes(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
