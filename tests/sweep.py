@@ -454,9 +454,12 @@ def checkpointed(model: Any, check: Callable[[], str]) -> dict[str, Callable[[],
 
 
 def _dtypes(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, set[torch.dtype]]:
-    """Those of every output with hidden states, by name."""
+    """Those of every output, by name, with the hidden states of each layer where they are given."""
     with torch.no_grad():
-        output = model(**kwargs, output_hidden_states=True)
+        try:
+            output = model(**kwargs, output_hidden_states=True)
+        except NotImplementedError:  # some have no rows per token to put back
+            output = model(**kwargs)
     named = {n: v if isinstance(v, tuple) else (v,) for n, v in output.items()}
     return {n: {x.dtype for x in v if isinstance(x, Tensor)} for n, v in named.items()}
 

@@ -204,9 +204,10 @@ class Expected:
     @staticmethod
     def of(precision: Precision, model: nn.Module, run: Callable[[nn.Module], Alone]) -> Expected:
         """`run` gives what the documents alone do."""
+        # Copied first: what some keep of a forward is part of a graph, and not to be copied.
+        exact = None if precision.is_wide else precision.in_float32(model)
         alone = run(model)
-        exact = alone if precision.is_wide else run(precision.in_float32(model))
-        return Expected(precision, alone, exact)
+        return Expected(precision, alone, alone if exact is None else run(exact))
 
     def outputs(self, got: Tensor, repeats: int = 1, keep: Any = ...) -> str:
         """The verdict on outputs of a pack, in `repeats` rows; `keep` are those that count."""
