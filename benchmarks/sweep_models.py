@@ -1,12 +1,16 @@
 """Every model type of the installed transformers, patched and held to what "exact" promises.
 
     python -m benchmarks.sweep_models [--head causal ...] [--types llama ...] [--json PATH]
+    python -m benchmarks.sweep_models --dtype bfloat16 [--autocast] [--lora]
 
 Each type is a tiny random model in a child process with a memory and a time limit. Its documents
 are run alone on the stock model and then packed on the patched one, under every convention, in
 training and with checkpointing (see `tests/sweep.py`). Prints a line for each type that is not
 exact and a table of counts, and writes all outcomes as JSON, beside those of other heads and types
 that the file has from the same versions. Exit status 1 when a type is wrong.
+
+In half precision, whose outcomes are printed and not written by default, a pack is held to the
+error of its documents alone (`tests/sweep_precision.py`).
 """
 
 from __future__ import annotations
@@ -20,10 +24,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from packed_attn_patches.children import ChildFailed, in_children
 
 from packed_attn.facts import machine_facts
 from tests.sweep import HEADS, Outcome, model_types, sweep_type
+from tests.sweep_precision import FLOAT32, Precision
 
 RESULTS = Path(__file__).parent / "results" / "models.json"
 STATUSES = ("exact", "refused", "not built", "wrong")
@@ -35,15 +41,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--types", nargs="*", help="model types; all by default")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=600, help="limit for one type")
-    parser.add_argument("--json", type=Path, default=RESULTS, help="where the outcomes go")
+    parser.add_argument("--dtype", default="float32", help="of weights; of autocast beside it")
+    parser.add_argument("--autocast", action="store_true", help="float32 weights under autocast")
+    parser.add_argument("--lora", action="store_true", help="adapters in float32, trained alone")
+    parser.add_argument("--attention", help="attn_implementation; the model's own by default")
+    parser.add_argument("--json", type=Path, help="where the outcomes go")
     options = parser.parse_args(arguments)
+    dtype = getattr(torch, options.dtype)
+    weights, autocast = (torch.float32, dtype) if options.autocast else (dtype, None)
+    precision = Precision(weights, autocast, options.lora)
+    usual = precision == FLOAT32 and options.attention is None
+    path = options.json or (RESULTS if usual else None)
     outcomes: list[Outcome] = []
-    kept = _kept(options.json)
+    kept = [] if path is None else _kept(path)
     for head in options.head:
         types = [t for t in model_types(head) if not options.types or t in options.types]
         found = in_children(
             quiet_sweep,
-            [(head, t) for t in types],
+            [(head, t, precision, options.attention) for t in types],
             processes=options.processes,
             seconds=options.seconds,
         )
@@ -54,18 +69,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"[{head} {number}/{len(types)}] {model_type}", file=sys.stderr, flush=True)
             if outcome.status != "exact":
                 print(f"{head} {model_type}: {outcome.status}. {_why(outcome)}", flush=True)
-            _write(options.json, kept, outcomes)
+            if path is not None:
+                _write(path, kept, outcomes)
     print(table(outcomes))
     return int(any(o.status == "wrong" for o in outcomes))
 
 
-def quiet_sweep(head: str, model_type: str) -> Outcome:
+def quiet_sweep(
+    head: str,
+    model_type: str,
+    precision: Precision = FLOAT32,
+    attn_implementation: str | None = None,
+) -> Outcome:
     """`sweep_type` without the warnings that transformers has for tiny configs."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     warnings.simplefilter("ignore")
-    return sweep_type(head, model_type)
+    options: dict[str, Any] = {"precision": precision, "attn_implementation": attn_implementation}
+    return sweep_type(head, model_type, **options)
 
 
 def table(outcomes: Sequence[Outcome]) -> str:

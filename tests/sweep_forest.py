@@ -12,16 +12,8 @@ from torch import Tensor, nn
 
 from packed_attn import DocumentLayout
 from tests.exactness import documents
-from tests.sweep import (
-    GRADIENTS,
-    LOGITS,
-    _furthest,
-    _gradient_outside,
-    _gradients,
-    _largest,
-    _rows,
-    _within,
-)
+from tests.sweep import _gradient_outside, _rows
+from tests.sweep_precision import Alone, Expected, Precision, _gradients, _largest
 
 # A prompt with an answer, an empty one and one that has answers itself; a document alone.
 LENGTHS, PARENTS = (7, 5, 0, 3, 4, 1, 9), (-1, 0, 0, 0, 3, 3, -1)
@@ -31,26 +23,25 @@ LAYOUT = DocumentLayout.from_lengths(LENGTHS, parents=PARENTS)
 class StockForest:
     """What a model that is not patched gives for the documents one by one, each with its path."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, precision: Precision) -> None:
         device = next(model.parameters()).device
         self.docs = [d.to(device) for d in documents(2, LENGTHS)]
-        with torch.no_grad():
-            self.alone = torch.cat(self._outputs(model))
-        self.scale = float(self.alone.abs().max())
-        model.train().zero_grad()
-        for outputs, weights in zip(self._outputs(model), self.weights()):
-            (outputs * weights).sum().backward()
-        self.gradients = _gradients(model)
-        model.eval()
+        self.expected = Expected.of(precision, model, self._alone)
 
     def batch(self) -> dict[str, Any]:
         ids = torch.cat(self.docs)[None]
         return {"input_ids": ids, "layout": LAYOUT.to(ids.device)}
 
-    def weights(self) -> tuple[Tensor, ...]:
-        """Of each output, for a loss that every one has a part of its own in."""
-        line = torch.linspace(-1, 1, self.alone.numel(), device=self.alone.device)
-        return line.view_as(self.alone).split([n for n in LENGTHS if n])
+    def _alone(self, model: nn.Module) -> Alone:
+        with torch.no_grad():
+            rows = torch.cat(self._outputs(model))
+        model.train().zero_grad()
+        weights = weights_of(rows).split([n for n in LENGTHS if n])
+        losses = [(out * w).sum() for out, w in zip(self._outputs(model), weights)]
+        loss = torch.stack(losses).sum()
+        loss.backward()
+        model.eval()
+        return Alone(rows, loss.detach(), _gradients(model))
 
     def _outputs(self, model: nn.Module) -> list[Tensor]:
         """Of each document's own tokens, `[length, width]`."""
@@ -59,6 +50,11 @@ class StockForest:
             _rows(model(input_ids=ids[None]))[-n:] for ids, n in zip(whole, LENGTHS, strict=True)
             if n
         ]  # fmt: skip
+
+
+def weights_of(outputs: Tensor) -> Tensor:
+    """Of each output, for a loss that every one has a part of its own in."""
+    return torch.linspace(-1, 1, outputs.numel(), device=outputs.device).view_as(outputs)
 
 
 def forest(model: nn.Module, stock: StockForest) -> str:
@@ -71,17 +67,17 @@ def forest(model: nn.Module, stock: StockForest) -> str:
         if "no forest" not in str(error):
             raise
         return "refused"
-    error = _largest(clean - stock.alone)
-    if error > LOGITS * stock.scale:
-        return _within(error / stock.scale, LOGITS)
+    verdict = stock.expected.outputs(clean)
+    if verdict != "exact":
+        return verdict
     model.train().zero_grad()
-    (_rows(model(**batch)) * torch.cat(stock.weights())).sum().backward()
+    (_rows(model(**batch)) * weights_of(clean)).sum().backward()
     model.eval()
-    verdict = _within(_furthest(_gradients(model), stock.gradients), GRADIENTS)
-    return _isolated(model, stock, clean, error) if verdict == "exact" else verdict
+    verdict = stock.expected.of_gradients(_gradients(model))
+    return _isolated(model, stock, clean) if verdict == "exact" else verdict
 
 
-def _isolated(model: nn.Module, stock: StockForest, clean: Tensor, rounding: float) -> str:
+def _isolated(model: nn.Module, stock: StockForest, clean: Tensor) -> str:
     """Other tokens in a document change no bit of what does not continue it, and no document has a
     gradient in what is not on its path."""
     batch, worst = stock.batch(), 0.0
@@ -99,7 +95,8 @@ def _isolated(model: nn.Module, stock: StockForest, clean: Tensor, rounding: flo
         leaked = _gradient_outside(model, batch, own, path)
         if leaked > 0:
             return f"leaks: gradient {leaked:.1e}"
-    bound = 4 * max(rounding, torch.finfo(clean.dtype).eps * stock.scale)
+    scale, rounding = stock.expected.scale, _largest(clean - stock.expected.alone.rows)
+    bound = 4 * max(rounding, torch.finfo(clean.dtype).eps * scale)
     if worst > bound:
-        return f"leaks: moved by {worst / stock.scale:.1e}"
+        return f"leaks: moved by {worst / scale:.1e}"
     return "exact" if worst == 0 else "rounding"

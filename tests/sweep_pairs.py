@@ -14,16 +14,8 @@ from torch import Tensor, nn
 
 from packed_attn import PackedCollator, unpatch_model
 from tests.exactness import attempted, on_device
-from tests.sweep import (
-    LOGITS,
-    _gradients,
-    _largest,
-    _spans,
-    _within,
-    checkpointed,
-    trained,
-    untouched,
-)
+from tests.sweep import OF_NUMBERS, _dtypes, _same_dtypes, _spans, checkpointed, trained, untouched
+from tests.sweep_precision import FLOAT32, Alone, Expected, Precision, _gradients, _largest
 
 # Two pairs of like lengths, which unpacking pads to one batch each, and single tokens.
 SOURCES = (5, 1, 37, 4, 31)
@@ -38,27 +30,22 @@ class StockPairs:
     Pair i is drawn from token ids of its own, so that an embedding's id says whose it is.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, precision: Precision = FLOAT32) -> None:
         device = next(model.parameters()).device
         self.sources = [drawn(i, n, seed=1).to(device) for i, n in enumerate(SOURCES)]
         self.targets = [drawn(i, n, seed=2).to(device) for i, n in enumerate(TARGETS)]
         with torch.no_grad():
-            self.alone = torch.cat(
-                [
-                    model(input_ids=s[None], decoder_input_ids=t[None]).logits[0]
-                    for s, t in zip(self.sources, self.targets)
-                ]
+            own, other = (
+                model(input_ids=s[None], decoder_input_ids=self.targets[0][None]).logits
+                for s in (self.sources[0], self.sources[2])
             )
-        self.scale = float(self.alone.abs().max())
-        with torch.no_grad():
-            other = model(input_ids=self.sources[2][None], decoder_input_ids=self.targets[0][None])
-        if torch.equal(other.logits[0], self.alone[: TARGETS[0]]):
+        if torch.equal(own, other):
             raise RuntimeError("the outputs depend on no source: a pair that sees another's passes")
+        first = {"input_ids": self.sources[0][None], "decoder_input_ids": self.targets[0][None]}
+        self.dtypes = _dtypes(model, first)
         self.otherwise = outcomes(model)
         self.shifts = _shifts_labels(model, self.sources[0], self.targets[0])
-        self.loss = self._backward(model.train())
-        self.gradients = _gradients(model)
-        model.eval()
+        self.expected = Expected.of(precision, model, self._alone)
 
     def given(self, labels: Tensor) -> dict[str, Tensor]:
         """Labels, and the decoder inputs where the model does not make them from labels."""
@@ -69,19 +56,27 @@ class StockPairs:
     def labels(self) -> list[Tensor]:
         return [t.masked_fill(t % 3 == 0, -100) for t in self.targets]
 
-    def _backward(self, model: nn.Module) -> float:
+    def _alone(self, model: nn.Module) -> Alone:
+        pairs = zip(self.sources, self.targets)
+        with torch.no_grad():
+            logits = [model(input_ids=s[None], decoder_input_ids=t[None]).logits for s, t in pairs]
+        loss = self._backward(model.train())
+        model.eval()
+        return Alone(torch.cat(logits, 1)[0], loss, _gradients(model))
+
+    def _backward(self, model: nn.Module) -> Tensor:
         """The mean loss over all labels, from pairs one by one."""
         model.zero_grad()
         counts = [int((x != -100).sum()) for x in self.labels()]
-        total = 0.0
+        losses = []
         for source, target, labels, count in zip(self.sources, self.targets, self.labels(), counts):
             if count:
                 given = {} if self.shifts else {"decoder_input_ids": target[None]}
                 loss = model(input_ids=source[None], labels=labels[None], **given).loss
                 loss = loss * count / sum(counts)
                 loss.backward()
-                total += float(loss)
-        return total
+                losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
 
 def drawn(pool: int, length: int, seed: int) -> Tensor:
@@ -104,7 +99,7 @@ def pair_checks(model: nn.Module, stock: StockPairs) -> dict[str, Callable[[], s
     def same(kwargs: Mapping[str, Any], rows: int = 1, beyond: int = 0) -> Callable[[], str]:
         return lambda: _same_outputs(model, stock, kwargs, rows, beyond)
 
-    return {
+    checks = {
         "position_ids": same({**packed, "use_cache": False}),
         "default cache": same(packed),
         "mask of ones": same({**packed, **ones}),
@@ -115,10 +110,12 @@ def pair_checks(model: nn.Module, stock: StockPairs) -> dict[str, Callable[[], s
         "isolation": lambda: _isolated(model, stock, packed),
         "not finite": lambda: _confined(model, stock, packed),
         "training": lambda: _trains(model, stock, packed),
-        "checkpointing": lambda: checkpointed(model, lambda: _trains(model, stock, packed)),
+        **checkpointed(model, lambda: _trains(model, stock, packed)),
+        "dtypes": lambda: _same_dtypes(_dtypes(model, packed), stock.dtypes),
         "everything else": lambda: untouched(outcomes(model), stock.otherwise),
         "undone": lambda: untouched(outcomes(unpatch_model(model)), stock.otherwise),
     }
+    return checks if stock.expected.wide else {n: c for n, c in checks.items() if n in OF_NUMBERS}
 
 
 def packed_pairs(sources: list[Tensor], targets: list[Tensor]) -> dict[str, Any]:
@@ -155,17 +152,15 @@ def _same_outputs(
         got = _logits(model, kwargs)
     if beyond and got[-beyond:].any():
         return "padding has logits"
-    got, want = got[: len(got) - beyond], stock.alone.repeat(rows, 1)
-    if got.shape != want.shape:
-        return f"outputs of shape {list(got.shape)} and not {list(want.shape)}"
-    return _within(_largest(got - want) / stock.scale, LOGITS)
+    return stock.expected.outputs(got[: len(got) - beyond], rows)
 
 
 def _isolated(model: nn.Module, stock: StockPairs, packed: Mapping[str, Tensor]) -> str:
     """Another source and target in each pair in turn change no bit and no gradient of others."""
     with torch.no_grad():
         clean = _logits(model, packed)
-    bound = 4 * max(_largest(clean - stock.alone), torch.finfo(clean.dtype).eps * stock.scale)
+    scale, rounding = stock.expected.scale, _largest(clean - stock.expected.alone.rows)
+    bound = 4 * max(rounding, torch.finfo(clean.dtype).eps * scale)
     worst = 0.0
     for index, (a, b) in enumerate(_spans(TARGETS)):
         with torch.no_grad():
@@ -180,7 +175,7 @@ def _isolated(model: nn.Module, stock: StockPairs, packed: Mapping[str, Tensor])
         if others > 0:
             return f"leaks: gradient {others:.1e}"
     if worst > bound:
-        return f"leaks: moved by {worst / stock.scale:.1e}"
+        return f"leaks: moved by {worst / scale:.1e}"
     return "exact" if worst == 0 else "rounding"
 
 
@@ -254,13 +249,13 @@ def _confined(model: nn.Module, stock: StockPairs, packed: Mapping[str, Tensor])
             handle.remove()
     if got[~keep].isfinite().all():
         return "the poison reached nothing"
-    return _within(_largest((got - stock.alone)[keep]) / stock.scale, LOGITS)
+    return stock.expected.outputs(got, keep=keep)
 
 
 def _trains(model: nn.Module, stock: StockPairs, packed: Mapping[str, Tensor]) -> str:
     kwargs = {k: v for k, v in packed.items() if k != "decoder_input_ids"}
     labels = stock.given(torch.cat(stock.labels())[None])
-    return trained(model, {**kwargs, **labels}, stock.loss, stock.gradients)
+    return trained(model, {**kwargs, **labels}, stock.expected)
 
 
 def outcomes(model: nn.Module) -> dict[str, Tensor | str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from packed_attn_patches import fast_mixers, mixer_proof
 from packed_attn_patches.fast_mixers import (
     FAST_TYPES,
@@ -286,6 +287,35 @@ def test_a_kernel_that_raises_is_not_used(
     assert close(model(**packed(docs)).logits[0], alone(model, docs))
     reason = str(reason_against(model, packed(docs)["layout"]))
     assert reason.endswith("raises RuntimeError: no kernel image is available")
+
+
+@pytest.mark.parametrize("right", [False, True])
+def test_mixers_are_proven_in_the_autocast_that_a_trainer_puts_on_a_forward(
+    right: bool, kernels: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate wraps a forward in it, behind the hooks that run before: a kernel that takes
+    boundaries under autocast alone is used there, one that takes them elsewhere is not."""
+    rule = standins.chunk_gated_delta_rule
+
+    def kernel(*args: Any, cu_seqlens: Any = None, **kwargs: Any) -> Any:
+        taken = torch.is_autocast_enabled("cpu") == right
+        return rule(*args, cu_seqlens=cu_seqlens if taken else None, **kwargs)
+
+    kernel.__wrapped__ = rule  # type: ignore[attr-defined]
+    recorded = kernels[standins.GATED_DELTA](kernel)
+    monkeypatch.setattr(sys.modules["fla.ops.gated_delta_rule"], rule.__name__, recorded)
+    autocast = Accelerator(cpu=True, mixed_precision="bf16").autocast
+    model, docs = tiny_model("qwen3_next"), documents(lengths=LENGTHS)
+    with autocast():
+        want = alone(model, docs)
+    patch_model(model)
+    model.forward = autocast()(model.forward)
+    with torch.no_grad():
+        model(**packed(docs))
+        forget(kernels)
+        got = model(**packed(docs)).logits[0]
+    assert close(got, want, 0.05)
+    assert (standins.GATED_DELTA in calls(kernels)) == right
 
 
 def test_a_forest_does_not_take_the_kernels(kernels: dict[str, Recorder]) -> None:

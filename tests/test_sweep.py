@@ -7,13 +7,16 @@ import time
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from packed_attn_patches import interface
 from packed_attn_patches.children import GIGABYTE, ChildFailed, in_children
 from packed_attn_patches.tiny import tiny_config, tiny_model
 from torch import nn
 
 from benchmarks.sweep_models import quiet_sweep
 from tests.sweep import HEADS, Outcome, _Stock, model_types, sweep_type
+from tests.sweep_precision import FLOAT32, Precision
 
 # What is special about each is in another place: positions, masks, state, shapes, losses, heads.
 REPRESENTATIVES = (
@@ -30,6 +33,7 @@ REPRESENTATIVES = (
     ("causal", "prophetnet"),
     ("masked", "bert"),
     ("masked", "distilbert"),
+    ("masked", "luke"),
     ("token", "modernbert"),
     ("token", "llama"),
     ("token", "biogpt"),
@@ -46,6 +50,43 @@ def test_exact_under_every_convention(head: str, model_type: str) -> None:
     assert outcome.status == "exact", outcome
 
 
+HALF = Precision(torch.bfloat16)
+AUTOCAST = Precision(autocast=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("head", "model_type", "precision"),
+    [
+        ("causal", "llama", HALF),
+        ("causal", "llama", Precision(torch.float16)),
+        ("causal", "llama", AUTOCAST),
+        ("causal", "llama", Precision(torch.bfloat16, lora=True)),
+        ("causal", "mixtral", HALF),
+        ("causal", "lfm2", AUTOCAST),
+        ("causal", "mamba2", HALF),
+        ("sequence", "bert", HALF),
+        ("seq2seq", "t5", HALF),
+    ],
+)
+def test_no_less_accurate_in_half_precision(
+    head: str, model_type: str, precision: Precision
+) -> None:
+    outcome = sweep_type(head, model_type, precision=precision)
+    assert outcome.status == "exact", outcome
+
+
+def test_a_pack_less_accurate_than_its_documents_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def coarse(*args: Any, **kwargs: Any) -> Any:
+        return attention(*args, **kwargs).to(torch.float8_e5m2).to(torch.bfloat16)
+
+    attention = interface.attention
+    monkeypatch.setattr(interface, "attention", coarse)
+    outcome = sweep_type("causal", "llama", precision=HALF)
+    assert outcome.status == "wrong"
+    assert "differs" in outcome.checks["default cache"]
+    assert outcome.checks["isolation"] == "exact"
+
+
 @pytest.mark.parametrize("head", ["causal", "sequence"])
 def test_a_model_in_which_no_leak_could_be_seen_is_no_proof(head: str) -> None:
     model: Any = tiny_model("gpt2", auto_class=getattr(transformers, HEADS[head].auto_class))
@@ -56,11 +97,12 @@ def test_a_model_in_which_no_leak_could_be_seen_is_no_proof(head: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("precision", [FLOAT32, HALF, AUTOCAST], ids=str)
 @pytest.mark.parametrize("head", HEADS)
-def test_every_type_is_exact_or_refused(head: str) -> None:
+def test_every_type_is_exact_or_refused(head: str, precision: Precision) -> None:
     """None that stock transformers builds and trains is wrong, and few are refused."""
     types = model_types(head)
-    found = list(in_children(quiet_sweep, [(head, t) for t in types], seconds=600))
+    found = list(in_children(quiet_sweep, [(head, t, precision) for t in types], seconds=600))
     # A type whose stock model takes all memory or time has no outcome.
     built = [o for o in found if isinstance(o, Outcome) and o.status != "not built"]
     assert not [o for o in built if o.status == "wrong"]

@@ -171,8 +171,6 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
                 module.register_forward_pre_hook(PairHook(settings.backend), with_kwargs=True)
                 continue
             taken = chosen if module is model else inner
-            if taken is not Route.INTERFACE:
-                put_forward(module, UnpackedForward(module, taken, head_of(module)))
             hook = LayoutHook(
                 settings.backend,
                 unpacked=taken is not Route.INTERFACE,
@@ -182,6 +180,8 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
                 outer=module is model and len(entrances) > 1,
                 rope=watch,
             )
+            if hook.unpacked:
+                put_forward(module, UnpackedForward(module, taken, head_of(module), hook))
             module.register_forward_pre_hook(hook, with_kwargs=True)
     except BaseException:
         unpatch(model)

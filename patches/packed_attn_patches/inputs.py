@@ -101,16 +101,24 @@ class LayoutHook:
         if layout.is_share:
             self._refuse_share(module, kwargs)
         layout = layout.to(batch.device)
-        if self.outer and not recorded and _balances_experts(module, kwargs):
+        if self.outer and not recorded and asks_for(module, kwargs, "router_logits"):
             layout = _with_padding_known(module, layout, kwargs.get("input_ids"))
         tell(module, kwargs.get("input_ids"), layout)
         if self.rope is not None:
             refuse_long_forest(module, layout)
+        # Documents in other rows: known where the forward runs, or inside the one of a fused head.
+        same_rows = not (self.unpacked and kwargs.get(FUSED_HEAD))
+        refuse_adapters(module, same_rows=same_rows)
+        return (), self._packed(module, kwargs, layout)
+
+    def mixers_take(self, module: nn.Module, layout: DocumentLayout) -> bool:
+        """Whether this pack goes down to the model's token mixers.
+
+        Asked where the forward runs, as whatever wraps it may put autocast there.
+        """
         # Mixers read lengths too, and their proof is not to be recorded.
-        mixers = self.mixers and not recorded and fast_mixers.takes_layout(module, layout)
-        unpacked = self.unpacked and not mixers
-        refuse_adapters(module, same_rows=not unpacked)
-        return (), self._packed(module, kwargs, batch, layout, unpacked)
+        recorded = _is_recorded(layout.device)
+        return self.mixers and not recorded and fast_mixers.takes_layout(module, layout)
 
     def _refuse_share(self, module: nn.Module, kwargs: Mapping[str, Any]) -> None:
         """Of a pack over several ranks, which hold documents in pieces."""
@@ -140,9 +148,7 @@ class LayoutHook:
         self,
         module: nn.Module,
         kwargs: dict[str, Any],
-        batch: BatchShape,
         layout: DocumentLayout,
-        unpacked: bool,
     ) -> dict[str, Any]:
         if layout.is_forest and kwargs.get("labels") is not None:
             raise ValueError(
@@ -150,32 +156,15 @@ class LayoutHook:
                 "that continues it, but the model was given labels to compute a loss with one "
                 "target a token: pass compute_loss_func=PackedLoss(model) to the Trainer"
             )
-        if not unpacked:
-            _refuse_prefixes(module, kwargs)
         packed = {k: v for k, v in kwargs.items() if k not in BOUNDARY_NAMES}
         packed["layout"] = layout
         packed["use_cache"] = False
-        if not unpacked:
-            _refuse_other_attention(module)
-            packed["packed_attn_backend"] = self.backend
-            packed["attention_mask"] = empty_mask(
-                batch.rows, layout, self.backend, weights=asks_for(module, kwargs, "attentions")
-            )
-            packed.update((name, None) for name in CACHE_NAMES if name in packed)
-            if packed.get("position_ids") is None:
-                packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
-            if self.rope is not None:
-                self.rope.begin(layout)
-                packed["position_ids"] = marked(packed["position_ids"], batch.rows, layout)
-        if self.shifts and not _is_recorded(batch.device):
+        if self.shifts and not _is_recorded(layout.device):
             _refuse_miscounted(module, kwargs, layout)
-        in_stream = not unpacked or packed.get(FUSED_HEAD)
-        if in_stream and self.outer and asks_for(module, kwargs, "router_logits"):
-            # The auxiliary loss is over the real tokens of all rows, and this mask says which.
-            packed["attention_mask"] = _real_mask(batch, layout)
-        # Unpacked, a document's first label has no document before it that could predict it.
-        if packed.get("labels") is not None and self.shifts and in_stream:
-            packed["labels"] = without_first_labels(packed["labels"], layout)
+        if not self.unpacked:
+            packed = self.in_stream(module, packed)
+        elif packed.get(FUSED_HEAD):
+            self._for_stream(module, packed)
         if packed.get("shift_labels") is not None:
             counts = layout.is_forest or packed["shift_labels"].ndim == 3
             if counts and (module.training or packed.get("labels") is not None):
@@ -183,6 +172,36 @@ class LayoutHook:
             shifted = None if counts else _without_last_labels(packed["shift_labels"], layout)
             packed["shift_labels"] = shifted
         return packed
+
+    def in_stream(self, module: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        """The arguments with which a packed forward's layout goes down to the layers."""
+        _refuse_prefixes(module, kwargs)
+        _refuse_other_attention(module)
+        layout, batch = kwargs["layout"], BatchShape.of(kwargs)
+        assert batch is not None
+        packed = {**kwargs, "packed_attn_backend": self.backend}
+        packed["attention_mask"] = empty_mask(
+            batch.rows, layout, self.backend, weights=asks_for(module, kwargs, "attentions")
+        )
+        packed.update((name, None) for name in CACHE_NAMES if name in packed)
+        if packed.get("position_ids") is None:
+            packed["position_ids"] = layout.position_ids.view(batch.rows, batch.tokens)
+        if self.rope is not None:
+            self.rope.begin(layout)
+            packed["position_ids"] = marked(packed["position_ids"], batch.rows, layout)
+        self._for_stream(module, packed)
+        return packed
+
+    def _for_stream(self, module: nn.Module, packed: dict[str, Any]) -> None:
+        """What a head needs to know that computes its losses on the stream."""
+        layout, batch = packed["layout"], BatchShape.of(packed)
+        if batch is not None and self.outer and asks_for(module, packed, "router_logits"):
+            # The auxiliary loss is over the real tokens of all rows, and this mask says which.
+            packed["attention_mask"] = _real_mask(batch, layout)
+        # A document's first label has another document before it; unpacked it has nothing that
+        # could predict it.
+        if packed.get("labels") is not None and self.shifts:
+            packed["labels"] = without_first_labels(packed["labels"], layout)
 
 
 def _refuse_miscounted(

@@ -33,7 +33,8 @@ from packed_attn_patches.families import (
     is_encoder_decoder,
     reason_against_forests,
 )
-from packed_attn_patches.inputs import CACHE_NAMES, FUSED_HEAD
+from packed_attn_patches.adapters import refuse_adapters
+from packed_attn_patches.inputs import CACHE_NAMES, FUSED_HEAD, LayoutHook
 from packed_attn_patches.noise import noises_of, told
 from packed_attn_patches.rope import fresh, longest_alike, ropes_of
 from packed_attn_patches.routers import BalancingLoss, asks_for
@@ -92,12 +93,16 @@ class UnpackedForward:
         model: the model whose class's forward does the work, or what has replaced it.
         route: one of the unpacking routes: whether and how batches are padded.
         head: what its outputs are of.
+        hook: of this model, which knows how a layout goes down to the layers.
     """
 
-    def __init__(self, model: nn.Module, route: Route, head: Head) -> None:
+    def __init__(
+        self, model: nn.Module, route: Route, head: Head, hook: LayoutHook | None = None
+    ) -> None:
         self.model = model
         self.route = route
         self.head = head
+        self.hook = hook
         self.ropes = ropes_of(model)
         # Whether its own code has a place for them; an encoder-decoder's packs have others.
         own = inspect.signature(type(model).forward).parameters
@@ -160,11 +165,16 @@ class UnpackedForward:
             if not self.takes_positions:
                 kwargs.pop(POSITIONS, None)
             return self.function(self.model, *args, **kwargs)
-        if "packed_attn_backend" in kwargs:  # the hook found that its mixers take the layout
-            with fast_mixers.packed_forward():
-                return self.function(self.model, *args, layout=layout, **kwargs)
         if kwargs.get(FUSED_HEAD):  # of a forward that was there before the patch: see inputs.py
             return self.function(self.model, *args, layout=layout, **kwargs)
+        inner = "packed_attn_backend" in kwargs  # an outer model's mixers are this one's
+        if not inner and self.hook is not None and self.hook.mixers_take(self.model, layout):
+            kwargs, inner = self.hook.in_stream(self.model, {**kwargs, "layout": layout}), True
+            del kwargs["layout"]
+        if inner:
+            with fast_mixers.packed_forward():
+                return self.function(self.model, *args, layout=layout, **kwargs)
+        refuse_adapters(self.model, same_rows=False)
         return self.run(_Unpacked.of(self, layout, kwargs), kwargs)
 
     def run(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -227,8 +237,10 @@ class PackedCalls:
                 joined[name] = self.put_back(name, [(batch, o[name]) for batch, o in parts])
             elif isinstance(value, tuple) and ("hidden_states" in name or name == ROUTERS):
                 joined[name] = tuple(
-                    self.put_back(name, [(batch, o[name][i]) for batch, o in parts])
-                    for i in range(len(value))
+                    None
+                    if of_layer is None  # LUKE's entities, where a batch has none
+                    else self.put_back(name, [(batch, o[name][i]) for batch, o in parts])
+                    for i, of_layer in enumerate(value)
                 )
             elif isinstance(value, tuple):
                 raise NotImplementedError(
@@ -238,14 +250,16 @@ class PackedCalls:
         return type(parts[0][1])(**joined)
 
     def _loss(self, parts: list[tuple[Any, Tensor]]) -> Tensor:
-        """The mean over all targets, from the means of the batches."""
-        total, loss = 0, torch.zeros((), device=parts[0][1].device)
+        """The mean over all targets, from the means of the batches: added up in float32, in the
+        dtype of the model's own."""
+        first = parts[0][1]
+        total, loss = 0, first.new_zeros((), dtype=torch.promote_types(first.dtype, torch.float32))
         for batch, mean in parts:
             targets = self.targets(batch)
             total = total + targets
             # A batch without targets has a mean of NaN, and no part in the sum.
             loss = loss + torch.where(targets > 0, mean * targets, 0.0)
-        return loss / (total if self.num_items is None else self.num_items)
+        return (loss / (total if self.num_items is None else self.num_items)).to(first.dtype)
 
 
 def no_rows(name: str, value: Tensor, model: nn.Module) -> NotImplementedError:
