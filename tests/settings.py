@@ -41,7 +41,13 @@ from tests.sweep import (
 STATUSES = ("exact", "rounding", "unchanged", "refused", "not built", "wrong")
 
 # What is varied, from the likeliest to matter.
-KINDS = ("flag", "choice", "layers", "rope", "unset", "count", "number", "token")
+KINDS = ("flag", "choice", "layers", "unset", "count", "rope", "token", "size", "number")
+# Counts that say which tokens or heads see which, and layers of which kind; others are sizes.
+_STRUCTURE = (
+    "window|chunk|pattern|interval|period|offset|every|freq|step|kernel|conv|block|local|global|group"
+    "|kv|key_value|top_?k|shared|dense|nextn|mtp|stride|radius|bucket|first_|rank|index|position"
+    "|n_ctx|max_seq|context_length|ngram"
+)
 
 # Fields that are left as they are, and why.
 LEFT_OUT = {
@@ -273,7 +279,7 @@ def settings_of(head: str, model_type: str) -> tuple[list[Setting], dict[str, st
             layered = any(getattr(config, n, None) for n in _DERIVED)
             for kind, other in found:
                 settings.append(Setting(kind, field, other))
-                if layered and kind in ("flag", "count", "unset"):
+                if layered and kind in ("flag", "unset", "count", "size"):
                     settings.append(Setting(kind, field, other, derive=True))
     settings += [Setting("choice", "attn_implementation", x) for x in ("eager", "sdpa")]
     return sorted(settings, key=lambda s: KINDS.index(s.kind)), left_out
@@ -410,8 +416,9 @@ def _counts(name: str, value: int) -> Iterator[tuple[str, Any]]:
     elif re.search("position|n_ctx|max_seq|context_length", name):
         yield "count", 20
     else:
+        kind = "count" if re.search(_STRUCTURE, name) else "size"
         for other in sorted({0, 1, value // 2, value + 1, 2 * value} - {value}):
-            yield "count", other
+            yield kind, other
 
 
 def _ropes(value: Any, model: nn.Module) -> Iterator[tuple[str, dict[str, Any]]]:
