@@ -47,6 +47,9 @@ NO_ROPE = {"no_rope_layers": [1, 0], "floor_scale": 4}
         ),
         # Experts that mix the rows of a batch.
         ("causal", "doge", None, {"is_moe": True}),
+        # Keys that are selected by scores, of which many are zero.
+        ("causal", "deepseek_v32", None, {"index_n_heads": 1}),
+        ("sequence", "axk2", None, {"index_n_heads": 1}),
         # Padding that is embedded, or pooled.
         ("masked", "mobilebert", None, {}),
         ("sequence", "xlm", None, {"summary_type": "last"}),

@@ -234,7 +234,8 @@ def route(model: nn.Module, on_unknown: str) -> Route:
         return _equal_route(model)
     known = model_type in INTERFACE | UNPACK_CAUSAL | UNPACK_MASKED
     if known and head_of(model).per_document:
-        return Route.UNPACK if _pools_padding(model) else Route.UNPACK_MASKED
+        alike = _pools_padding(model) or _selects_keys(model)
+        return Route.UNPACK if alike else Route.UNPACK_MASKED
     if model_type in UNPACK_MASKED:
         return Route.UNPACK_MASKED
     if model_type in UNPACK_CAUSAL:
@@ -293,11 +294,21 @@ def backbone_route(model: PreTrainedModel, chosen: Route) -> Route:
 
 def _decoder_route(model: PreTrainedModel) -> Route:
     """Of a type whose outputs never depend on later tokens, unless its config makes it an encoder
-    (Gemma 3 and 4; "vision" is of images alone; `is_causal=False` of any type)."""
+    (Gemma 3 and 4; "vision" is of images alone; `is_causal=False` of any type), or it selects keys.
+    """
     config: Any = model.config.get_text_config()
     both_ways = getattr(config, "use_bidirectional_attention", None)
     encoder = both_ways in (True, "all") or getattr(config, "is_causal", None) is False
-    return Route.UNPACK if encoder else Route.UNPACK_CAUSAL
+    return Route.UNPACK if encoder or _selects_keys(model) else Route.UNPACK_CAUSAL
+
+
+def _selects_keys(model: nn.Module) -> bool:
+    """Whether its attention keeps the highest-scored keys of a row (DeepSeek V3.2 and others).
+
+    Scores tie, at zero after a ReLU or in half precision, and which of them top-k takes depends on
+    the length of the row, later tokens and padding with it.
+    """
+    return any("Indexer" in type(module).__name__ for module in model.modules())
 
 
 def _pools_padding(model: PreTrainedModel) -> bool:
@@ -322,6 +333,8 @@ def reason_against_forests(model: nn.Module, route: Route) -> str | None:
         return None
     if head_of(model).per_document:
         return "gives one row a document, and a shared prefix is none"
+    if _selects_keys(model):
+        return "selects keys by the length of a row, and a shared prefix is in rows of several"
     return "may look both ways, and a shared prefix would see what follows it"
 
 
