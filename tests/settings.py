@@ -99,8 +99,11 @@ class Setting:
             fields["max_position_embeddings"] = 16  # the length from which it grows
         if not part:
             return fields
-        if isinstance(owner, PreTrainedConfig):
+        if isinstance(owner, PreTrainedConfig) and owner.model_type:
             return {part: tiny_config(owner.model_type, **fields)}
+        if isinstance(owner, PreTrainedConfig):  # a part that is no model of its own
+            given = {n: v for n, v in vars(owner).items() if not n.startswith("_")}
+            return {part: type(owner)(**{**given, **fields})}
         return {part: {**copy.deepcopy(owner), **fields}}
 
 
@@ -332,6 +335,8 @@ def _fields(config: Any, source: str) -> Iterator[tuple[str, Any, str]]:
         if re.search(rf"\b(?:config|cfg|self)\.(?:{names})\b|[\"'](?:{names})[\"']", source):
             yield name, value, notes.get(name, "")
     literal = r"[\"'](\w+)[\"'],\s*([\w.\"'-]+)\s*\)"
+    if not config.model_type:
+        return  # a part of another config, which the code that is shared asks for nothing
     asked = re.findall(
         rf"(?:getattr\(\s*(?:self\.)?config,|kwargs\.(?:pop|get)\()\s*{literal}", source
     )
@@ -361,7 +366,7 @@ def _values(
     elif isinstance(value, int):
         yield from _counts(name, value)
     elif isinstance(value, float):
-        yield "number", 0.7 if value == 1 else 2 * value or 0.5
+        yield "number", 4.0 if value > 64 else 0.7 if value == 1 else 2 * value or 0.5
     elif value is None:
         layers = len(getattr(config, "layer_types", None) or "xx")
         yield from (("unset", v) for v in _set(name, note, layers))
@@ -371,7 +376,8 @@ def _set(name: str, note: str, layers: int) -> list[Any]:
     """Values for a field that is not set."""
     if "bool" in note or (not note and re.search("^(use|is|has|do|add)_|causal", name)):
         return [True, False]
-    if ("float" in note and "int" not in note) or re.search("cap|clip|limit|scal|multipl", name):
+    named = not note and re.search("cap|clip|limit|scal|multipl", name)
+    if named or ("float" in note and "int" not in note):
         return [5.0, 0.7]
     if "list" in note or name.endswith("layers_types"):
         return [[0] * layers, [1] * layers, [0], [layers - 1]]
@@ -428,8 +434,10 @@ def _counts(name: str, value: int) -> Iterator[tuple[str, Any]]:
         yield "count", 20
     else:
         kind = "count" if re.search(_STRUCTURE, name) else "size"
-        double = {2 * value} if value <= 4 else set[int]()
-        for other in sorted({0, 1, value // 2, value + 1, *double} - {value}):
+        others = {0, 1, value // 2, value + 1} | ({2 * value} if value <= 4 else set())
+        if value > 64:  # from where documents are longer
+            others = {1, 4, 16}
+        for other in sorted(others - {value}):
             yield kind, other
 
 

@@ -48,7 +48,7 @@ def test_a_window_that_is_lost_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(interface, "_local", lambda *_: (None, None))
     found = sweep_setting(default, setting)
     assert found.status == "wrong"
-    assert "default cache: differs" in found.reason
+    assert found.reason.startswith("default cache, tail padding: differs by")
 
 
 def test_a_way_out_that_a_refusal_names_is_tried() -> None:
