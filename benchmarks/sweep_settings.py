@@ -27,7 +27,15 @@ from typing import Any
 from packed_attn_patches.children import ChildFailed, in_children
 
 from packed_attn.facts import machine_facts
-from tests.settings import KINDS, STATUSES, Finding, Setting, settings_of, sweep_settings
+from tests.settings import (
+    AS_DEFAULT,
+    KINDS,
+    STATUSES,
+    Finding,
+    Setting,
+    settings_of,
+    sweep_settings,
+)
 from tests.sweep import HEADS, model_types
 
 RESULTS = Path(__file__).parent / "results" / "settings.json"
@@ -61,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 report.add(head, model_type, options.kinds, findings, left_out)
             _log(options.log, findings)
             for f in findings:
-                if f.status in ("refused", "wrong"):
+                if f.status in ("refused", "wrong") and f.reason != AS_DEFAULT:
                     wrong += f.status == "wrong"
                     print(f"{head} {f.model_type} {f.field}={f.value}: {f.status}. {f.reason}")
             seconds = time.perf_counter() - start
@@ -178,7 +186,8 @@ class Report:
         names = ("head", "model_type", "kind")
         again = {(head, model_type, kind) for kind in kinds}
         kept = [f for f in self.content["found"] if tuple(f[n] for n in names) not in again]
-        new = [f.to_dict() for f in findings if f.status in ("refused", "wrong")]
+        listed = [f for f in findings if f.status in ("refused", "wrong")]
+        new = [f.to_dict() for f in listed if f.reason != AS_DEFAULT]
         self.content["found"] = kept + new
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text(_text(self.content))

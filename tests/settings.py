@@ -40,6 +40,8 @@ from tests.sweep import (
 # the default to the bit, and the patched model's logits are too.
 STATUSES = ("exact", "rounding", "unchanged", "refused", "not built", "wrong")
 
+AS_DEFAULT = "as by default"  # the reason of a setting that is refused in the same words
+
 # What is varied, from the likeliest to matter.
 KINDS = ("flag", "choice", "layers", "unset", "count", "rope", "token", "size", "number")
 # Counts that say which tokens or heads see which, and layers of which kind; others are sizes.
@@ -137,6 +139,11 @@ class Default:
         model = self.built({n: ... for n in _DERIVED if derive and n in names})
         self.model = model
         self.shown = self._shown(model)
+        self.refusal = ""
+        try:
+            patch_model(copy.deepcopy(model))
+        except NotImplementedError as error:
+            self.refusal = str(error)
 
     def built(self, overrides: Mapping[str, Any], attention: str | None = None) -> Any:
         return tiny_model(
@@ -182,7 +189,7 @@ def sweep_settings(head: str, model_type: str, settings: Sequence[Setting]) -> l
     findings: list[Finding] = []
     for setting in settings:
         before = [f.status for f in findings if f.field == setting.field]
-        enough = "unchanged" in before or before.count("exact") > 1
+        enough = "unchanged" in before or len(before) - before.count("not built") > 1
         if setting.kind == "unset" and not setting.derive and enough:
             continue  # its values are guesses: of those that build, two or one without effect do
         if setting.derive:
@@ -227,6 +234,8 @@ def sweep_setting(default: Default, setting: Setting, attention: str | None = No
         precise = sweep_model(Outcome(default.head, default.model_type), model, brief=True)
         outcome = precise if precise.status == "exact" else outcome
     finding.status, finding.reason, finding.route = outcome.status, outcome.reason, outcome.route
+    if finding.reason == default.refusal != "":
+        finding.reason = AS_DEFAULT
     bad = {n: v for n, v in outcome.checks.items() if v not in ("exact", "rounding")}
     if bad:
         names = {v: ", ".join(n for n in bad if bad[n] == v) for v in bad.values()}
@@ -257,7 +266,8 @@ def _unchanged(default: Default, model: Any) -> tuple[str, str]:
     try:
         patch_model(model)
     except NotImplementedError as error:
-        return "refused", f"(changes nothing) {error}"
+        refusal = str(error)
+        return "refused", AS_DEFAULT if refusal == default.refusal else refusal
     try:
         with torch.no_grad():
             got = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
