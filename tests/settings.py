@@ -54,10 +54,10 @@ _STRUCTURE = (
 # Fields that are left as they are, and why.
 LEFT_OUT = {
     r"drop|jitter|noise_(?!alpha)": "randomness, which differs between a pack and a document alone",
-    r"act$|act_fn|activation|nonlinearity": "elementwise",
+    r"(?<!ex)act$|act_fn|activation|nonlinearity": "elementwise",
     r"(^|_)eps(ilon)?$|init|theta": "another number of the same computation",
     r"vocab|hidden_size|d_model|n_embd|intermediate|ffn|d_ff|n_inner|ffn_hidden|embed_dim|emb_dim"
-    r"|embedding_size|(^|(?<!head)(?<!kernel)_)dim$|width": "a width",
+    r"|embedding_size|(^|(?<!head)(?<!kernel)_)dim$|(?<!conv1d_)width": "a width",
     r"return_dict|output_attentions|output_hidden_states": "what is returned, not what it is",
     r"output_router_logits|aux_loss|router_z": "a loss that is a statistic of the batch",
     r"problem_type|num_labels|id2label|label2id": "what labels mean",
@@ -370,13 +370,20 @@ def _values(
     if isinstance(value, bool):
         yield "flag", not value
     elif isinstance(value, str) or (value is None and "str" in note):
-        yield from (("choice", v) for v in _literals(name, note, source) if v != value)
+        known = [v for v in _literals(name, note, source) if v != value]
+        yield from (("choice", v) for v in known)
+        if value is None and (not known or "bool" in note):
+            yield from (("unset", v) for v in (True, False))
     elif isinstance(value, list | tuple):
         yield from (("layers", v) for v in _lists(list(value), source))
     elif isinstance(value, int):
         yield from _counts(name, value)
     elif isinstance(value, float):
         yield "number", 4.0 if value > 64 else 0.7 if value == 1 else 2 * value or 0.5
+    elif isinstance(value, dict):
+        for key, number in value.items():
+            if isinstance(number, int | float):
+                yield from (("count", {**value, key: n}) for n in (1, 8) if n != number)
     elif value is None:
         layers = len(getattr(config, "layer_types", None) or "xx")
         yield from (("unset", v) for v in _set(name, note, layers))
