@@ -296,9 +296,12 @@ def _decoder_route(model: PreTrainedModel) -> Route:
     """Of a type whose outputs never depend on later tokens, unless its config makes it an encoder
     (Gemma 3 and 4; "vision" is of images alone; `is_causal=False` of any type), or it selects keys.
     """
-    config: Any = model.config.get_text_config()
-    both_ways = getattr(config, "use_bidirectional_attention", None)
-    encoder = both_ways in (True, "all") or getattr(config, "is_causal", None) is False
+    whole: Any = model.config  # whose masks may be made by it or by the config of its text
+    encoder = any(
+        getattr(config, "use_bidirectional_attention", None) in (True, "all")
+        or getattr(config, "is_causal", None) is False
+        for config in (whole, whole.get_text_config())
+    )
     return Route.UNPACK if encoder or _selects_keys(model) else Route.UNPACK_CAUSAL
 
 
