@@ -46,6 +46,8 @@ NO_ROPE = {"no_rope_layers": [1, 0], "floor_scale": 4}
             None,
             {"use_sliding_window": False, "sliding_window": 8, "layer_types": WINDOWED},
         ),
+        # A window that the layer says and the mask does not have.
+        ("causal", "olmoe", None, {"sliding_window": 8}),
         # Experts that mix the rows of a batch.
         ("causal", "doge", None, {"is_moe": True}),
         # Keys that are selected by scores, of which many are zero.

@@ -42,6 +42,8 @@ UNSERVED = ("position_bias", "indices", "block_indices", "key_indices", "bias")
 
 # Model types without layer_types whose masks are windowed while their layers do not say so.
 WINDOWED_BY_CONFIG = frozenset({"phimoe"})
+# Model types whose layers say a window that their masks do not have.
+UNWINDOWED_MASKS = frozenset({"olmoe"})
 
 
 def empty_mask(batch_size: int, layout: DocumentLayout, backend: str) -> Tensor:
@@ -184,13 +186,16 @@ def _translated(module: nn.Module, kwargs: dict[str, Any], stock: str) -> dict[s
 def _local(module: nn.Module, kwargs: dict[str, Any], stock: str) -> tuple[int | None, int | None]:
     """(sliding window, chunk) of a layer: as it says, or as its config says where its mask alone
     would have told. flash-attn's kernels get what a layer says, and no mask."""
+    config: Any = getattr(module, "config", None)
+    model_type = getattr(config, "model_type", None)
     said = kwargs.get("sliding_window")
+    if "flash" not in stock and model_type in UNWINDOWED_MASKS:
+        return None, None
     if said is not None or ("sliding_window" in kwargs and "flash" in stock):
         return said, None
-    config: Any = getattr(module, "config", None)
     layer_types = getattr(config, "layer_types", None)
     layer = getattr(module, "layer_idx", None)
-    if config is None or getattr(config, "model_type", None) in WINDOWED_BY_CONFIG:
+    if config is None or model_type in WINDOWED_BY_CONFIG:
         return getattr(config, "sliding_window", None), None
     if not layer_types or layer is None:
         return None, None
