@@ -158,6 +158,7 @@ def test_a_call_that_looks_both_ways_is_not_padded() -> None:
     [
         ("gemma", AutoModelForCausalLM, "sdpa", {"use_bidirectional_attention": True}),
         ("gemma2", AutoModelForCausalLM, "eager", {"use_bidirectional_attention": True}),
+        ("llama4_text", AutoModelForCausalLM, "sdpa", {"is_causal": False}),
         ("big_bird", AutoModelForMaskedLM, None, {"attention_type": "block_sparse"}),
         ("ibert", AutoModelForMaskedLM, None, {"quant_mode": True}),
     ],

@@ -198,6 +198,14 @@ _UNCERTAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
         "with quant_mode it rounds by the range that a whole batch has, and those before it; load "
         "it with quant_mode=False",
     ),
+    "llama4_text": (
+        lambda model: (
+            getattr(model.config, "is_causal", None) is False
+            and "chunked_attention" in model.config.layer_types
+        ),
+        "with is_causal=False its chunks stay causal, and the length decides which of the two its "
+        "masks heed; load it without is_causal",
+    ),
     "nllb-moe": (
         lambda model: model.config.moe_eval_capacity_token_fraction > 0,
         "each evaluation changes the capacity that its experts have in training; load it with "

@@ -57,7 +57,8 @@ def reason_against_ropes(model: nn.Module, layers_take_it: bool) -> str | None:
     if any(id(rope) in inside for rope in ropes_of(model) if _grows(rope)):
         return (
             "has layers with a dynamic RoPE of their own, which remembers the longest input: "
-            "recomputed for checkpointing, a document would get another one's frequencies"
+            "recomputed for checkpointing, a document would get another one's frequencies; load it "
+            "with another rope_type"
         )
     return None
 
