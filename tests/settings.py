@@ -165,6 +165,10 @@ class Default:
             a.shape == b.shape and torch.equal(a, b) for a, b in zip(self.shown, self._shown(model))
         )
 
+    def is_random(self, model: nn.Module) -> bool:
+        """Whether a second run gives something else."""
+        return not all(torch.equal(a, b) for a, b in zip(self._shown(model), self._shown(model)))
+
     def _shown(self, model: Any) -> list[Tensor]:
         """Logits of two documents, and the loss of one in train mode."""
         head = HEADS[self.head]
@@ -229,6 +233,9 @@ def sweep_setting(default: Default, setting: Setting, attention: str | None = No
         finding.status, finding.reason = _unchanged(default, model)
         return finding
     outcome = sweep_model(Outcome(default.head, default.model_type), model, brief=True)
+    if outcome.status == "wrong" and default.is_random(default.built(overrides, attention)):
+        finding.reason = "stock's outputs are random"
+        return finding
     if outcome.status == "wrong":
         model = _in_double(default.built(overrides, attention))
         precise = sweep_model(Outcome(default.head, default.model_type), model, brief=True)

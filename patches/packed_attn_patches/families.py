@@ -279,7 +279,11 @@ def _pair_route(model: PreTrainedModel, on_unknown: str) -> Route:
     }.items():
         if model_type in types:
             # Heads of a sequence want as many end tokens in all rows of a batch.
-            return Route.UNPACK_SINGLE if head_of(model).per_document else route
+            if head_of(model).per_document:
+                return Route.UNPACK_SINGLE
+            # Targets are padded behind what causal masks let them see.
+            alike = route is Route.UNPACK_MASKED and _decoder_looks_both_ways(model)
+            return Route.UNPACK if alike else route
     if on_unknown == "unpack":
         return Route.UNPACK
     raise _refused(
@@ -304,13 +308,22 @@ def _decoder_route(model: PreTrainedModel) -> Route:
     """Of a type whose outputs never depend on later tokens, unless its config makes it an encoder
     (Gemma 3 and 4; "vision" is of images alone; `is_causal=False` of any type), or it selects keys.
     """
-    whole: Any = model.config  # whose masks may be made by it or by the config of its text
-    encoder = any(
+    alike = _looks_both_ways(model, model.config.get_text_config()) or _selects_keys(model)
+    return Route.UNPACK if alike else Route.UNPACK_CAUSAL
+
+
+def _looks_both_ways(model: PreTrainedModel, decoder: Any) -> bool:
+    """Whether masks of a decoder, made by the model's config or by its own, are made not causal."""
+    return any(
         getattr(config, "use_bidirectional_attention", None) in (True, "all")
         or getattr(config, "is_causal", None) is False
-        for config in (whole, whole.get_text_config())
+        for config in (model.config, decoder)
     )
-    return Route.UNPACK if encoder or _selects_keys(model) else Route.UNPACK_CAUSAL
+
+
+def _decoder_looks_both_ways(model: PreTrainedModel) -> bool:
+    decoder: Any = model.get_decoder()
+    return _looks_both_ways(model, getattr(decoder, "config", model.config))
 
 
 def _selects_keys(model: nn.Module) -> bool:
