@@ -19,6 +19,9 @@ WINDOWED = ["sliding_attention", "full_attention"]
     [
         ("causal", "smollm3", [Setting("layers", "layer_types", WINDOWED[::-1])]),
         ("causal", "gemma3_text", [Setting("count", "sliding_window", 4)]),
+        ("causal", "glm_moe_dsa", [Setting("count", "q_lora_rank", 0)]),
+        # Ignored labels become padding ids, which are hidden: here all that a token sees.
+        ("seq2seq", "t5gemma", [Setting("count", "decoder.sliding_window", 1)]),
     ],
 )
 def test_exact_in_other_settings(head: str, model_type: str, settings: list[Setting]) -> None:
