@@ -198,12 +198,17 @@ def test_an_audit_that_could_see_no_leak_says_so(auto_class: Any) -> None:
     assert not audit(tiny_model("llama")).notes
 
 
-def test_what_only_a_mask_could_say_is_refused() -> None:
+def test_what_packs_have_no_way_to_say_is_refused() -> None:
     layout = DocumentLayout.from_lengths([5, 4])
     ids = torch.arange(3, 12)[None]
     model: Any = patch_model(tiny_model("hrm_text"))
     with pytest.raises(NotImplementedError, match="prefix_lm"):
         model(input_ids=ids, layout=layout, token_type_ids=(ids < 6).long())
+    model = tiny_model("modernbert", auto_class=AutoModelForMaskedLM, sparse_prediction=True)
+    model = patch_model(model)
+    assert model(input_ids=ids, layout=layout).logits.shape[:2] == ids.shape
+    with pytest.raises(NotImplementedError, match="sparse_prediction=False"):
+        model(input_ids=ids, layout=layout, labels=ids)
     model = patch_model(tiny_model("llama4_text"))
     with pytest.raises(NotImplementedError, match="chunks are causal"):
         model(input_ids=ids, layout=layout, is_causal=False)

@@ -155,6 +155,11 @@ class UnpackedForward:
         """The calls of a packed batch, and what they give put together."""
         _refuse_shards(self.model)
         config: Any = self.model.config
+        if getattr(config, "sparse_prediction", False) and kwargs.get("labels") is not None:
+            raise NotImplementedError(
+                f"{type(self.model).__name__} gives logits of labelled tokens alone, which packs "
+                "have no rows for: load it with sparse_prediction=False"
+            )
         by_default, asked = getattr(config, "return_dict", True), kwargs.get("return_dict")
         # Rows of a tuple have no names to be put back by.
         names = {} if by_default else {"return_dict": True}
