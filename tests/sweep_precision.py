@@ -191,6 +191,8 @@ class Expected:
     """
 
     def __init__(self, precision: Precision, alone: Alone, exact: Alone) -> None:
+        if not exact.rows.isfinite().all():
+            raise RuntimeError("the outputs of documents alone are not finite")
         self.alone, self.exact = alone, exact
         self.scale = _largest(exact.rows)
         self.wide = precision.is_wide

@@ -45,6 +45,7 @@ LONGROPE: dict[str, Any] = {
     "long_mscale": 1.3,  # of phimoe
     "short_mscale": 1.1,
 }
+WINDOWED = ("sliding_attention", "full_attention")
 PLAIN = {"rope_type": "default", "rope_theta": 1e4}
 
 
@@ -194,6 +195,19 @@ def test_position_ids_that_lose_the_layout_raise(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(vars(rope), "forward", lambda x, position_ids: own(x, position_ids + 0))
     with pytest.raises(RuntimeError, match="position ids that have lost the layout"):
         model(**packed(documents(lengths=LENGTHS)))
+
+
+@KINDS
+def test_positions_of_several_axes_are_refused(kind: dict[str, Any]) -> None:
+    """The model takes them apart, and the layout would be lost in each forward."""
+    sections = {"mrope_section": [2, 3, 3]}
+    model = tiny.tiny_model(
+        "cohere_compass_text",
+        rope_parameters={name: {**kind, **sections} for name in WINDOWED},
+        max_position_embeddings=LIMIT if kind is DYNAMIC else 128,
+    )
+    with pytest.raises(NotImplementedError, match="positions on several axes"):
+        patch_model(model)
 
 
 def test_a_rank_may_hold_the_beginning_of_a_long_document() -> None:

@@ -40,6 +40,8 @@ NO_ROPE = {"no_rope_layers": [1, 0], "floor_scale": 4}
         ("causal", "nemotron", "sdpa", {"is_causal": False}),
         ("causal", "falcon", None, {"is_causal": False}),
         ("causal", "qwen3_next", None, {"is_causal": False}),
+        ("causal", "gemma4", None, {"is_causal": False}),
+        ("seq2seq", "bart", None, {"is_causal": False}),
         # A window that the mask has and the layer does not say.
         (
             "causal",
@@ -53,6 +55,9 @@ NO_ROPE = {"no_rope_layers": [1, 0], "floor_scale": 4}
         ("causal", "llama", "sdpa", {"sliding_window": 4, "layer_types": WINDOWED}),
         # Experts that mix the rows of a batch.
         ("causal", "doge", None, {"is_moe": True}),
+        # Keys that are selected by scores, of which many are zero.
+        ("causal", "deepseek_v32", None, {"index_n_heads": 1}),
+        ("sequence", "axk2", None, {"index_n_heads": 1}),
         # Padding that is embedded, or pooled.
         ("masked", "mobilebert", None, {}),
         ("sequence", "xlm", None, {"summary_type": "last"}),
@@ -158,6 +163,7 @@ def test_a_call_that_looks_both_ways_is_not_padded() -> None:
     [
         ("gemma", AutoModelForCausalLM, "sdpa", {"use_bidirectional_attention": True}),
         ("gemma2", AutoModelForCausalLM, "eager", {"use_bidirectional_attention": True}),
+        ("llama4_text", AutoModelForCausalLM, "sdpa", {"is_causal": False}),
         ("big_bird", AutoModelForMaskedLM, None, {"attention_type": "block_sparse"}),
         (
             "big_bird",
@@ -202,12 +208,17 @@ def test_an_audit_that_could_see_no_leak_says_so(auto_class: Any) -> None:
     assert not audit(tiny_model("llama")).notes
 
 
-def test_what_only_a_mask_could_say_is_refused() -> None:
+def test_what_packs_have_no_way_to_say_is_refused() -> None:
     layout = DocumentLayout.from_lengths([5, 4])
     ids = torch.arange(3, 12)[None]
     model: Any = patch_model(tiny_model("hrm_text"))
     with pytest.raises(NotImplementedError, match="prefix_lm"):
         model(input_ids=ids, layout=layout, token_type_ids=(ids < 6).long())
+    model = tiny_model("modernbert", auto_class=AutoModelForMaskedLM, sparse_prediction=True)
+    model = patch_model(model)
+    assert model(input_ids=ids, layout=layout).logits.shape[:2] == ids.shape
+    with pytest.raises(NotImplementedError, match="sparse_prediction=False"):
+        model(input_ids=ids, layout=layout, labels=ids)
     model = patch_model(tiny_model("llama4_text"))
     with pytest.raises(NotImplementedError, match="chunks are causal"):
         model(input_ids=ids, layout=layout, is_causal=False)

@@ -198,6 +198,14 @@ _UNCERTAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
         "with quant_mode it rounds by the range that a whole batch has, and those before it; load "
         "it with quant_mode=False",
     ),
+    "llama4_text": (
+        lambda model: (
+            getattr(model.config, "is_causal", None) is False
+            and "chunked_attention" in model.config.layer_types
+        ),
+        "with is_causal=False its chunks stay causal, and the length decides which of the two its "
+        "masks heed; load it without is_causal",
+    ),
     "nllb-moe": (
         lambda model: model.config.moe_eval_capacity_token_fraction > 0,
         "each evaluation changes the capacity that its experts have in training; load it with "
@@ -234,7 +242,8 @@ def route(model: nn.Module, on_unknown: str) -> Route:
         return _equal_route(model)
     known = model_type in INTERFACE | UNPACK_CAUSAL | UNPACK_MASKED
     if known and head_of(model).per_document:
-        return Route.UNPACK if _pools_padding(model) else Route.UNPACK_MASKED
+        alike = _pools_padding(model) or _selects_keys(model)
+        return Route.UNPACK if alike else Route.UNPACK_MASKED
     if model_type in UNPACK_MASKED:
         return Route.UNPACK_MASKED
     if model_type in UNPACK_CAUSAL:
@@ -270,7 +279,11 @@ def _pair_route(model: PreTrainedModel, on_unknown: str) -> Route:
     }.items():
         if model_type in types:
             # Heads of a sequence want as many end tokens in all rows of a batch.
-            return Route.UNPACK_SINGLE if head_of(model).per_document else route
+            if head_of(model).per_document:
+                return Route.UNPACK_SINGLE
+            # Targets are padded behind what causal masks let them see.
+            alike = route is Route.UNPACK_MASKED and _decoder_looks_both_ways(model)
+            return Route.UNPACK if alike else route
     if on_unknown == "unpack":
         return Route.UNPACK
     raise _refused(
@@ -293,11 +306,33 @@ def backbone_route(model: PreTrainedModel, chosen: Route) -> Route:
 
 def _decoder_route(model: PreTrainedModel) -> Route:
     """Of a type whose outputs never depend on later tokens, unless its config makes it an encoder
-    (Gemma 3 and 4; "vision" is of images alone; `is_causal=False` of any type)."""
-    config: Any = model.config.get_text_config()
-    both_ways = getattr(config, "use_bidirectional_attention", None)
-    encoder = both_ways in (True, "all") or getattr(config, "is_causal", None) is False
-    return Route.UNPACK if encoder else Route.UNPACK_CAUSAL
+    (Gemma 3 and 4; "vision" is of images alone; `is_causal=False` of any type), or it selects keys.
+    """
+    alike = _looks_both_ways(model, model.config.get_text_config()) or _selects_keys(model)
+    return Route.UNPACK if alike else Route.UNPACK_CAUSAL
+
+
+def _looks_both_ways(model: PreTrainedModel, decoder: Any) -> bool:
+    """Whether masks of a decoder, made by the model's config or by its own, are made not causal."""
+    return any(
+        getattr(config, "use_bidirectional_attention", None) in (True, "all")
+        or getattr(config, "is_causal", None) is False
+        for config in (model.config, decoder)
+    )
+
+
+def _decoder_looks_both_ways(model: PreTrainedModel) -> bool:
+    decoder: Any = model.get_decoder()
+    return _looks_both_ways(model, getattr(decoder, "config", model.config))
+
+
+def _selects_keys(model: nn.Module) -> bool:
+    """Whether its attention keeps the highest-scored keys of a row (DeepSeek V3.2 and others).
+
+    Scores tie, at zero after a ReLU or in half precision, and which of them top-k takes depends on
+    the length of the row, later tokens and padding with it.
+    """
+    return any("Indexer" in type(module).__name__ for module in model.modules())
 
 
 def _pools_padding(model: PreTrainedModel) -> bool:
@@ -322,6 +357,8 @@ def reason_against_forests(model: nn.Module, route: Route) -> str | None:
         return None
     if head_of(model).per_document:
         return "gives one row a document, and a shared prefix is none"
+    if _selects_keys(model):
+        return "selects keys by the length of a row, and a shared prefix is in rows of several"
     return "may look both ways, and a shared prefix would see what follows it"
 
 

@@ -22,7 +22,7 @@ from packed_attn.buckets import Bucket, Spans, pair_buckets
 from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches.adapters import refuse_adapters
-from packed_attn_patches.families import Route
+from packed_attn_patches.families import HIDES_PADDING_IDS, Route
 from packed_attn_patches.inputs import BOUNDARY_NAMES, LayoutHook, named, rows_and_layout
 from packed_attn_patches.unpack import (
     CALL_TOKENS,
@@ -235,12 +235,25 @@ class _Pairs(PackedCalls):
         pairs = pair_buckets(
             self.source.spans(),
             self.target.spans(),
-            pad_lengths=self.forward.pads(self.source.layout, self.target.layout),
+            pad_lengths=self._may_pad(),
             call_tokens=1 if route is Route.UNPACK_SINGLE else CALL_TOKENS,
         )
         for source, target in pairs:
             pair = source.to(self.source.layout.device), target.to(self.target.layout.device)
             yield pair, {**self.others, **self._source(pair[0]), **self._target(pair[1])}
+
+    def _may_pad(self) -> bool:
+        """A token whose whole window is hidden for its ids sees all of a row, padding too."""
+        config: Any = self.forward.model.config
+        if not self.forward.pads(self.source.layout, self.target.layout):
+            return False
+        decoder: Any = getattr(config, "decoder", config)
+        window = getattr(decoder, "sliding_window", None)
+        if config.model_type not in HIDES_PADDING_IDS or not window:
+            return True
+        values, hidden = self.target.values, (IGNORE_INDEX, self.forward.pad_token_id())
+        ids = [values[name] for name in ("labels", "decoder_input_ids") if name in values]
+        return not any(_has_run([x == h for h in hidden if h is not None], window) for x in ids)
 
     def _source(self, bucket: Bucket) -> dict[str, Tensor]:
         inputs = {name: bucket.rows(value) for name, value in self.source.values.items()}
@@ -277,6 +290,12 @@ class _Pairs(PackedCalls):
         labels = self.target.values["labels"]
         real = batch[1].real(labels.device)[1]
         return (labels.index_select(0, real) != IGNORE_INDEX).sum()
+
+
+def _has_run(masks: list[Tensor], length: int) -> bool:
+    """Whether `length` tokens in a row are in one of the masks bool `[T]`."""
+    counts = nn.functional.pad(torch.stack(masks).any(0).cumsum(0), (1, 0))
+    return bool((counts[length:] - counts[:-length] == length).any())
 
 
 def _shape(kwargs: Mapping[str, Any], names: tuple[str, ...]) -> tuple[int, int]:

@@ -36,14 +36,29 @@ def longest_alike(ropes: Iterable[nn.Module]) -> int | None:
     return min((n for rope in ropes for n in _limits(rope).values()), default=None)
 
 
-def reason_against_ropes(model: nn.Module) -> str | None:
-    """Why documents cannot have frequencies of their own in this model, as its predicate."""
+def has_axes(model: nn.Module) -> bool:
+    """Whether such an embedding gets positions of several axes, which do not carry the layout."""
+    return any(hasattr(rope, "mrope_section") for rope in ropes_of(model))
+
+
+def reason_against_ropes(model: nn.Module, layers_take_it: bool) -> str | None:
+    """Why documents cannot have frequencies of their own in this model, as its predicate.
+
+    Args:
+        layers_take_it: the layout goes down to the layers; else documents run by themselves.
+    """
+    if layers_take_it and has_axes(model):
+        return (
+            "has a RoPE whose frequencies depend on the length of the input, of positions on "
+            "several axes, which do not say whose they are: load it with rope_type='default'"
+        )
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     inside = {id(m) for layer in layers for m in layer.modules()}
     if any(id(rope) in inside for rope in ropes_of(model) if _grows(rope)):
         return (
             "has layers with a dynamic RoPE of their own, which remembers the longest input: "
-            "recomputed for checkpointing, a document would get another one's frequencies"
+            "recomputed for checkpointing, a document would get another one's frequencies; load it "
+            "with another rope_type"
         )
     return None
 

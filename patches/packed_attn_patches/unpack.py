@@ -26,6 +26,7 @@ from packed_attn.buckets import Bucket, plan_buckets
 from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches import fast_mixers
+from packed_attn_patches.adapters import refuse_adapters
 from packed_attn_patches.families import (
     HIDES_PADDING_IDS,
     Head,
@@ -33,7 +34,6 @@ from packed_attn_patches.families import (
     is_encoder_decoder,
     reason_against_forests,
 )
-from packed_attn_patches.adapters import refuse_adapters
 from packed_attn_patches.inputs import CACHE_NAMES, FUSED_HEAD, LayoutHook
 from packed_attn_patches.noise import noises_of, told
 from packed_attn_patches.rope import fresh, longest_alike, ropes_of
@@ -181,6 +181,11 @@ class UnpackedForward:
         """The calls of a packed batch, and what they give put together."""
         _refuse_shards(self.model)
         config: Any = self.model.config
+        if getattr(config, "sparse_prediction", False) and kwargs.get("labels") is not None:
+            raise NotImplementedError(
+                f"{type(self.model).__name__} gives logits of labelled tokens alone, which packs "
+                "have no rows for: load it with sparse_prediction=False"
+            )
         by_default, asked = getattr(config, "return_dict", True), kwargs.get("return_dict")
         # Rows of a tuple have no names to be put back by.
         names = {} if by_default else {"return_dict": True}
