@@ -197,19 +197,6 @@ def test_position_ids_that_lose_the_layout_raise(monkeypatch: pytest.MonkeyPatch
         model(**packed(documents(lengths=LENGTHS)))
 
 
-@KINDS
-def test_positions_of_several_axes_are_refused(kind: dict[str, Any]) -> None:
-    """The model takes them apart, and the layout would be lost in each forward."""
-    sections = {"mrope_section": [2, 3, 3]}
-    model = tiny.tiny_model(
-        "cohere_compass_text",
-        rope_parameters={name: {**kind, **sections} for name in WINDOWED},
-        max_position_embeddings=LIMIT if kind is DYNAMIC else 128,
-    )
-    with pytest.raises(NotImplementedError, match="positions on several axes"):
-        patch_model(model)
-
-
 def test_a_rank_may_hold_the_beginning_of_a_long_document() -> None:
     """Context parallelism: which frequencies is a question of the whole document."""
     model = patch_model(model_of("llama", LONGROPE))

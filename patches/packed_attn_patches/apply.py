@@ -35,7 +35,7 @@ from packed_attn_patches.llama4 import ScalingForward, scaling_layers
 from packed_attn_patches.noise import put_back_noise
 from packed_attn_patches.padding_free import CheckAdapters, PackRows, PadRows
 from packed_attn_patches.pairs import PairedForward, PairHook
-from packed_attn_patches.rope import RopeForward, Watch, has_axes, reason_against_ropes, ropes_of
+from packed_attn_patches.rope import RopeForward, Watch, reason_against_ropes, ropes_of
 from packed_attn_patches.unpack import UnpackedForward
 from packed_attn_patches.wrappers import (
     FORWARDS,
@@ -141,7 +141,7 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
         )
     # A head may need unpacking for its own sake, while padded rows meet the backbone alone.
     inner = backbone_route(model, chosen) if settings.padding_free else chosen
-    reason = reason_against_ropes(model, inner is Route.INTERFACE)
+    reason = reason_against_ropes(model)
     if reason is not None:
         raise NotImplementedError(f"patch_model refuses {type(model).__name__}, which {reason}")
     reason = reason_against_forests(_entrances(model)[-1], inner)
@@ -202,10 +202,9 @@ def _put_on_layers(
 
 
 def _mixers(model: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """The token mixers that may take the layout, where its attention and RoPE may too."""
+    """The token mixers that may take the layout, where its attention may too."""
     config: Any = model.config
-    takes_it = stock_of(config._attn_implementation) in NAMES and not has_axes(model)
-    return mixers_of(model) if takes_it else ()
+    return mixers_of(model) if stock_of(config._attn_implementation) in NAMES else ()
 
 
 def _probed(model: nn.Module) -> str:

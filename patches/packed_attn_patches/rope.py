@@ -36,22 +36,8 @@ def longest_alike(ropes: Iterable[nn.Module]) -> int | None:
     return min((n for rope in ropes for n in _limits(rope).values()), default=None)
 
 
-def has_axes(model: nn.Module) -> bool:
-    """Whether such an embedding gets positions of several axes, which do not carry the layout."""
-    return any(hasattr(rope, "mrope_section") for rope in ropes_of(model))
-
-
-def reason_against_ropes(model: nn.Module, layers_take_it: bool) -> str | None:
-    """Why documents cannot have frequencies of their own in this model, as its predicate.
-
-    Args:
-        layers_take_it: the layout goes down to the layers; else documents run by themselves.
-    """
-    if layers_take_it and has_axes(model):
-        return (
-            "has a RoPE whose frequencies depend on the length of the input, of positions on "
-            "several axes, which do not say whose they are: load it with rope_type='default'"
-        )
+def reason_against_ropes(model: nn.Module) -> str | None:
+    """Why documents cannot have frequencies of their own in this model, as its predicate."""
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
     inside = {id(m) for layer in layers for m in layer.modules()}
     if any(id(rope) in inside for rope in ropes_of(model) if _grows(rope)):
@@ -74,17 +60,14 @@ def refuse_long_forest(model: nn.Module, layout: DocumentLayout) -> None:
         )
 
 
-# Types that make axes of their position ids, in the model's own forward, and lose the layout.
-_MAKES_AXES = frozenset({"cohere_compass_text"})
-
-
 @dataclass
 class Watch:
     """Whether a model's forward is packed: position ids without a layout have lost it then.
 
     Attributes:
-        keeps: the model's type loses the layout, so it is kept here while the forward goes on: no
-            part of such a model that is computed again for checkpointing asks for it.
+        keeps: the model makes several axes of its position ids, and loses the layout; so it is kept
+            here while the forward goes on. Nothing of such a model that is computed again for
+            checkpointing asks for it.
     """
 
     packed: bool = False
@@ -94,10 +77,8 @@ class Watch:
     @staticmethod
     def of(model: nn.Module) -> Watch | None:
         """That of a model with such embeddings."""
-        if not ropes_of(model):
-            return None
-        config: Any = model.config
-        return Watch(keeps=config.get_text_config().model_type in _MAKES_AXES)
+        ropes = ropes_of(model)
+        return Watch(keeps=any(hasattr(r, "mrope_section") for r in ropes)) if ropes else None
 
     def begin(self, layout: DocumentLayout | None) -> None:
         """A forward begins, of a pack or (None) of anything else."""
@@ -173,7 +154,7 @@ class RopeForward(ModuleForward):
         # One token more says so: a rank of context parallelism may hold a document's beginning.
         last = position_ids.new_full((*position_ids.shape[:-1], 1), length - 1)
         out = self.function(self.module, x, torch.cat([position_ids, last], -1), **named)
-        return tuple(t[:, :-1] for t in out) if isinstance(out, tuple) else out[:, :-1]
+        return tuple(t[..., :-1, :] for t in out) if isinstance(out, tuple) else out[..., :-1, :]
 
 
 @contextmanager
