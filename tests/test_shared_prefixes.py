@@ -510,3 +510,12 @@ def test_values_that_32_bits_would_confuse_are_refused(name: str) -> None:
         PackedDataset(
             [dict(zip(rows, row)) for row in zip(*rows.values())], 128, share_prefixes=True
         )
+
+
+def test_the_metrics_of_sft_have_one_target_a_token() -> None:
+    """SFTTrainer asks for them beside any loss: the error says what to train with instead."""
+    model = patch_model(tiny_model("llama"))
+    layout = DocumentLayout.from_lengths([4, 2, 3], parents=[-1, 0, 0])
+    ids = torch.arange(3, 12)[None]
+    with pytest.raises(ValueError, match="train with transformers' Trainer"):
+        model(input_ids=ids, labels=ids, layout=layout, fused_lm_head=True)

@@ -151,10 +151,14 @@ class LayoutHook:
         layout: DocumentLayout,
     ) -> dict[str, Any]:
         if layout.is_forest and kwargs.get("labels") is not None:
+            way_out = "pass compute_loss_func=PackedLoss(model) to the Trainer"
+            if kwargs.get(FUSED_HEAD):
+                way_out = "SFTTrainer does so for its metrics, so train with transformers' Trainer "
+                way_out += "and compute_loss_func=PackedLoss(model), or leave share_prefixes out"
             raise ValueError(
                 "the batch shares prefixes, whose last token predicts the first of each document "
                 "that continues it, but the model was given labels to compute a loss with one "
-                "target a token: pass compute_loss_func=PackedLoss(model) to the Trainer"
+                f"target a token: {way_out}"
             )
         packed = {k: v for k, v in kwargs.items() if k not in BOUNDARY_NAMES}
         packed["layout"] = layout
