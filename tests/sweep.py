@@ -254,6 +254,8 @@ class _Stock:
         self.dtypes = _dtypes(model, {"input_ids": self.docs[0][None]})
         self.otherwise = {} if brief else stock_outcomes(model)
         self.expected = Expected.of(precision, model, self._alone)
+        longest = self.docs[2], self.labels()[2]
+        self.reentrant = runs_reentrant(model, lambda: self._loss(model, *longest))
         of_tokens = len(self.expected.alone.rows) == sum(LENGTHS) and precision.is_wide
         self.forest = StockForest(model, precision) if of_tokens and not brief else None
 
@@ -337,7 +339,7 @@ def _checks(model: nn.Module, stock: _Stock) -> dict[str, Callable[[], str]]:
         "tail padding": same(_padded({**packed, **ones}), beyond=7),
         "isolation": lambda: _isolated(model, stock, packed),
         "training": lambda: _trains(model, stock, packed),
-        **checkpointed(model, lambda: _trains(model, stock, packed)),
+        **checkpointed(model, lambda: _trains(model, stock, packed), stock.reentrant),
         "dtypes": lambda: _same_dtypes(_dtypes(model, packed), stock.dtypes),
         **({"forest": lambda: forest(model, whole)} if (whole := stock.forest) else {}),
         "everything else": lambda: untouched(stock_outcomes(model), stock.otherwise),
@@ -451,22 +453,38 @@ def trained(model: nn.Module, kwargs: Mapping[str, Any], expected: Expected) -> 
     return expected.trained(loss, _gradients(model))
 
 
-def checkpointed(model: Any, check: Callable[[], str]) -> dict[str, Callable[[], str]]:
-    """A check with gradient checkpointing of both kinds, where the model has it."""
-
-    def run(reentrant: bool) -> str:
-        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
-        try:
-            return check()
-        finally:
-            model.gradient_checkpointing_disable()
-
+def checkpointed(
+    model: Any, check: Callable[[], str], reentrant: bool
+) -> dict[str, Callable[[], str]]:
+    """A check with gradient checkpointing of both kinds, where the model has them."""
     if not getattr(model, "supports_gradient_checkpointing", False):
         return {}
-    return {
-        "checkpointing": lambda: run(reentrant=False),
-        "reentrant checkpointing": lambda: run(reentrant=True),
-    }
+    checks = {"checkpointing": lambda: _with_checkpointing(model, False, check)}
+    if reentrant:
+        checks["reentrant checkpointing"] = lambda: _with_checkpointing(model, True, check)
+    return checks
+
+
+def runs_reentrant(model: Any, loss: Callable[[], Tensor]) -> bool:
+    """Whether a model that is not patched trains with reentrant checkpointing."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        return False
+    try:
+        model.train()
+        _with_checkpointing(model, True, lambda: loss().backward())
+    except RuntimeError:
+        return False
+    finally:
+        model.eval().zero_grad()
+    return True
+
+
+def _with_checkpointing(model: Any, reentrant: bool, run: Callable[[], Any]) -> Any:
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    try:
+        return run()
+    finally:
+        model.gradient_checkpointing_disable()
 
 
 def _dtypes(model: nn.Module, kwargs: Mapping[str, Any]) -> dict[str, set[torch.dtype]]:

@@ -21,6 +21,7 @@ from tests.sweep import (
     _same_dtypes,
     _spans,
     checkpointed,
+    runs_reentrant,
     trained,
     untouched,
 )
@@ -58,6 +59,7 @@ class StockPairs:
         self.otherwise = {} if brief else outcomes(model)
         self.shifts = _shifts_labels(model, self.sources[0], self.targets[0])
         self.expected = Expected.of(precision, model, self._alone)
+        self.reentrant = runs_reentrant(model, lambda: self._loss(model, 2))
 
     def given(self, labels: Tensor) -> dict[str, Tensor]:
         """Labels, and the decoder inputs where the model does not make them from labels."""
@@ -81,14 +83,17 @@ class StockPairs:
         model.zero_grad()
         counts = [int((x != -100).sum()) for x in self.labels()]
         losses = []
-        for source, target, labels, count in zip(self.sources, self.targets, self.labels(), counts):
+        for pair, count in enumerate(counts):
             if count:
-                given = {} if self.shifts else {"decoder_input_ids": target[None]}
-                loss = model(input_ids=source[None], labels=labels[None], **given).loss
-                loss = loss * count / sum(counts)
+                loss = self._loss(model, pair) * count / sum(counts)
                 loss.backward()
                 losses.append(loss.detach())
         return torch.stack(losses).sum()
+
+    def _loss(self, model: nn.Module, pair: int) -> Tensor:
+        given = {} if self.shifts else {"decoder_input_ids": self.targets[pair][None]}
+        labels = self.labels()[pair][None]
+        return model(input_ids=self.sources[pair][None], labels=labels, **given).loss
 
 
 def drawn(pool: int, length: int, seed: int) -> Tensor:
@@ -122,7 +127,7 @@ def pair_checks(model: nn.Module, stock: StockPairs) -> dict[str, Callable[[], s
         "isolation": lambda: _isolated(model, stock, packed),
         "not finite": lambda: _confined(model, stock, packed),
         "training": lambda: _trains(model, stock, packed),
-        **checkpointed(model, lambda: _trains(model, stock, packed)),
+        **checkpointed(model, lambda: _trains(model, stock, packed), stock.reentrant),
         "dtypes": lambda: _same_dtypes(_dtypes(model, packed), stock.dtypes),
         "everything else": lambda: untouched(outcomes(model), stock.otherwise),
         "undone": lambda: untouched(outcomes(unpatch_model(model)), stock.otherwise),
