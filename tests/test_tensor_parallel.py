@@ -42,7 +42,7 @@ def share(folder: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen3_moe", marks=pytest.mark.slow)])
 def test_sharded_heads(family: str, tmp_path: Path) -> None:
-    model = tiny_model(family)
+    model = tiny_model(family, vocab_size=200)  # transformers 5.17 divides the head evenly
     model.save_pretrained(tmp_path)
     docs = documents()
     want = alone(model, docs)
