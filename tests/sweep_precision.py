@@ -259,7 +259,7 @@ def _kind(name: str) -> str:
 
 
 def _apart(got: Tensor, want: Tensor) -> float:
-    return abs(float(got) - float(want)) / abs(float(want))
+    return abs(float(got.detach()) - float(want)) / abs(float(want))
 
 
 def _gradients(model: nn.Module) -> dict[str, Tensor]:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from packed_attn_patches.families import INTERFACE
 from packed_attn_patches.tiny import tiny_config, tiny_model
 from transformers import (
@@ -23,6 +25,7 @@ from tests.sweep import sweep_type
 
 # How config classes name the positions that they have embeddings for.
 _PLACES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len")
+OLD = Version(transformers.__version__) < Version("5.23")
 WINDOWED = ["sliding_attention", "full_attention"]
 NO_ROPE = {"no_rope_layers": [1, 0], "floor_scale": 4}
 
@@ -73,6 +76,8 @@ def test_exact_under_every_convention(
     head: str, model_type: str, implementation: str | None, settings: dict[str, Any]
 ) -> None:
     outcome = sweep_type(head, model_type, attn_implementation=implementation, **settings)
+    if OLD and outcome.status == "not built":
+        pytest.skip(f"stock does not run it: {outcome.reason}")
     assert outcome.status == "exact", outcome
 
 
@@ -148,6 +153,8 @@ def test_a_call_that_looks_both_ways_is_not_padded() -> None:
     with torch.no_grad():
         want = torch.cat([model(input_ids=d[None], is_causal=False).logits[0] for d in docs])
         causal = torch.cat([model(input_ids=d[None]).logits[0] for d in docs])
+        if OLD and close(causal, want):
+            pytest.skip("this transformers does not look both ways when asked")
         assert not close(causal, want)
         patch_model(model)
         layout = DocumentLayout.from_lengths([len(d) for d in docs])
