@@ -6,13 +6,14 @@ import copy
 import logging
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from packed_attn_patches import fast_mixers, mixer_proof
 from packed_attn_patches.fast_mixers import (
     FAST_TYPES,
@@ -289,6 +290,15 @@ def test_a_kernel_that_raises_is_not_used(
     assert reason.endswith("raises RuntimeError: no kernel image is available")
 
 
+@pytest.fixture
+def own_accelerator() -> Iterator[None]:
+    """The first of a process decides for all."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("own_accelerator")
 @pytest.mark.parametrize("right", [False, True])
 def test_mixers_are_proven_in_the_autocast_that_a_trainer_puts_on_a_forward(
     right: bool, kernels: dict[str, Recorder], monkeypatch: pytest.MonkeyPatch
