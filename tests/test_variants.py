@@ -179,6 +179,7 @@ def test_a_call_that_looks_both_ways_is_not_padded() -> None:
             {"attention_type": "block_sparse", "is_decoder": False},
         ),
         ("ibert", AutoModelForMaskedLM, None, {"quant_mode": True}),
+        ("bamba", AutoModelForCausalLM, None, {"z_loss_coefficient": 0.5}),
     ],
 )
 def test_without_certain_outputs_alone_it_is_refused(

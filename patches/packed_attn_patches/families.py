@@ -181,6 +181,11 @@ _CAUSAL_MASKS: tuple[Callable[[Any], bool], str] = (
     "length decide whether they are heeded; load it with attn_implementation='flash_attention_2'",
 )
 _UNCERTAIN: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bamba": (
+        lambda model: bool(model.config.z_loss_coefficient),
+        "its loss has a term over all logits of a batch, those of padding too; load it with "
+        "z_loss_coefficient=0",
+    ),
     "big_bird": (lambda model: model.config.attention_type != "original_full", _BLOCK_SPARSE),
     # Its decoder alone has no blocks.
     "bigbird_pegasus": (
