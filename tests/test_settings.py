@@ -22,6 +22,12 @@ WINDOWED = ["sliding_attention", "full_attention"]
         ("causal", "glm_moe_dsa", [Setting("count", "q_lora_rank", 0)]),
         # Ignored labels become padding ids, which are hidden: here all that a token sees.
         ("seq2seq", "t5gemma", [Setting("count", "decoder.sliding_window", 1)]),
+        # A head of a sequence over a decoder that looks both ways.
+        (
+            "sequence",
+            "gemma3",
+            [Setting("flag", "text_config.use_bidirectional_attention", True)],
+        ),
     ],
 )
 def test_exact_in_other_settings(head: str, model_type: str, settings: list[Setting]) -> None:

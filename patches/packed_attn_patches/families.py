@@ -247,7 +247,9 @@ def route(model: nn.Module, on_unknown: str) -> Route:
         return _equal_route(model)
     known = model_type in INTERFACE | UNPACK_CAUSAL | UNPACK_MASKED
     if known and head_of(model).per_document:
-        alike = _pools_padding(model) or _selects_keys(model)
+        decodes = model_type not in UNPACK_MASKED
+        both_ways = decodes and _looks_both_ways(model, model.config.get_text_config())
+        alike = both_ways or _pools_padding(model) or _selects_keys(model)
         return Route.UNPACK if alike else Route.UNPACK_MASKED
     if model_type in UNPACK_MASKED:
         return Route.UNPACK_MASKED
