@@ -45,6 +45,7 @@ NO_ROPE = {"no_rope_layers": [1, 0], "floor_scale": 4}
         ("causal", "qwen3_next", None, {"is_causal": False}),
         ("causal", "gemma4", None, {"is_causal": False}),
         ("seq2seq", "bart", None, {"is_causal": False}),
+        ("token", "biogpt", None, {"is_causal": False}),
         # A window that the mask has and the layer does not say.
         (
             "causal",

@@ -256,7 +256,7 @@ def route(model: nn.Module, on_unknown: str) -> Route:
     if model_type in UNPACK_CAUSAL:
         return _decoder_route(model)
     if model_type in _LOSS_READS_MASK and _ends(model, ("ForTokenClassification",)):
-        return Route.UNPACK_CAUSAL
+        return _decoder_route(model)
     if model_type in INTERFACE:
         _check_implementation(model)
         return Route.INTERFACE
