@@ -101,7 +101,9 @@ class LayoutHook:
         if layout.is_share:
             self._refuse_share(module, kwargs)
         layout = layout.to(batch.device)
-        if self.outer and not recorded and asks_for(module, kwargs, "router_logits"):
+        # A layout that came with the batch says what is padding, and is not read on the host.
+        told = recorded or kwargs.get("layout") is not None
+        if self.outer and not told and asks_for(module, kwargs, "router_logits"):
             layout = _with_padding_known(module, layout, kwargs.get("input_ids"))
         tell(module, kwargs.get("input_ids"), layout)
         if self.rope is not None:
