@@ -8,6 +8,10 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from benchmarks import flash3_library
+
+flash3_library.load()
+
 # A GPU machine without a network may lack hypothesis; `make gpu-test` has no property tests.
 if find_spec("hypothesis") is not None:
     from hypothesis import settings

@@ -6,6 +6,7 @@ themselves need a GPU.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import sys
@@ -467,6 +468,20 @@ def test_missing_and_broken_packages(backend, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(machine, "_loaded", broken)
     (reason,) = backend.reasons_against(request)
     assert reason.endswith("does not import: ImportError: undefined symbol: _ZN3c10")
+
+
+def test_compiled_without_a_break(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A compiler finds the function of a module that was imported while it traced."""
+    module, (function, *_) = STANDINS[name]
+
+    @functools.wraps(function)
+    def attend(q: Tensor, *_: Any, **__: Any) -> Any:  # one that it sees through
+        return (2 * q, None) if name == "flash4" else 2 * q
+
+    monkeypatch.setattr(sys.modules[module], function.__name__, attend)
+    inputs = _inputs(dim=16, heads=2)
+    compiled = torch.compile(attention, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(**inputs, backend=name), 2 * inputs["q"])
 
 
 def test_a_package_that_is_not_there_is_looked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,9 @@ def package_reasons(module: str, package: str, name: str | None = None) -> list[
 
 def function(module: str, name: str) -> Callable[..., Any]:
     """The function `name` of an installed module."""
-    return getattr(_loaded(module), name)
+    _loaded(module)
+    # What a compiler took for a constant it cannot look at again; from here it can.
+    return getattr(sys.modules[module], name)
 
 
 # What imports raised: every layer of every step asks, and a module that is not there would be
