@@ -20,7 +20,7 @@ Call = Callable[[], object]
 
 # Short calls are timed several at once, over at least as many milliseconds: starting a graph takes
 # some microseconds that a training step, which starts the next kernel early, does not see.
-SPAN = 1.0
+SPAN, MOST_REPEATS = 1.0, 50
 # Milliseconds that the rounds of one direction of a case should take together, and fewest rounds.
 BUDGET, FEWEST = 1500.0, 5
 # A candidate this many times slower than ours is timed for fewer rounds.
@@ -148,16 +148,18 @@ class Timer:
         self, calls: Mapping[str, Sequence[Call]], rounds: int, ours: str
     ) -> dict[str, Timing]:
         once = paired_milliseconds(
-            {name: _rotating(each, 1) for name, each in calls.items()}, self._device, 1, warmup=1
+            {name: rotating(each, 1) for name, each in calls.items()}, self._device, 1, warmup=1
         )
-        repeats = {n: min(50, math.ceil(SPAN / max(ms[0], 1e-3))) for n, ms in once.items()}
+        repeats = {
+            n: min(MOST_REPEATS, math.ceil(SPAN / max(ms[0], 1e-3))) for n, ms in once.items()
+        }
         if self._device != "cuda":
             repeats = dict.fromkeys(calls, 1)
         spans = {name: once[name][0] * repeats[name] for name in calls}
         most = max(min(rounds, FEWEST), min(rounds, int(BUDGET / max(sum(spans.values()), 1e-3))))
         slow = SLOW * once[ours][0] if ours in once else math.inf
         each = {name: min(most, ROUNDS_OF_SLOW) if once[name][0] > slow else most for name in calls}
-        turns = {name: _rotating(calls[name], repeats[name]) for name in calls}
+        turns = {name: rotating(calls[name], repeats[name]) for name in calls}
         times = paired_milliseconds(turns, self._device, each, warmup=1)
         return {name: _timing([t / repeats[name] for t in times[name]]) for name in calls}
 
@@ -182,7 +184,14 @@ def _peak_bytes(call: Call) -> int:
     return torch.cuda.max_memory_allocated() - resident
 
 
-def _rotating(calls: Sequence[Call], repeats: int) -> Callable[[int], object]:
+def spanning(once: Mapping[str, Sequence[float]]) -> dict[str, int]:
+    """How many calls make `SPAN`, at most `MOST_REPEATS`, by name and what one takes."""
+    return {n: min(MOST_REPEATS, math.ceil(SPAN / max(ms[0], 1e-3))) for n, ms in once.items()}
+
+
+def rotating(calls: Sequence[Call], repeats: int) -> Callable[[int], object]:
+    """`repeats` of the calls one after the other; the next round goes on where one ends."""
+
     def run(round_: int) -> None:
         for n in range(repeats):
             calls[(round_ * repeats + n) % len(calls)]()

@@ -1,13 +1,14 @@
 """Times the candidate configurations of the kernels on a GPU and prints the table's best rows.
 
-    python -m benchmarks.tune [--case WORD ...] [--kernel NAME ...] [--rounds N]
+    python -m benchmarks.tune [--case WORD ...] [--kernel NAME ...] [--beside BACKEND ...]
+        [--rounds N]
 
 For each case and kernel that this GPU runs, the row of `configurations.TABLE` (AMPERE, HOPPER) and
-its CANDIDATES take turns inside whole forwards and backwards, the other kernels at their rows. A
-Hopper forward that HOPPER_FORWARD does not name is timed beside the portable kernel. A candidate
-whose results differ from the row's by more than rounding is wrong and is not timed. What is printed
-is the fastest of each table key over the geometric mean of its cases, ready to be copied into the
-table.
+its CANDIDATES take turns inside whole forwards and backwards, the other kernels at their rows, all
+as replays of CUDA graphs. A Hopper forward that HOPPER_FORWARD does not name is timed beside the
+portable kernel, and other backends where they are named. A candidate whose results differ from the
+row's by more than rounding is wrong and is not timed. What is printed is the fastest of each table
+key over the geometric mean of its cases, ready to be copied into the table.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields
 from functools import partial
@@ -43,9 +44,13 @@ from packed_attn_kernels.gpu import architecture
 from packed_attn_kernels.hopper_launch import reasons_against_hopper_kernel
 from torch import Tensor
 
+from benchmarks import flash3_library
+from benchmarks.candidates import rotating, spanning
+from benchmarks.graphs import Capture
 from benchmarks.regimes import benchmark_cases, chosen_cases
 from benchmarks.timing import paired_milliseconds
 from packed_attn import DocumentLayout, attention
+from packed_attn.backends import BACKENDS
 from packed_attn.errors import first_line
 from tests.cases import Case, Inputs
 
@@ -56,6 +61,7 @@ Clock = Callable[..., dict[str, list[float]]]
 HALVES: tuple[Halves, ...] = get_args(Halves)
 PORTABLE_TABLES = (TABLE, LEAN, PADDED, AMPERE, AMPERE_LEAN)
 TABLES: tuple[dict[Any, Any], ...] = (*PORTABLE_TABLES, HOPPER)
+INPUTS = 2  # that take turns
 DEFAULT_CASES = ("log_normal", "one_32k", "one_16k_256x64", "64x512")
 
 
@@ -73,33 +79,57 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--case", nargs="*", default=DEFAULT_CASES, help="words of names")
     parser.add_argument("--kernel", nargs="*", help="names, all by default")
+    parser.add_argument("--beside", nargs="*", default=(), choices=BACKENDS, help="backends")
     parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         raise SystemExit("tune needs a CUDA device: an interpreted kernel has no time to tune")
+    flash3_library.load()
     results = []
     for case in chosen_cases(benchmark_cases(), options.case):
-        found = tune_case(case, "cuda", options.rounds, paired_milliseconds, options.kernel)
-        for result in found:
-            print(f"{case.name}, {result.key}, {result.configuration}: {result.ratio:.3f}")
-        results += found
+        results += tune_case(
+            case, "cuda", options.rounds, kernel_milliseconds, options.kernel, options.beside
+        )
     print("\n".join(best_rows(results)))
 
 
+def kernel_milliseconds(
+    calls: Mapping[str, Callable[[int], object]], device: str, rounds: int
+) -> dict[str, list[float]]:
+    """Milliseconds that the kernels of a call take, by round: a graph of it for each input."""
+    capture = Capture()
+    graphs = {
+        name: [capture.graph(partial(call, n)) for n in range(INPUTS)]
+        for name, call in calls.items()
+    }
+    once = paired_milliseconds({n: rotating(each, 1) for n, each in graphs.items()}, device, 1)
+    repeats = spanning(once)
+    turns = {name: rotating(each, repeats[name]) for name, each in graphs.items()}
+    times = paired_milliseconds(turns, device, rounds)
+    return {name: [ms / repeats[name] for ms in found] for name, found in times.items()}
+
+
 def tune_case(
-    case: Case, device: str, rounds: int, clock: Clock, kernels: Sequence[str] | None = None
+    case: Case,
+    device: str,
+    rounds: int,
+    clock: Clock,
+    kernels: Sequence[str] | None = None,
+    beside: Sequence[str] = (),
 ) -> list[Result]:
-    """All candidates of the kernels that the case runs, or of those named.
+    """All candidates of the kernels that the case runs, or of those named; prints each.
 
     Args:
-        clock: `paired_milliseconds`.
+        clock: `kernel_milliseconds`.
+        beside: other backends that are timed.
     """
     problem = _problem(case, device)
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
     results = []
     for key in _keys(problem, capability):
         if kernels is None or key[0] in kernels:
-            results += _tune_key(case, key, _rows(key, problem), device, rounds, clock)
+            rows = _rows(key, problem)
+            results += _tune_key(case, key, rows, device, rounds, clock, beside)
     return results
 
 
@@ -141,8 +171,9 @@ def _tune_key(
     device: str,
     rounds: int,
     clock: Clock,
+    beside: Sequence[str],
 ) -> list[Result]:
-    inputs = [case.inputs(seed, device=device) for seed in range(2)]
+    inputs = [case.inputs(seed, device=device) for seed in range(INPUTS)]
     layout = case.layout(device)
     calls, wanted = {}, None
     for row in rows:
@@ -157,8 +188,18 @@ def _tune_key(
             calls[str(row)] = _call(case, key, row, inputs, layout)
         else:
             print(f"{case.name}, {key}, {row}: wrong, so not timed")
+    for name in beside:
+        call = _call(case, key, None, inputs, layout, name)
+        try:
+            call(0)
+        except (RuntimeError, NotImplementedError) as error:  # NotImplementedError: its reasons
+            print(f"{case.name}, {key}, {name}: {first_line(error)}")
+            continue
+        calls[name] = call
     times = {name: statistics.median(t) for name, t in clock(calls, device, rounds).items()}
     first = times[str(rows[0])]
+    for name, found in times.items():
+        print(f"{case.name}, {key}, {name}: {found:.4f} ms, {found / first:.3f} of the row")
     return [
         Result(key, case.name, row, times[str(row)] / first if str(row) in times else math.inf)
         for row in rows
@@ -226,23 +267,33 @@ def _table_with(key: Key, row: Row) -> Iterator[None]:
 
 
 def _call(
-    case: Case, key: Key, row: Row, inputs: Sequence[Inputs], layout: DocumentLayout
+    case: Case,
+    key: Key,
+    row: Row,
+    inputs: Sequence[Inputs],
+    layout: DocumentLayout,
+    backend: str = "triton",
 ) -> Callable[[int], object]:
+    backward = "forward" not in key[0]
+
     def run(round_: int) -> object:
         with _table_with(key, row):
-            return _both(
-                case, inputs[round_ % len(inputs)], layout, backward="forward" not in key[0]
-            )
+            return _both(case, inputs[round_ % len(inputs)], layout, backward, backend)
 
     return run
 
 
 def _both(
-    case: Case, inputs: Inputs, layout: DocumentLayout, backward: bool = True
+    case: Case,
+    inputs: Inputs,
+    layout: DocumentLayout,
+    backward: bool = True,
+    backend: str = "triton",
 ) -> tuple[Tensor, ...]:
     """out and, after the backward, the gradients. The layout keeps a list for each size of tile."""
     leaves = [x.detach().requires_grad_(backward) for x in (inputs.q, inputs.k, inputs.v)]
-    out = attention(*leaves, layout, backend="triton", sinks=inputs.sinks, **case.kwargs())
+    options = {**case.kwargs(), **inputs.kwargs(), "sinks": inputs.sinks}
+    out = attention(*leaves, layout, backend=backend, **options)
     if not backward:
         return (out,)
     return out.detach(), *torch.autograd.grad(out, leaves, inputs.grad_out)

@@ -56,6 +56,36 @@ def test_a_tuned_table_is_printed(short_list: None) -> None:
     assert len(lines) == 3
 
 
+def test_other_backends_are_timed_beside(
+    short_list: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("needs a process started with TRITON_INTERPRET=1 (make test)")
+    results = tune.tune_case(CASE, "cpu", 3, _clock, ["forward"], ("reference", "flash3"))
+    assert [r.ratio for r in results] == [1.0, 0.5], "they are no rows"
+    said = capsys.readouterr().out
+    assert "reference: 0.3333 ms, 0.333 of the row" in said
+    assert "flash3: backend 'flash3' cannot run this: needs a CUDA device" in said
+
+
+def test_kernels_are_timed_as_replays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each input has its graph, and a short call is replayed until it makes a span."""
+    replayed: list[tuple[str, int]] = []
+
+    class Capturing:
+        def graph(self, call):
+            return call
+
+    monkeypatch.setattr(tune, "Capture", Capturing)
+    monkeypatch.setattr(tune, "spanning", lambda once: {"short": 3, "long": 1})
+    calls = {n: (lambda x, n=n: replayed.append((n, x))) for n in ("short", "long")}
+    times = tune.kernel_milliseconds(calls, "cpu", 5)
+    assert {name: len(found) for name, found in times.items()} == {"short": 5, "long": 5}
+    shorts = [x for name, x in replayed if name == "short"]
+    assert len(shorts) - 3 == 3 * (5 + 2), "3 for its length, then 3 a round, 2 of them to warm up"
+    assert set(shorts) == {0, 1}
+
+
 def test_best_is_that_of_the_geometric_mean() -> None:
     rows = Configuration(128, 64, 8, 2), Configuration(64, 64, 4, 2)
     ratios = {"a": (1.0, 0.5), "b": (1.0, 4.0)}
