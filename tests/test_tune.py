@@ -22,7 +22,8 @@ from packed_attn_kernels.configurations import (
     Configuration,
 )
 
-from benchmarks import tune
+from benchmarks import profiled, tune
+from packed_attn import attention
 from tests.cases import Case
 
 CASE = Case("toy", (9, 3), num_heads=1, num_kv_heads=1, head_dim=16, dtype=torch.bfloat16)
@@ -171,3 +172,17 @@ def test_a_kernel_that_is_off_is_timed_beside_the_portable_one(
 def test_needs_a_gpu() -> None:
     with pytest.raises(SystemExit, match="needs a CUDA device"):
         tune.main([])
+
+
+def test_a_profiler_has_something_to_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[str] = []
+
+    def attend(*tensors, backend, **options):
+        calls.append(backend)
+        return attention(*tensors, backend=backend, **options)
+
+    monkeypatch.setattr(profiled, "benchmark_cases", lambda: (CASE,))
+    monkeypatch.setattr(profiled, "attention", attend)
+    given = ["toy", "--backend", "cpu", "--device", "cpu", "--calls", "2", "--backward"]
+    profiled.main(given)
+    assert calls == ["cpu", "cpu"]

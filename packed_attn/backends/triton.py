@@ -65,7 +65,7 @@ def _backward(request: AttentionRequest, visibility: Visibility) -> Literal["spl
     from packed_attn_kernels import faster_backward
 
     asked = request.deterministic or request.confine_nonfinite
-    if asked or machine.must_be_deterministic() or request.q.device.type != "cuda":
+    if asked or machine.must_be_deterministic() or _interpreted():
         return "split"
     return faster_backward(
         request.q,
