@@ -316,6 +316,8 @@ def test_schedules(hopper: list[str], monkeypatch: pytest.MonkeyPatch, seed: int
     torch.testing.assert_close(first.grads["q"], other.grads["q"], rtol=1e-2, atol=1e-2)
 
 
+AHEAD = HopperConfiguration(128, 2, q_slots=2, out_in_q=True, ahead=True)
+
 # What is broken: the lines of a kernel, what stands there instead, what comes of it.
 BROKEN: dict[str, tuple[str, str, type[BaseException]]] = {
     "v's place is never free": (
@@ -340,9 +342,23 @@ BROKEN: dict[str, tuple[str, str, type[BaseException]]] = {
         Fault,
     ),
     "k is not waited for": (
-        "    mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1)\n",
+        "    mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1)\n    none",
+        "    none",
+        Fault,
+    ),
+    "ahead: q is not waited for": ("    mbarrier.wait(q_full.index(theirs), phase)\n", "", Fault),
+    "ahead: k is not waited for": (
+        """\
+    if item >= 0:
+        mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1)
+""",
         "",
         Fault,
+    ),
+    "ahead: the item before gives its scores": (
+        "theirs, mine)),\n        k.index(slot)",
+        "mine, mine)),\n        k.index(slot)",
+        AssertionError,
     ),
     "the other phase": ("phase = (at // STAGES + 1) & 1", "phase = 0", Deadlock),
     "nothing is masked": (
@@ -410,6 +426,8 @@ BROKEN: dict[str, tuple[str, str, type[BaseException]]] = {
 def test_broken_kernels_are_found_out(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
     old, new, error = BROKEN[what]
     case = _case("long_forest" if "forest" in what else "long", 128, name=what)
+    if what.startswith("ahead"):
+        monkeypatch.setitem(HOPPER, 128, AHEAD)
     if what == "out is written after q":
         monkeypatch.setitem(HOPPER, 128, HopperConfiguration(128, 2, q_slots=2, out_in_q=True))
     if "forest" in what:  # a single full block is masked where rounds are of two

@@ -45,14 +45,16 @@ class HopperConfiguration:
     """Keys of a block and slots of its ring.
 
     `q_slots`: items whose q is in shared memory. `out_in_q`: out passes through q's place and has
-    none of its own. `unrolled`: blocks of one round of the loop. Registers are those of a thread;
-    twice the consumers' and the producer's make at most 504.
+    none of its own. `ahead`: an item begins before the one before it ends, with two slots of q.
+    `unrolled`: blocks of one round of the loop. Registers are those of a thread; twice the
+    consumers' and the producer's make at most 504.
     """
 
     BLOCK_N: int
     stages: int
     q_slots: int = 1
     out_in_q: bool = False
+    ahead: bool = False
     unrolled: int = 2
     producer_registers: int = 24
     consumer_registers: int = 240
@@ -256,10 +258,12 @@ HOPPER: dict[int, HopperConfiguration] = {
 # What `benchmarks/tune.py` times beside them.
 HOPPER_CANDIDATES: dict[int, tuple[HopperConfiguration, ...]] = {
     64: (
+        HopperConfiguration(128, 3, q_slots=2, out_in_q=True, ahead=True),
         HopperConfiguration(128, 3, q_slots=2, out_in_q=True),
         HopperConfiguration(128, 4),
     ),
     128: (
+        HopperConfiguration(128, 2, q_slots=2, out_in_q=True, ahead=True),
         HopperConfiguration(128, 2, q_slots=2, out_in_q=True),
         HopperConfiguration(128, 3, out_in_q=True),
     ),

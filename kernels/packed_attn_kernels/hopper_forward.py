@@ -33,7 +33,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from packed_attn_kernels.hopper_blocks import LOOK, count_blocks, look_through, tile_bounds
-from packed_attn_kernels.hopper_walk import ROWS, barrier, confined_step, hear, walk
+from packed_attn_kernels.hopper_walk import (
+    ROWS,
+    barrier,
+    confined_step,
+    first_scores,
+    hear,
+    last_step,
+    last_step_ahead,
+    walk,
+)
 from packed_attn_kernels.rules import FAR, LN2, LOG2E, LOWEST
 
 # triton 3.9 renamed it.
@@ -95,6 +104,7 @@ def hopper_forward_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
     Q_SLOTS: gl.constexpr,
     OUT_IN_Q: gl.constexpr,
+    AHEAD: gl.constexpr,
     UNROLLED: gl.constexpr,
     CONFINED: gl.constexpr,
     KEY_HALF: gl.constexpr,
@@ -110,7 +120,8 @@ def hopper_forward_kernel(
     any item is flagged, [1] how many items were taken beyond the first of each program, [ITEMS + x]
     whether item x is flagged.
     Q_SLOTS items have their q in shared memory. OUT_IN_Q passes out through its item's q, whose
-    place is free only then. UNROLLED blocks are a round of the loop. CONFINED does flagged items
+    place is free only then. AHEAD begins an item before the one before it has ended, and needs two
+    slots of q. UNROLLED blocks are a round of the loop. CONFINED does flagged items
     alone, and reads flags where otherwise they are written.
     """
     if CONFINED:  # noqa: SIM102 - only what a constant alone decides is left out of the kernel
@@ -159,12 +170,12 @@ def hopper_forward_kernel(
             (
                 _consume_upper,
                 (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
-                 OUT_IN_Q, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS),
+                 OUT_IN_Q, AHEAD, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS),
             ),
             (
                 _consume_lower,
                 (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
-                 OUT_IN_Q, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS),
+                 OUT_IN_Q, AHEAD, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS),
             ),
             (
                 _produce,
@@ -198,13 +209,13 @@ def _intervals(key_start_ptr, key_stop_ptr, i, stop):
 def _full_blocks(start, end, live, hull_start, hull_stop, blocks, BLOCK_N: gl.constexpr):
     """The first block that all live rows see, and the first after it that not all do.
 
-    Both are less than `blocks`, in order: the last block counts as an edge, unless there is none.
+    Both are less than `blocks`, in order: the last block counts as an edge.
     """
     full_start = gl.max(gl.where(live, start, 0), 0)
     full_stop = gl.minimum(gl.min(gl.where(live, end, FAR), 0), hull_stop)
     left = (gl.maximum(full_start - hull_start, 0) + BLOCK_N - 1) // BLOCK_N
     through = gl.maximum(full_stop - hull_start, 0) // BLOCK_N
-    last = gl.maximum(blocks - 1, 0)
+    last = blocks - 1
     edge = gl.minimum(left, last)
     return edge, gl.maximum(gl.minimum(through, last), edge)
 
@@ -266,11 +277,13 @@ def _produce(
                 end = (hull_stop + BLOCK_N - 1) // BLOCK_N
                 look = (begin, end, tile, blocks_ptr, key_blocks)
                 edges, full, last = count_blocks(look, BLOCK_N, KEY_HALF)
-                blocks = edges + full + (last >= 0).to(gl.int32)
+                last = gl.maximum(last, 0)
+                blocks = edges + full + 1
                 upper = (edges, edges + full)
                 lower = upper
             else:
-                blocks = (hull_stop - hull_start + BLOCK_N - 1) // BLOCK_N
+                # One that nobody sees, rather than an item without blocks.
+                blocks = gl.maximum((hull_stop - hull_start + BLOCK_N - 1) // BLOCK_N, 1)
                 upper = _full_blocks(start_0, end_0, live_0, hull_start, hull_stop, blocks, BLOCK_N)
                 lower = _full_blocks(start_1, end_1, live_1, hull_start, hull_stop, blocks, BLOCK_N)
             at = done % Q_SLOTS
@@ -360,8 +373,7 @@ def _copy_seen(
                 _copy_block(following * BLOCK_N, at, source, BLOCK_N, STAGES, KEY_HALF, True)
                 at += 1
                 following = gl.min(gl.where(seen & (block > following), block, FAR), 0)
-    if last >= 0:
-        _copy_block(last * BLOCK_N, at, source, BLOCK_N, STAGES, KEY_HALF, True)
+    _copy_block(last * BLOCK_N, at, source, BLOCK_N, STAGES, KEY_HALF, True)
 
 
 @gluon.jit
@@ -403,28 +415,28 @@ def _say(message, at, value):
 @gluon.jit
 def _consume_upper(
     rings, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_IN_Q: gl.constexpr,
+    STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_IN_Q: gl.constexpr, AHEAD: gl.constexpr,
     UNROLLED: gl.constexpr, CONFINED: gl.constexpr, KEY_HALF: gl.constexpr,
     QUERY_HALF: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The first 64 rows."""
     _consume(
         0, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
-        OUT_IN_Q, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS,
+        OUT_IN_Q, AHEAD, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
 
 
 @gluon.jit
 def _consume_lower(
     rings, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_IN_Q: gl.constexpr,
+    STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_IN_Q: gl.constexpr, AHEAD: gl.constexpr,
     UNROLLED: gl.constexpr, CONFINED: gl.constexpr, KEY_HALF: gl.constexpr,
     QUERY_HALF: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The last 64 rows."""
     _consume(
         1, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
-        OUT_IN_Q, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS,
+        OUT_IN_Q, AHEAD, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS,
     )  # fmt: skip
 
 
@@ -442,6 +454,7 @@ def _consume(
     STAGES: gl.constexpr,
     Q_SLOTS: gl.constexpr,
     OUT_IN_Q: gl.constexpr,
+    AHEAD: gl.constexpr,
     UNROLLED: gl.constexpr,
     CONFINED: gl.constexpr,
     KEY_HALF: gl.constexpr,
@@ -459,6 +472,10 @@ def _consume(
     before = 0
     mbarrier.wait(q_full.index(HALF), 0)
     item = hear(message, 0)
+    s = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
+    if AHEAD:  # noqa: SIM102 - a constant
+        if item >= 0:
+            s = first_scores(HALF, 0, rings, BLOCK_N, STAGES, SCORES)
     while item >= 0:
         at = done % Q_SLOTS
         mine = 2 * at + HALF
@@ -491,10 +508,26 @@ def _consume(
             if not OUT_IN_Q:
                 mbarrier.arrive(q_empty.index(mine))
         else:
-            acc, m, l = walk(
-                mine, acc, m, l, rings, mask, blocks, edge, through, before, numbers, BLOCK_N,
-                STAGES, OUT_IN_Q, UNROLLED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
+            if not AHEAD:
+                s = first_scores(mine, before, rings, BLOCK_N, STAGES, SCORES)
+            s, acc, m, l = walk(
+                mine, s, acc, m, l, rings, mask, blocks, edge, through, before, numbers, BLOCK_N,
+                STAGES, UNROLLED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
             )  # fmt: skip
+            if not OUT_IN_Q:
+                mbarrier.arrive(q_empty.index(mine))
+            if AHEAD:
+                then = (done + 1) % Q_SLOTS
+                place = (then * WORDS, 2 * then + HALF, ((done + 1) // Q_SLOTS) & 1)
+                following, s, acc, m, l = last_step_ahead(
+                    blocks - 1, mine, s, acc, m, l, rings, mask, before, numbers, message, place,
+                    BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
+                )  # fmt: skip
+            else:
+                acc, m, l = last_step(
+                    blocks - 1, s, acc, m, l, rings, mask, before, numbers, BLOCK_N, STAGES,
+                    KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
+                )  # fmt: skip
         staged = own[0].index(mine if OUT_IN_Q else HALF)
         _finish(
             staged, acc, m, l, live, i, results, item, item % heads, first, stop, HEAD_DIM, SUMS,
@@ -507,8 +540,11 @@ def _consume(
             mbarrier.arrive(q_empty.index(mine))
         done += 1
         before += blocks
-        mbarrier.wait(q_full.index(done % Q_SLOTS * 2 + HALF), (done // Q_SLOTS) & 1)
-        item = hear(message, done % Q_SLOTS * WORDS)
+        if AHEAD:
+            item = following
+        else:
+            mbarrier.wait(q_full.index(done % Q_SLOTS * 2 + HALF), (done // Q_SLOTS) & 1)
+            item = hear(message, done % Q_SLOTS * WORDS)
 
 
 @gluon.jit

@@ -157,6 +157,7 @@ def hopper_constants(
         "CONSUMER_REGISTERS": chosen.consumer_registers,
         "Q_SLOTS": chosen.q_slots,
         "OUT_IN_Q": chosen.out_in_q,
+        "AHEAD": chosen.ahead and not confined,
         "UNROLLED": chosen.unrolled,
         "CONFINED": confined,
         **configurations.halves_constants("forward", problem.halves),

@@ -1,7 +1,8 @@
 """What the consumers of `hopper_forward.py` do with the blocks of an item: online softmax.
 
 A warpgroup starts q.k of the next block before it exponentiates this one: the tensor cores work
-meanwhile, and the next block's scores are there when it comes to them. Block y of an item is the
+meanwhile, and the next block's scores are there when it comes to them. With AHEAD that holds across
+items too: the first scores of an item are made while the one before ends. Block y of an item is the
 at-th of its program: it stands in slot at % STAGES, and the phase of the barriers there is
 at // STAGES.
 
@@ -33,8 +34,26 @@ ROWS: gl.constexpr = gl.constexpr(64)
 
 
 @gluon.jit
+def first_scores(
+    mine, at, rings, BLOCK_N: gl.constexpr, STAGES: gl.constexpr, SCORES: gl.constexpr
+):
+    """The products of an item's q, the ring's `mine`, with its first block, the at-th."""
+    q, k, _, _, k_full, _, _, k_empty, _ = rings
+    slot = at % STAGES
+    mbarrier.wait(k_full.index(slot), (at // STAGES) & 1)
+    none = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
+    products = warpgroup_mma(
+        q.index(mine), k.index(slot).permute((1, 0)), none, use_acc=False, is_async=True
+    )
+    s = warpgroup_mma_wait(0, deps=[products])
+    mbarrier.arrive(k_empty.index(slot))
+    return s
+
+
+@gluon.jit
 def walk(
     mine,
+    s,
     acc,
     m,
     l,
@@ -47,7 +66,6 @@ def walk(
     numbers,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
-    OUT_IN_Q: gl.constexpr,
     UNROLLED: gl.constexpr,
     KEY_HALF: gl.constexpr,
     QUERY_HALF: gl.constexpr,
@@ -55,52 +73,121 @@ def walk(
     SCORES: gl.constexpr,
     SUMS: gl.constexpr,
 ):
-    """All blocks of an item, whose q of this warpgroup is the ring's `mine`.
+    """All blocks of an item but the last, from the first one's scores to the last one's.
 
     Those from `edge` to `through` are seen by all of its rows. For `mask` see `_sees`.
     """
-    q, k, v, _, k_full, v_full, q_empty, k_empty, v_empty = rings
-    if blocks > 0:
-        slot = before % STAGES
-        mbarrier.wait(k_full.index(slot), (before // STAGES) & 1)
-        none = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
-        products = warpgroup_mma(
-            q.index(mine), k.index(slot).permute((1, 0)), none, use_acc=False, is_async=True
-        )
-        s = warpgroup_mma_wait(0, deps=[products])
-        mbarrier.arrive(k_empty.index(slot))
-        for y in range(0, edge):
-            s, acc, m, l = _step(
-                y, True, mine, s, acc, m, l, rings, mask, before, numbers, BLOCK_N, STAGES,
-                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
-            )  # fmt: skip
-        # Two at a time, the scores of one block stand where those of the next but one will.
-        rounds = (through - edge) // UNROLLED
-        for turn in range(0, rounds):
-            for which in gl.static_range(UNROLLED):
-                s, acc, m, l = _step(
-                    edge + UNROLLED * turn + which, False, mine, s, acc, m, l, rings, mask, before,
-                    numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
-                )  # fmt: skip
-        for y in range(edge + UNROLLED * rounds, blocks - 1):
-            s, acc, m, l = _step(
-                y, True, mine, s, acc, m, l, rings, mask, before, numbers, BLOCK_N, STAGES,
-                KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
-            )  # fmt: skip
-        if not OUT_IN_Q:
-            mbarrier.arrive(q_empty.index(mine))
-        last = before + blocks - 1
-        mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
-        s, factor = _seen(
-            blocks - 1, last, True, s, mask, numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF,
-            HAS_SOFTCAP, SCORES,
+    for y in range(0, edge):
+        s, acc, m, l = _step(
+            y, True, mine, s, acc, m, l, rings, mask, before, numbers, BLOCK_N, STAGES,
+            KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
         )  # fmt: skip
-        sums, m, l = _weighted(s, factor, acc, m, l, v.index(last % STAGES), SUMS)
-        acc = warpgroup_mma_wait(0, deps=[sums])
-        mbarrier.arrive(v_empty.index(last % STAGES))
-    elif not OUT_IN_Q:
-        mbarrier.arrive(q_empty.index(mine))
+    # Two at a time, the scores of one block stand where those of the next but one will.
+    rounds = (through - edge) // UNROLLED
+    for turn in range(0, rounds):
+        for which in gl.static_range(UNROLLED):
+            s, acc, m, l = _step(
+                edge + UNROLLED * turn + which, False, mine, s, acc, m, l, rings, mask, before,
+                numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
+            )  # fmt: skip
+    for y in range(edge + UNROLLED * rounds, blocks - 1):
+        s, acc, m, l = _step(
+            y, True, mine, s, acc, m, l, rings, mask, before, numbers, BLOCK_N, STAGES,
+            KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
+        )  # fmt: skip
+    return s, acc, m, l
+
+
+@gluon.jit
+def last_step(
+    y,
+    s,
+    acc,
+    m,
+    l,
+    rings,
+    mask,
+    before,
+    numbers,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    KEY_HALF: gl.constexpr,
+    QUERY_HALF: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    SCORES: gl.constexpr,
+    SUMS: gl.constexpr,
+):
+    """Adds the last block of an item, whose scores are s."""
+    _, _, v, _, _, v_full, _, _, v_empty = rings
+    last = before + y
+    mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
+    s, factor = _seen(
+        y, last, True, s, mask, numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES
+    )
+    sums, m, l = _weighted(s, factor, acc, m, l, v.index(last % STAGES), SUMS)
+    acc = warpgroup_mma_wait(0, deps=[sums])
+    mbarrier.arrive(v_empty.index(last % STAGES))
     return acc, m, l
+
+
+@gluon.jit
+def last_step_ahead(
+    y,
+    mine,
+    s,
+    acc,
+    m,
+    l,
+    rings,
+    mask,
+    before,
+    numbers,
+    message,
+    following,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    KEY_HALF: gl.constexpr,
+    QUERY_HALF: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    SCORES: gl.constexpr,
+    SUMS: gl.constexpr,
+):
+    """`last_step`, and the first scores of the item that follows, begun before it.
+
+    `following`: its place in `message`, in the ring of q and the phase there. What comes first is
+    the item, or -1 where none follows: then the last products are made again, for nobody.
+    """
+    q, k, v, q_full, k_full, v_full, _, k_empty, v_empty = rings
+    word, theirs, phase = following
+    last = before + y
+    after = last + 1
+    if QUERY_HALF:
+        mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
+    s, factor = _seen(
+        y, last, True, s, mask, numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES
+    )
+    mbarrier.wait(q_full.index(theirs), phase)
+    item = hear(message, word)
+    if item >= 0:
+        mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1)
+    slot = gl.where(item >= 0, after, last) % STAGES
+    none = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
+    products = warpgroup_mma(
+        q.index(gl.where(item >= 0, theirs, mine)),
+        k.index(slot).permute((1, 0)),
+        none,
+        use_acc=False,
+        is_async=True,
+    )
+    # As in `_step`.
+    mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
+    sums, m, l = _weighted(s, factor, acc, m, l, v.index(last % STAGES), SUMS)
+    s = warpgroup_mma_wait(1, deps=[products])
+    if item >= 0:
+        mbarrier.arrive(k_empty.index(slot))
+    acc = warpgroup_mma_wait(0, deps=[sums])
+    mbarrier.arrive(v_empty.index(last % STAGES))
+    return item, s, acc, m, l
 
 
 @gluon.jit
