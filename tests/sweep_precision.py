@@ -191,8 +191,10 @@ class Expected:
     """
 
     def __init__(self, precision: Precision, alone: Alone, exact: Alone) -> None:
-        if not exact.rows.isfinite().all():
-            raise RuntimeError("the outputs of documents alone are not finite")
+        # An error that is not finite would allow any.
+        for run in (exact, alone):
+            if not all(map(_is_finite, (run.rows, run.loss, *run.gradients.values()))):
+                raise RuntimeError("what documents alone give is not finite")
         self.alone, self.exact = alone, exact
         self.scale = _largest(exact.rows)
         self.wide = precision.is_wide
@@ -284,6 +286,10 @@ def _relative(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str
 
 def _within(error: float, bound: float) -> str:
     return "exact" if error <= bound else f"differs by {error:.1e} (bound {bound:.1e})"
+
+
+def _is_finite(x: Tensor) -> bool:
+    return bool(x.isfinite().all())
 
 
 def _largest(x: Tensor) -> float:
