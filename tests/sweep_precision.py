@@ -17,15 +17,14 @@ import copy
 import re
 import statistics
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from packed_attn.audit.embeddings import input_embeddings
+from packed_attn.audit.routing import HeldRouting
 
 LOGITS = 1e-5  # relative to the largest logit, float32
 GRADIENTS = 1e-4  # of a parameter, relative to the sum over the documents alone
@@ -109,66 +108,6 @@ class _Autocast:
 
     def leave(self, *_: Any) -> None:
         self.entered.pop().__exit__(None, None, None)
-
-
-class HeldRouting:
-    """A context in which the experts of a token are a function of its id.
-
-    A forward embeds its tokens before it routes them, in the same order. Checkpointing routes them
-    a second time in the backward, by scores that are those of the first up to a rounding.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.table = input_embeddings(model)
-        self.experts = _numbers_of_experts(model)
-        self.ids = torch.empty(0)
-        self.chosen: list[tuple[Tensor, Tensor]] = []
-
-    def __enter__(self) -> None:
-        self.chosen.clear()
-        self.undo = ExitStack()
-        handle = self.table.register_forward_hook(self._note, with_kwargs=True)
-        self.undo.callback(handle.remove)
-        stock = torch.topk
-
-        def topk(*args: Any, **kwargs: Any) -> Any:
-            return self._topk(stock, *args, **kwargs)
-
-        for owner in (torch, Tensor):
-            self.undo.enter_context(patch.object(owner, "topk", topk))
-
-    def __exit__(self, *exception: Any) -> None:
-        self.undo.close()
-
-    def __deepcopy__(self, memo: Any) -> HeldRouting:
-        return self  # one for a model and its copy in float32
-
-    def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.ids = (args[0] if args else next(iter(kwargs.values()))).flatten()
-
-    def _topk(
-        self, stock: Callable[..., Any], scores: Tensor, k: int, dim: int = -1, **options: Any
-    ) -> Any:
-        """Of the experts' scores for each token those of its id, of anything else the largest."""
-        width = scores.shape[-1]
-        of_experts = width in self.experts and k < width and dim % scores.ndim == scores.ndim - 1
-        again = torch._C._current_graph_task_id() != -1
-        before = [(x, i) for x, i in self.chosen if x.shape == scores.shape and i.shape[1] == k]
-        if of_experts and again and before:
-            index = min(before, key=lambda b: _largest(b[0] - scores.detach()))[1]
-        elif of_experts and not again and scores.numel() == self.ids.numel() * width:
-            index = (self.ids[:, None] + torch.arange(k, device=self.ids.device)) % width
-            self.chosen.append((scores.detach(), index))
-        else:
-            return stock(scores, k, dim, **options)
-        index = index.view(*scores.shape[:-1], k)
-        return torch.return_types.topk((scores.gather(-1, index), index))  # type: ignore[call-arg]
-
-
-def _numbers_of_experts(model: Any) -> set[int]:
-    config = model.config.get_text_config()
-    found = {n: v for n, v in vars(config).items() if "expert" in n and type(v) is int and v > 1}
-    return {*found.values(), sum(found.values()) if "zero_expert_num" in found else 0} - {0}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import overload
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,14 @@ from packed_attn.audit.gradients import (
 )
 from packed_attn.audit.limits import unreached
 from packed_attn.audit.modes import NotOffered, drops, mode
+from packed_attn.audit.precision import HALF, TOLERANCE
 from packed_attn.audit.report import NONFINITE, Check, IsolationReport, Verdict
+from packed_attn.audit.routing import HeldRouting
 from packed_attn.audit.subject import BLIND, LENGTHS, NoRowPerDocument, Subject, is_compiled
 from packed_attn.audit.terms import mixing_terms
 from packed_attn.audit.trace import Trace, first_parting
 
-# Packed against alone, relative to the largest logit: rounding of one computation in two shapes.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-# The same of gradients, relative to the largest gradient: a backward rounds in more places.
+# Of gradients, relative to the largest gradient: a backward rounds in more places.
 GRADIENT_FACTOR = 10
 ALONE = "packed logits equal alone"
 
@@ -153,6 +154,7 @@ class _Proof:
         self.subject = subject
         self.convention = CONVENTIONS[convention]
         self.alone = subject.alone()
+        self.dtype = subject.computes_in()
         self.batch = subject.batch(subject.documents, self.convention)
         self.spans = subject.spans(self.batch)
         self.clean = subject.packed(self.batch)
@@ -161,6 +163,25 @@ class _Proof:
         self.moved = 0.0
         self.leak: str | None = None
         self.notes: list[str] = []
+        self.routing = self._routing()
+        # What packed and alone are compared by, and one order with another.
+        self.compared = self.clean
+        if isinstance(self.routing, HeldRouting):
+            with self.routing:
+                self.alone, self.compared = subject.alone_again(), subject.packed(self.batch)
+
+    def _routing(self) -> AbstractContextManager[Any]:
+        """Where runs of unlike shapes are compared: a choice of experts is held in half precision,
+        in which it may differ by a rounding."""
+        held = HeldRouting(self.subject.model)
+        if self.dtype not in HALF or not held.experts:
+            return nullcontext()
+        self.notes.append(
+            f"in {str(self.dtype).removeprefix('torch.')} a rounding may choose other experts: a "
+            "pack was compared with its documents alone, and with another order, at experts that "
+            "depend on a token's id alone"
+        )
+        return held
 
     def checks(self, stop_at_leak: bool) -> Iterator[Check]:
         """The checks, in order; `stop_at_leak` ends them with the first that fails."""
@@ -196,7 +217,7 @@ class _Proof:
 
     def _alone(self) -> Check:
         worst = max(
-            difference(self.clean[a:b], alone) for (a, b), alone in zip(self.spans, self.alone)
+            difference(self.compared[a:b], alone) for (a, b), alone in zip(self.spans, self.alone)
         )
         self.rounding = worst
         return self._within(ALONE, worst)
@@ -260,7 +281,7 @@ class _Proof:
     def _unchanged(self, name: str, worst: float) -> Check:
         # Experts group tokens by content, so another document changes the shape of a matrix
         # product: allowed as far as the same model rounds between packed and alone.
-        bound = 4 * max(self.rounding, torch.finfo(self.clean.dtype).eps * self.scale)
+        bound = 4 * max(self.rounding, torch.finfo(self.dtype).eps * self.scale)
         verdict: Verdict = "holds" if worst == 0 else "fails"
         if 0 < worst <= bound and self.may_round:
             verdict = "rounding"
@@ -269,18 +290,20 @@ class _Proof:
     def _gradients(self) -> tuple[Check, Check]:
         """Of each document's logits in the embeddings of all others, and in its own."""
         worst = apart = 0.0
-        found = gradients_by_document(self.subject, self.batch)
+        with self.routing:
+            found = gradients_by_document(self.subject, self.batch)
         scale = reached(self.subject, [own for own, _ in found])
         for index, (own, others) in enumerate(found):
             worst = max(worst, largest(others))
             if self.convention.training:
-                alone = gradient_alone(
-                    self.subject, index, checkpointing=self.convention.checkpointing
-                )
+                with self.routing:
+                    alone = gradient_alone(
+                        self.subject, index, checkpointing=self.convention.checkpointing
+                    )
                 apart = max(apart, difference(own, alone))
         verdict: Verdict = "holds" if worst == 0 else "fails"
         gradient = Check("gradient into other documents is 0", verdict, worst, 0.0)
-        bound = GRADIENT_FACTOR * TOLERANCE[self.clean.dtype]
+        bound = GRADIENT_FACTOR * TOLERANCE[self.dtype]
         verdict = "holds" if apart <= bound * scale else "fails"
         own = Check("gradient in its own tokens equals alone", verdict, apart / scale, bound)
         return gradient, own
@@ -298,15 +321,16 @@ class _Proof:
     def _reordered(self) -> Check:
         order = list(reversed(range(len(self.spans))))
         batch = self.subject.batch([self.subject.documents[i] for i in order], self.convention)
-        logits, spans = self.subject.packed(batch), self.subject.spans(batch)
+        with self.routing:
+            logits, spans = self.subject.packed(batch), self.subject.spans(batch)
         worst = max(
-            difference(logits[slice(*spans[place])], self.clean[slice(*self.spans[i])])
+            difference(logits[slice(*spans[place])], self.compared[slice(*self.spans[i])])
             for place, i in enumerate(order)
         )
         return self._within("another order gives the same logits", worst)
 
     def _within(self, name: str, worst: float) -> Check:
-        bound = TOLERANCE[self.clean.dtype]
+        bound = TOLERANCE[self.dtype]
         verdict: Verdict = "holds" if worst <= bound * self.scale else "fails"
         return self._check(name, verdict, worst, bound)
 
