@@ -136,6 +136,17 @@ def test_experts_that_a_rounding_chooses_are_no_leak(model_type: str) -> None:
     assert not any("experts" in note for note in audit(patch_model(tiny_model("mixtral"))).notes)
 
 
+def test_a_choice_of_experts_that_cannot_be_held_is_not_compared_in_half_precision() -> None:
+    """PhiMoE's routers ask for a maximum, and not for topk."""
+    model = patch_model(tiny.tiny_model("phimoe"))
+    report = audit(model)
+    assert len(report.checks) == 5, str(report)
+    report = audit(model.to(torch.bfloat16))
+    assert report.verdict == "isolated", str(report)
+    assert len(report.checks) == 3
+    assert any("audit in float32" in note for note in report.notes)
+
+
 def test_report_as_json() -> None:
     report = json.loads(json.dumps(audit(patch_model(tiny_model("llama"))).to_dict()))
     assert report["verdict"] == "isolated"

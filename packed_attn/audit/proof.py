@@ -163,30 +163,29 @@ class _Proof:
         self.moved = 0.0
         self.leak: str | None = None
         self.notes: list[str] = []
-        self.routing = self._routing()
-        # What packed and alone are compared by, and one order with another.
+        # Where runs of unlike shapes are compared, and what the packed one gives there.
+        self.routing: AbstractContextManager[Any] = nullcontext()
         self.compared = self.clean
-        if isinstance(self.routing, HeldRouting):
-            with self.routing:
-                self.alone, self.compared = subject.alone_again(), subject.packed(self.batch)
+        self._hold_routing()
 
-    def _routing(self) -> AbstractContextManager[Any]:
-        """Where runs of unlike shapes are compared: a choice of experts is held in half precision,
-        in which it may differ by a rounding."""
+    def _hold_routing(self) -> None:
+        """In half precision, in which a choice of experts may differ by a rounding."""
         held = HeldRouting(self.subject.model)
         if self.dtype not in HALF or not held.experts:
-            return nullcontext()
-        self.notes.append(
-            f"in {str(self.dtype).removeprefix('torch.')} a rounding may choose other experts: a "
-            "pack was compared with its documents alone, and with another order, at experts that "
-            "depend on a token's id alone"
-        )
-        return held
+            return
+        self.routing = held
+        with held:
+            self.alone, self.compared = self.subject.alone_again(), self.subject.packed(self.batch)
+        if held.chosen:
+            self.notes.append(
+                f"in {_named(self.dtype)} a rounding may choose other experts: a pack was compared "
+                "with its documents alone, and with another order, at experts of a token's id"
+            )
 
     def checks(self, stop_at_leak: bool) -> Iterator[Check]:
         """The checks, in order; `stop_at_leak` ends them with the first that fails."""
-        drawn = self._drawn()
-        if not drawn:
+        compares = self._compares()
+        if compares:
             yield (first := self._alone())
             if stop_at_leak and first.verdict == "fails":
                 self._name_the_leak()
@@ -197,23 +196,39 @@ class _Proof:
             yield check
             if stop_at_leak and check.verdict == "fails":
                 return
-        if not drawn:
+        if compares:
             yield self._reordered()
             if self.convention.training:
                 yield own
+
+    def _compares(self) -> bool:
+        """Whether runs of unlike shapes tell anything; if not, a note says why."""
+        if self._drawn():
+            reason = "the model draws at random in train mode"
+        elif self._chooses_otherwise():
+            reason = (
+                f"a rounding of {_named(self.dtype)} may choose other experts (audit in float32)"
+            )
+        else:
+            return True
+        self.notes.append(
+            f"{reason}: a pack was not compared with its documents alone, nor with another order"
+        )
+        return False
 
     def _drawn(self) -> bool:
         """Whether the model draws at random; then only runs of one shape compare."""
         if not self.convention.training:
             return False
         other = self.subject.run(self.batch.kwargs, seed=self.subject.seed + 1)
-        drawn = not torch.equal(self.subject.rows(other, self.batch), self.clean)
-        if drawn:
-            self.notes.append(
-                "the model draws at random in train mode: a pack was not compared with its "
-                "documents alone, nor with another order"
-            )
-        return drawn
+        return not torch.equal(self.subject.rows(other, self.batch), self.clean)
+
+    def _chooses_otherwise(self) -> bool:
+        """Whether packed and alone differ by more than a rounding, while routers were to be held
+        and chose by something else than topk (PhiMoE)."""
+        held = self.routing
+        unheld = isinstance(held, HeldRouting) and not held.chosen
+        return unheld and self._alone().verdict == "fails"
 
     def _alone(self) -> Check:
         worst = max(
@@ -343,3 +358,7 @@ class _Proof:
         for other, (a, b) in enumerate(spans):
             outside[a:b] = other != index
         return outside
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
