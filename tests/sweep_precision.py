@@ -32,6 +32,8 @@ ROWS, STEPS = 2, 3  # times the error of the documents alone: of outputs and los
 # Types whose choice is not held: of their numbers in half precision nothing is said.
 NOT_HELD = {"phimoe": "it chooses experts by a maximum and not by topk"}
 WIDE = (torch.float32, torch.float64)
+# Types whose out_proj PEFT refuses to adapt: kernels take its weight past its forward.
+OUT_PROJ_REFUSED = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,9 @@ def _adapted(model: Any) -> Any:
     a checkpointed layer."""
     import peft
 
-    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=4))
+    refused = ["out_proj"] if model.config.model_type in OUT_PROJ_REFUSED else None
+    config = peft.LoraConfig(target_modules="all-linear", exclude_modules=refused, r=4)
+    adapted: Any = peft.get_peft_model(model, config)
     torch.manual_seed(1)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:

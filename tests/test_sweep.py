@@ -62,6 +62,7 @@ AUTOCAST = Precision(autocast=torch.bfloat16)
         ("causal", "llama", Precision(torch.float16)),
         ("causal", "llama", AUTOCAST),
         ("causal", "llama", Precision(torch.bfloat16, lora=True)),
+        ("causal", "mamba", Precision(torch.bfloat16, torch.bfloat16, lora=True)),
         ("causal", "mixtral", HALF),
         ("causal", "lfm2", AUTOCAST),
         ("causal", "mamba2", HALF),
