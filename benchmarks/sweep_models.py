@@ -1,7 +1,7 @@
 """Every model type of the installed transformers, patched and held to what "exact" promises.
 
     python -m benchmarks.sweep_models [--head causal ...] [--types llama ...] [--json PATH]
-    python -m benchmarks.sweep_models --dtype bfloat16 [--autocast] [--lora]
+    python -m benchmarks.sweep_models --dtype bfloat16 [--autocast [--weights DTYPE]] [--lora]
 
 Each type is a tiny random model in a child process with a memory and a time limit. Its documents
 are run alone on the stock model and then packed on the patched one, under every convention, in
@@ -42,13 +42,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=600, help="limit for one type")
     parser.add_argument("--dtype", default="float32", help="of weights; of autocast beside it")
-    parser.add_argument("--autocast", action="store_true", help="float32 weights under autocast")
+    parser.add_argument("--autocast", action="store_true", help="weights of another under autocast")
+    parser.add_argument("--weights", default="float32", help="dtype of weights under autocast")
     parser.add_argument("--lora", action="store_true", help="adapters in float32, trained alone")
     parser.add_argument("--attention", help="attn_implementation; the model's own by default")
     parser.add_argument("--json", type=Path, help="where the outcomes go")
     options = parser.parse_args(arguments)
     dtype = getattr(torch, options.dtype)
-    weights, autocast = (torch.float32, dtype) if options.autocast else (dtype, None)
+    weights = getattr(torch, options.weights)
+    weights, autocast = (weights, dtype) if options.autocast else (dtype, None)
     precision = Precision(weights, autocast, options.lora)
     usual = precision == FLOAT32 and options.attention is None
     path = options.json or (RESULTS if usual else None)

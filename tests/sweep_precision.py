@@ -17,15 +17,14 @@ import copy
 import re
 import statistics
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
-from packed_attn.audit.embeddings import input_embeddings
+from packed_attn.audit.routing import HeldRouting
 
 LOGITS = 1e-5  # relative to the largest logit, float32
 GRADIENTS = 1e-4  # of a parameter, relative to the sum over the documents alone
@@ -33,6 +32,8 @@ ROWS, STEPS = 2, 3  # times the error of the documents alone: of outputs and los
 # Types whose choice is not held: of their numbers in half precision nothing is said.
 NOT_HELD = {"phimoe": "it chooses experts by a maximum and not by topk"}
 WIDE = (torch.float32, torch.float64)
+# Types whose out_proj PEFT refuses to adapt: kernels take its weight past its forward.
+OUT_PROJ_REFUSED = ("mamba", "mamba2", "falcon_mamba", "falcon_h1", "nemotron_h")
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,9 @@ def _adapted(model: Any) -> Any:
     a checkpointed layer."""
     import peft
 
-    adapted: Any = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=4))
+    refused = ["out_proj"] if model.config.model_type in OUT_PROJ_REFUSED else None
+    config = peft.LoraConfig(target_modules="all-linear", exclude_modules=refused, r=4)
+    adapted: Any = peft.get_peft_model(model, config)
     torch.manual_seed(1)
     for name, weight in adapted.named_parameters():
         if "lora_B" in name:
@@ -111,66 +114,6 @@ class _Autocast:
         self.entered.pop().__exit__(None, None, None)
 
 
-class HeldRouting:
-    """A context in which the experts of a token are a function of its id.
-
-    A forward embeds its tokens before it routes them, in the same order. Checkpointing routes them
-    a second time in the backward, by scores that are those of the first up to a rounding.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.table = input_embeddings(model)
-        self.experts = _numbers_of_experts(model)
-        self.ids = torch.empty(0)
-        self.chosen: list[tuple[Tensor, Tensor]] = []
-
-    def __enter__(self) -> None:
-        self.chosen.clear()
-        self.undo = ExitStack()
-        handle = self.table.register_forward_hook(self._note, with_kwargs=True)
-        self.undo.callback(handle.remove)
-        stock = torch.topk
-
-        def topk(*args: Any, **kwargs: Any) -> Any:
-            return self._topk(stock, *args, **kwargs)
-
-        for owner in (torch, Tensor):
-            self.undo.enter_context(patch.object(owner, "topk", topk))
-
-    def __exit__(self, *exception: Any) -> None:
-        self.undo.close()
-
-    def __deepcopy__(self, memo: Any) -> HeldRouting:
-        return self  # one for a model and its copy in float32
-
-    def _note(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        self.ids = (args[0] if args else next(iter(kwargs.values()))).flatten()
-
-    def _topk(
-        self, stock: Callable[..., Any], scores: Tensor, k: int, dim: int = -1, **options: Any
-    ) -> Any:
-        """Of the experts' scores for each token those of its id, of anything else the largest."""
-        width = scores.shape[-1]
-        of_experts = width in self.experts and k < width and dim % scores.ndim == scores.ndim - 1
-        again = torch._C._current_graph_task_id() != -1
-        before = [(x, i) for x, i in self.chosen if x.shape == scores.shape and i.shape[1] == k]
-        if of_experts and again and before:
-            index = min(before, key=lambda b: _largest(b[0] - scores.detach()))[1]
-        elif of_experts and not again and scores.numel() == self.ids.numel() * width:
-            index = (self.ids[:, None] + torch.arange(k, device=self.ids.device)) % width
-            self.chosen.append((scores.detach(), index))
-        else:
-            return stock(scores, k, dim, **options)
-        index = index.view(*scores.shape[:-1], k)
-        return torch.return_types.topk((scores.gather(-1, index), index))  # type: ignore[call-arg]
-
-
-def _numbers_of_experts(model: Any) -> set[int]:
-    config = model.config.get_text_config()
-    found = {n: v for n, v in vars(config).items() if "expert" in n and type(v) is int and v > 1}
-    return {*found.values(), sum(found.values()) if "zero_expert_num" in found else 0} - {0}
-
-
 @dataclass(frozen=True)
 class Alone:
     """What documents one by one give: outputs `[rows, width]`, the loss over all of them, and its
@@ -191,8 +134,10 @@ class Expected:
     """
 
     def __init__(self, precision: Precision, alone: Alone, exact: Alone) -> None:
-        if not exact.rows.isfinite().all():
-            raise RuntimeError("the outputs of documents alone are not finite")
+        # An error that is not finite would allow any.
+        for run in (exact, alone):
+            if not all(map(_is_finite, (run.rows, run.loss, *run.gradients.values()))):
+                raise RuntimeError("what documents alone give is not finite")
         self.alone, self.exact = alone, exact
         self.scale = _largest(exact.rows)
         self.wide = precision.is_wide
@@ -284,6 +229,10 @@ def _relative(got: Mapping[str, Tensor], want: Mapping[str, Tensor]) -> dict[str
 
 def _within(error: float, bound: float) -> str:
     return "exact" if error <= bound else f"differs by {error:.1e} (bound {bound:.1e})"
+
+
+def _is_finite(x: Tensor) -> bool:
+    return bool(x.isfinite().all())
 
 
 def _largest(x: Tensor) -> float:

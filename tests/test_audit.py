@@ -7,12 +7,14 @@ import pickle
 
 import pytest
 import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
 from packed_attn_patches import tiny
 from torch import nn
 
 from packed_attn import PackedCollator, audit, patch_model
 from packed_attn.audit import leaks_between_documents
 from packed_attn.audit.conventions import TELLING
+from packed_attn.audit.precision import TOLERANCE
 from tests.exactness import alone, documents, packed
 from tests.models import FAMILIES, tiny_model
 
@@ -111,6 +113,38 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_dtypes(dtype: torch.dtype) -> None:
     report = audit(patch_model(tiny_model("llama")).to(dtype))
     assert report.isolated, str(report)
+
+
+def test_logits_in_float32_that_are_computed_in_half_precision() -> None:
+    """As accelerate's forwards give them: the bound is that of what the modules compute in."""
+    model = patch_model(tiny_model("llama"))
+    assert audit(model).checks[0].bound == TOLERANCE[torch.float32]
+    model.forward = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(model.forward))
+    report = audit(model)
+    assert report.verdict == "isolated", str(report)
+    assert report.checks[0].bound == TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "granitemoeshared"])
+def test_experts_that_a_rounding_chooses_are_no_leak(model_type: str) -> None:
+    """In half precision a pack may go to other experts than its documents alone, in float32 not."""
+    model = tiny.tiny_model(model_type).to(torch.bfloat16)
+    assert audit(model).leaks
+    report = audit(patch_model(model))
+    assert report.isolated, str(report)
+    assert any("a rounding may choose other experts" in note for note in report.notes)
+    assert not any("experts" in note for note in audit(patch_model(tiny_model("mixtral"))).notes)
+
+
+def test_a_choice_of_experts_that_cannot_be_held_is_not_compared_in_half_precision() -> None:
+    """PhiMoE's routers ask for a maximum, and not for topk."""
+    model = patch_model(tiny.tiny_model("phimoe"))
+    report = audit(model)
+    assert len(report.checks) == 5, str(report)
+    report = audit(model.to(torch.bfloat16))
+    assert report.verdict == "isolated", str(report)
+    assert len(report.checks) == 3
+    assert any("audit in float32" in note for note in report.notes)
 
 
 def test_report_as_json() -> None:

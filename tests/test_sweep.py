@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 from typing import Any
@@ -16,7 +17,7 @@ from torch import nn
 
 from benchmarks.sweep_models import quiet_sweep
 from tests.sweep import HEADS, Outcome, _Stock, model_types, sweep_type
-from tests.sweep_precision import FLOAT32, Precision
+from tests.sweep_precision import FLOAT32, Alone, Expected, Precision
 
 # What is special about each is in another place: positions, masks, state, shapes, losses, heads.
 REPRESENTATIVES = (
@@ -61,6 +62,7 @@ AUTOCAST = Precision(autocast=torch.bfloat16)
         ("causal", "llama", Precision(torch.float16)),
         ("causal", "llama", AUTOCAST),
         ("causal", "llama", Precision(torch.bfloat16, lora=True)),
+        ("causal", "mamba", Precision(torch.bfloat16, torch.bfloat16, lora=True)),
         ("causal", "mixtral", HALF),
         ("causal", "lfm2", AUTOCAST),
         ("causal", "mamba2", HALF),
@@ -85,6 +87,15 @@ def test_a_pack_less_accurate_than_its_documents_is_found(monkeypatch: pytest.Mo
     assert outcome.status == "wrong"
     assert "differs" in outcome.checks["default cache"]
     assert outcome.checks["isolation"] == "exact"
+
+
+def test_documents_alone_that_are_not_finite_are_no_measure() -> None:
+    """Nor are those whose gradients are not: an infinite error would allow any."""
+    exact = Alone(torch.ones(3, 2), torch.ones(()), {"weight": torch.ones(2)})
+    Expected(HALF, exact, exact)
+    for change in ({"rows": exact.rows / 0}, {"gradients": {"weight": torch.ones(2) / 0}}):
+        with pytest.raises(RuntimeError, match="not finite"):
+            Expected(HALF, dataclasses.replace(exact, **change), exact)
 
 
 @pytest.mark.parametrize("head", ["causal", "sequence"])

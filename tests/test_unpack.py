@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from packed_attn_patches import tiny
+from packed_attn_patches.unpack import PackedCalls
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -194,6 +195,25 @@ def test_masked_language_models_keep_every_label() -> None:
     patch_model(model)
     batch = {**packed(docs), "labels": torch.cat(labels)[None]}
     assert model(**batch).loss.item() == pytest.approx(sum(losses).item() / 3, rel=1e-6)
+
+
+def test_the_sum_of_a_batch_may_be_more_than_float16_can_say() -> None:
+    """A GPU's cross entropy of float16 logits adds up in float32: only the mean is float16."""
+
+    class Calls(PackedCalls):
+        num_items = None
+
+        def targets(self, batch: int) -> torch.Tensor:
+            return torch.tensor(batch)
+
+    means = [torch.tensor(x, dtype=torch.float16, requires_grad=True) for x in (5.5, 11.0)]
+    loss = Calls()._loss([(20000, means[0]), (10000, means[1])])
+    loss.backward()
+    assert loss.dtype == torch.float16
+    assert loss.item() == pytest.approx(22 / 3, rel=1e-3)
+    assert [m.grad.item() for m in means if m.grad is not None] == pytest.approx(
+        [2 / 3, 1 / 3], rel=5e-4
+    )
 
 
 def test_positions_may_begin_behind_the_padding_id() -> None:

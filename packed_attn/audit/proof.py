@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import overload
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +20,14 @@ from packed_attn.audit.gradients import (
 )
 from packed_attn.audit.limits import unreached
 from packed_attn.audit.modes import NotOffered, drops, mode
+from packed_attn.audit.precision import HALF, TOLERANCE
 from packed_attn.audit.report import NONFINITE, Check, IsolationReport, Verdict
+from packed_attn.audit.routing import HeldRouting
 from packed_attn.audit.subject import BLIND, LENGTHS, NoRowPerDocument, Subject, is_compiled
 from packed_attn.audit.terms import mixing_terms
 from packed_attn.audit.trace import Trace, first_parting
 
-# Packed against alone, relative to the largest logit: rounding of one computation in two shapes.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-# The same of gradients, relative to the largest gradient: a backward rounds in more places.
+# Of gradients, relative to the largest gradient: a backward rounds in more places.
 GRADIENT_FACTOR = 10
 ALONE = "packed logits equal alone"
 
@@ -153,6 +154,7 @@ class _Proof:
         self.subject = subject
         self.convention = CONVENTIONS[convention]
         self.alone = subject.alone()
+        self.dtype = subject.computes_in()
         self.batch = subject.batch(subject.documents, self.convention)
         self.spans = subject.spans(self.batch)
         self.clean = subject.packed(self.batch)
@@ -161,11 +163,29 @@ class _Proof:
         self.moved = 0.0
         self.leak: str | None = None
         self.notes: list[str] = []
+        # Where runs of unlike shapes are compared, and what the packed one gives there.
+        self.routing: AbstractContextManager[Any] = nullcontext()
+        self.compared = self.clean
+        self._hold_routing()
+
+    def _hold_routing(self) -> None:
+        """In half precision, in which a choice of experts may differ by a rounding."""
+        held = HeldRouting(self.subject.model)
+        if self.dtype not in HALF or not held.experts:
+            return
+        self.routing = held
+        with held:
+            self.alone, self.compared = self.subject.alone_again(), self.subject.packed(self.batch)
+        if held.chosen:
+            self.notes.append(
+                f"in {_named(self.dtype)} a rounding may choose other experts: a pack was compared "
+                "with its documents alone, and with another order, at experts of a token's id"
+            )
 
     def checks(self, stop_at_leak: bool) -> Iterator[Check]:
         """The checks, in order; `stop_at_leak` ends them with the first that fails."""
-        drawn = self._drawn()
-        if not drawn:
+        compares = self._compares()
+        if compares:
             yield (first := self._alone())
             if stop_at_leak and first.verdict == "fails":
                 self._name_the_leak()
@@ -176,27 +196,43 @@ class _Proof:
             yield check
             if stop_at_leak and check.verdict == "fails":
                 return
-        if not drawn:
+        if compares:
             yield self._reordered()
             if self.convention.training:
                 yield own
+
+    def _compares(self) -> bool:
+        """Whether runs of unlike shapes tell anything; if not, a note says why."""
+        if self._drawn():
+            reason = "the model draws at random in train mode"
+        elif self._chooses_otherwise():
+            reason = (
+                f"a rounding of {_named(self.dtype)} may choose other experts (audit in float32)"
+            )
+        else:
+            return True
+        self.notes.append(
+            f"{reason}: a pack was not compared with its documents alone, nor with another order"
+        )
+        return False
 
     def _drawn(self) -> bool:
         """Whether the model draws at random; then only runs of one shape compare."""
         if not self.convention.training:
             return False
         other = self.subject.run(self.batch.kwargs, seed=self.subject.seed + 1)
-        drawn = not torch.equal(self.subject.rows(other, self.batch), self.clean)
-        if drawn:
-            self.notes.append(
-                "the model draws at random in train mode: a pack was not compared with its "
-                "documents alone, nor with another order"
-            )
-        return drawn
+        return not torch.equal(self.subject.rows(other, self.batch), self.clean)
+
+    def _chooses_otherwise(self) -> bool:
+        """Whether packed and alone differ by more than a rounding, while routers were to be held
+        and chose by something else than topk (PhiMoE)."""
+        held = self.routing
+        unheld = isinstance(held, HeldRouting) and not held.chosen
+        return unheld and self._alone().verdict == "fails"
 
     def _alone(self) -> Check:
         worst = max(
-            difference(self.clean[a:b], alone) for (a, b), alone in zip(self.spans, self.alone)
+            difference(self.compared[a:b], alone) for (a, b), alone in zip(self.spans, self.alone)
         )
         self.rounding = worst
         return self._within(ALONE, worst)
@@ -260,7 +296,7 @@ class _Proof:
     def _unchanged(self, name: str, worst: float) -> Check:
         # Experts group tokens by content, so another document changes the shape of a matrix
         # product: allowed as far as the same model rounds between packed and alone.
-        bound = 4 * max(self.rounding, torch.finfo(self.clean.dtype).eps * self.scale)
+        bound = 4 * max(self.rounding, torch.finfo(self.dtype).eps * self.scale)
         verdict: Verdict = "holds" if worst == 0 else "fails"
         if 0 < worst <= bound and self.may_round:
             verdict = "rounding"
@@ -269,18 +305,20 @@ class _Proof:
     def _gradients(self) -> tuple[Check, Check]:
         """Of each document's logits in the embeddings of all others, and in its own."""
         worst = apart = 0.0
-        found = gradients_by_document(self.subject, self.batch)
+        with self.routing:
+            found = gradients_by_document(self.subject, self.batch)
         scale = reached(self.subject, [own for own, _ in found])
         for index, (own, others) in enumerate(found):
             worst = max(worst, largest(others))
             if self.convention.training:
-                alone = gradient_alone(
-                    self.subject, index, checkpointing=self.convention.checkpointing
-                )
+                with self.routing:
+                    alone = gradient_alone(
+                        self.subject, index, checkpointing=self.convention.checkpointing
+                    )
                 apart = max(apart, difference(own, alone))
         verdict: Verdict = "holds" if worst == 0 else "fails"
         gradient = Check("gradient into other documents is 0", verdict, worst, 0.0)
-        bound = GRADIENT_FACTOR * TOLERANCE[self.clean.dtype]
+        bound = GRADIENT_FACTOR * TOLERANCE[self.dtype]
         verdict = "holds" if apart <= bound * scale else "fails"
         own = Check("gradient in its own tokens equals alone", verdict, apart / scale, bound)
         return gradient, own
@@ -298,15 +336,16 @@ class _Proof:
     def _reordered(self) -> Check:
         order = list(reversed(range(len(self.spans))))
         batch = self.subject.batch([self.subject.documents[i] for i in order], self.convention)
-        logits, spans = self.subject.packed(batch), self.subject.spans(batch)
+        with self.routing:
+            logits, spans = self.subject.packed(batch), self.subject.spans(batch)
         worst = max(
-            difference(logits[slice(*spans[place])], self.clean[slice(*self.spans[i])])
+            difference(logits[slice(*spans[place])], self.compared[slice(*self.spans[i])])
             for place, i in enumerate(order)
         )
         return self._within("another order gives the same logits", worst)
 
     def _within(self, name: str, worst: float) -> Check:
-        bound = TOLERANCE[self.clean.dtype]
+        bound = TOLERANCE[self.dtype]
         verdict: Verdict = "holds" if worst <= bound * self.scale else "fails"
         return self._check(name, verdict, worst, bound)
 
@@ -319,3 +358,7 @@ class _Proof:
         for other, (a, b) in enumerate(spans):
             outside[a:b] = other != index
         return outside
+
+
+def _named(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from packed_attn.audit.conventions import AuditBatch, Convention, Document, Pair, packed_batch
 from packed_attn.audit.embeddings import input_embeddings
+from packed_attn.audit.precision import Computed
 
 # Documents of the audit: odd lengths, one of a single token, a sum that is unlikely to be a width.
 LENGTHS = (5, 1, 37, 24)
@@ -60,6 +61,7 @@ class Subject:
         else:
             self.documents, self.replacements = _documents(self.pools, lengths, seed)
         self._alone: dict[bool, list[Tensor]] = {}
+        self._computes_in: dict[bool, torch.dtype] = {}
         self._looks_beyond: dict[bool, bool] = {}
         self.per_token = True
         self.terms: list[str] | None = None
@@ -87,13 +89,24 @@ class Subject:
         that pools a document."""
         training = self.model.training
         if training not in self._alone:
-            outputs = [self.run(kwargs_alone(d)) for d in self.documents]
+            with Computed(self.model) as computed:
+                outputs = [self.run(kwargs_alone(d)) for d in self.documents]
             lengths = [_size(d) for d in self.documents]
             self.per_token = all(
                 x.ndim >= 2 and x.shape[:2] == (1, n) for x, n in zip(outputs, lengths)
             )
             self._alone[training] = [self.flat(x) for x in outputs]
+            self._computes_in[training] = computed.coarsest(outputs[0])
         return self._alone[training]
+
+    def alone_again(self) -> list[Tensor]:
+        """The same of a model that something was done to in between."""
+        return [self.flat(self.run(kwargs_alone(d))) for d in self.documents]
+
+    def computes_in(self) -> torch.dtype:
+        """The coarsest dtype of what its modules return for a document alone."""
+        self.alone()
+        return self._computes_in[self.model.training]
 
     def looks_beyond(self) -> bool:
         """Whether an output of the longest document changes with tokens that are not its own.

@@ -56,7 +56,7 @@ class _Recorder:
         self.trace.calls.append((self.name, self._copies((args, kwargs)), self._copies(output)))
 
     def _copies(self, value: Any) -> list[Tensor]:
-        found = (self.trace.by_token(x) for x in _floats(value))
+        found = (self.trace.by_token(x) for x in floats(value))
         return [x.detach().clone() for x in found if x is not None]
 
 
@@ -84,14 +84,14 @@ def _equal_at(x: Tensor, y: Tensor, tokens: Tensor) -> bool:
     return torch.equal(x.index_select(0, index), y.index_select(0, index))
 
 
-def _floats(value: Any) -> Iterator[Tensor]:
+def floats(value: Any) -> Iterator[Tensor]:
     """Floating tensors inside tuples, lists and mappings."""
     if isinstance(value, Tensor):
         if value.is_floating_point():
             yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from _floats(item)
+            yield from floats(item)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from _floats(item)
+            yield from floats(item)

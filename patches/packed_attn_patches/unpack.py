@@ -262,8 +262,9 @@ class PackedCalls:
         for batch, mean in parts:
             targets = self.targets(batch)
             total = total + targets
-            # A batch without targets has a mean of NaN, and no part in the sum.
-            loss = loss + torch.where(targets > 0, mean * targets, 0.0)
+            # A batch without targets has a mean of NaN, and no part in the sum; that of another may
+            # be more than float16 can say.
+            loss = loss + torch.where(targets > 0, mean.to(loss.dtype) * targets, 0.0)
         return (loss / (total if self.num_items is None else self.num_items)).to(first.dtype)
 
 
