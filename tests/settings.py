@@ -44,13 +44,17 @@ STATUSES = ("exact", "rounding", "unchanged", "refused", "not built", "wrong")
 AS_DEFAULT = "as by default"  # the reason of a setting that is refused in the same words
 
 # What is varied, from the likeliest to matter.
-KINDS = ("flag", "choice", "layers", "unset", "count", "rope", "token", "size", "number", "pair")
+KINDS = (
+    *("flag", "choice", "layers", "unset", "none", "count", "rope", "token", "size", "number"),
+    "pair",
+)
 # Counts that say which tokens or heads see which, and layers of which kind; others are sizes.
 _STRUCTURE = (
     "window|chunk|pattern|interval|period|offset|every|freq|step|kernel|conv|block|local|global|group"
     "|kv|key_value|top_?k|shared|dense|nextn|mtp|stride|radius|bucket|first_|rank|index|position"
     "|n_ctx|max_seq|context_length|ngram"
 )
+_TOKEN = "token_id|token_index|pad_index|_id$"  # names of ids of tokens
 
 # Fields that are left as they are, and why.
 LEFT_OUT = {
@@ -415,6 +419,8 @@ def _values(
     name: str, value: Any, note: str, config: Any, source: str
 ) -> Iterator[tuple[str, Any]]:
     """(kind, value) of what else a field may be."""
+    if value is not None and "None" in note and not re.search(_TOKEN, name):
+        yield "none", None
     if isinstance(value, bool):
         yield "flag", not value
     elif isinstance(value, str) or (value is None and "str" in note):
@@ -491,7 +497,7 @@ def _lists(value: list[Any], source: str) -> list[list[Any]]:
 
 def _counts(name: str, value: int) -> Iterator[tuple[str, Any]]:
     """Small numbers beside the default; for ids of tokens, one that documents have."""
-    if re.search("token_id|token_index|pad_index|_id$", name):
+    if re.search(_TOKEN, name):
         yield "token", int(documents(lengths=LENGTHS)[2][10])
         if "pad" in name:
             yield from (("token", v) for v in (-1, None))

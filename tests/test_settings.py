@@ -45,6 +45,7 @@ def test_settings_are_of_every_kind_that_the_code_reads() -> None:
         ("layers", "layer_types", str(WINDOWED[::-1])),
         ("rope", "rope_parameters", "dynamic of sliding_attention"),
         ("unset", "attn_logit_softcapping", "5.0"),
+        ("none", "sliding_window", "None"),
         ("count", "sliding_window", "4"),
     } <= known
     assert left_out["hidden_size"] == "a width"
