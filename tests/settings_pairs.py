@@ -17,7 +17,7 @@ from tests.settings import ATTENTION, Default, Seen, Setting
 
 PAIRED = ("flag", "choice", "layers", "unset", "count", "rope")
 MOST = 16  # pairs of one type,
-TRIED = 3 * MOST  # of as many: one setting may hide the other, or the two build no model
+TRIED = 5 * MOST  # of as many: one setting may hide the other, or the two build no model
 VALUES = 3  # of one field
 
 # Fields by how likely two of them interact; all others come last.
@@ -36,12 +36,18 @@ class _Alone:
     """One setting and its stock model.
 
     Attributes:
-        rank: from 0, the later the less likely it matters to another one.
+        changes: the stock model is not that of the default.
     """
 
     setting: Setting
     seen: Seen
-    rank: int
+    changes: bool
+
+    @property
+    def rank(self) -> int:
+        """From 0, the later the less likely it matters to another one."""
+        named = (i for i, pattern in enumerate(LIKELY) if re.search(pattern, self.setting.field))
+        return next(named, len(LIKELY)) + (not self.changes)
 
 
 def pairs_of(head: str, model_type: str, settings: Sequence[Setting]) -> list[Setting]:
@@ -65,8 +71,10 @@ def _alone(default: Default, settings: Sequence[Setting]) -> dict[str, list[_Alo
     alone: dict[str, list[_Alone]] = {}
     for setting in sorted(settings, key=_order_of_values):
         values = alone.setdefault(setting.field, [])
-        derives = setting.derive and not all(a.seen.is_of(default.seen) for a in values)
-        if setting.kind not in PAIRED or len(values) == VALUES or derives:
+        effective = [v.changes for v in values]
+        guessed = setting.kind == "unset" and False in effective  # one without effect is enough
+        derived = setting.derive and True in effective  # it has an effect beside given layers
+        if setting.kind not in PAIRED or len(values) == VALUES or guessed or derived:
             continue
         seen = _seen(default, setting)
         if seen is None:
@@ -74,8 +82,7 @@ def _alone(default: Default, settings: Sequence[Setting]) -> dict[str, list[_Alo
         changes = not seen.is_of(default.seen)
         known = changes and any(seen.is_of(a.seen) for v in alone.values() for a in v)
         if not known:  # under another name, or by another value
-            rank = next((i for i, p in enumerate(LIKELY) if re.search(p, setting.field)), 2)
-            values.append(_Alone(setting, seen, rank + (not changes)))
+            values.append(_Alone(setting, seen, changes))
     return alone
 
 
