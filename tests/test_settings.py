@@ -95,6 +95,12 @@ def test_a_way_out_that_a_refusal_names_is_tried() -> None:
     assert (refused.status, found.status) == ("refused", "exact")
 
 
+def test_queries_of_no_numbers_are_refused_by_name() -> None:
+    (found,) = sweep_settings("causal", "ministral3", [Setting("size", "head_dim", 1)])
+    assert found.status == "refused"
+    assert "has queries of no numbers" in found.reason
+
+
 def test_a_report_keeps_other_types_and_kinds(tmp_path: Path) -> None:
     def finding(kind: str, status: str) -> Finding:
         return Finding("causal", "llama", kind, "field", "1", status)

@@ -129,7 +129,12 @@ def packed_attention_forward(
             f"packed-attn: {type(module).__name__} ran in a packed forward without its {lost}: "
             "this model does not pass it on to its attention layers"
         )
-    batch, num_heads, tokens, _ = query.shape
+    batch, num_heads, tokens, head_dim = query.shape
+    if head_dim == 0:
+        raise NotImplementedError(
+            f"packed-attn: {type(module).__name__} has queries of no numbers, as RoPE leaves them of "
+            "head_dim=1: load it with a larger head_dim"
+        )
     options = _translated(module, kwargs, stock)
     if layout.is_forest and not options["causal"]:
         raise NotImplementedError(
