@@ -132,8 +132,8 @@ def packed_attention_forward(
     batch, num_heads, tokens, head_dim = query.shape
     if head_dim == 0:
         raise NotImplementedError(
-            f"packed-attn: {type(module).__name__} has queries of no numbers, as RoPE leaves them of "
-            "head_dim=1: load it with a larger head_dim"
+            f"packed-attn: {type(module).__name__} has queries of no numbers, as RoPE leaves them "
+            "of head_dim=1: load it with a larger head_dim"
         )
     options = _translated(module, kwargs, stock)
     if layout.is_forest and not options["causal"]:
