@@ -1,15 +1,16 @@
-"""Every model type in settings that its default config never has, one field at a time.
+"""Every model type in settings that its default config never has, one field at a time or two.
 
     python -m benchmarks.sweep_settings [--head causal ...] [--types llama ...] [--kinds flag ...]
         [--resume] [--json PATH] [--log PATH]
 
 A type is built tiny and random, and each field of its config that its own code reads takes other
-values (`tests/settings.py`). What changes nothing of the stock model is only compared; what does is
-held to a short form of the sweep (`tests/sweep.py`): packed logits, a padded tail, isolation,
-gradients. Prints each setting that is refused or wrong as it is found, counts at the end, and which
-fields were left out and why. The JSON has counts, and what was refused or wrong, beside those of
-other heads, types and kinds of settings that the file has from the same versions; the log has a
-line for each setting. Exit status 1 when a setting is wrong.
+values (`tests/settings.py`), and then two fields at once (the kind "pair": `settings_pairs.py`
+there). What changes nothing of the stock model is only compared; what does is held to a short form
+of the sweep (`tests/sweep.py`): packed logits, a padded tail, isolation, gradients. Prints each
+setting that is refused or wrong as it is found, counts at the end, and which fields were left out
+and why. The JSON has counts, and what was refused or wrong, beside those of other heads, types and
+kinds of settings that the file has from the same versions; the log has a line for each setting.
+Exit status 1 when a setting is wrong.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from tests.settings import (
     settings_of,
     sweep_settings,
 )
+from tests.settings_pairs import pairs_of
 from tests.sweep import HEADS, model_types
 
 RESULTS = Path(__file__).parent / "results" / "settings.json"
@@ -87,12 +89,10 @@ Result = tuple[list[Finding], dict[str, str]]
 
 def swept(head: str, model_type: str, kinds: Sequence[str], fields: Sequence[str] | None) -> Result:
     """All settings of one type, and the fields left out; nothing where the default has no model."""
-    _quiet()
     try:
-        settings, left_out = settings_of(head, model_type)
+        settings, left_out = _planned(head, model_type, kinds, fields)
     except Exception as error:
         return [], {"": f"stock builds no tiny model: {type(error).__name__}"}
-    settings = [s for s in settings if s.kind in kinds and (not fields or s.field in fields)]
     return sweep_settings(head, model_type, settings), left_out
 
 
@@ -101,7 +101,9 @@ def _planned(
 ) -> tuple[list[Setting], dict[str, str]]:
     _quiet()
     settings, left_out = settings_of(head, model_type)
-    return [s for s in settings if s.kind in kinds and (not fields or s.field in fields)], left_out
+    settings = [s for s in settings if not fields or s.field in fields]
+    pairs = pairs_of(head, model_type, settings) if "pair" in kinds else []
+    return [s for s in settings if s.kind in kinds] + pairs, left_out
 
 
 def _some(head: str, model_type: str, settings: list[Setting]) -> list[Finding]:
@@ -125,9 +127,8 @@ def _in_parts(head: str, model_type: str, item: tuple[Any, ...], failure: ChildF
             findings += result
         elif len(part) == 1:
             s = part[0]
-            shown = s.shown or repr(s.value)
-            reason = str(result)
-            findings.append(Finding(head, model_type, s.kind, s.field, shown, "not built", reason))
+            told = Finding(head, model_type, s.kind, s.field, s.words, "not built", str(result))
+            findings.append(told)
         elif part:
             half = len(part) // 2
             waiting += [part[:half], part[half:]]

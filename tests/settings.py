@@ -1,4 +1,5 @@
-"""Settings that a model type has beside its tiny default: one field of its config at a time.
+"""Settings that a model type has beside its tiny default: one field of its config at a time, or two
+(`settings_pairs.py`).
 
 `benchmarks/sweep_settings.py` holds every type to them. Fields are those that the code of the
 model's own modules reads; values are the literals that it compares with, every known type of layer
@@ -43,13 +44,17 @@ STATUSES = ("exact", "rounding", "unchanged", "refused", "not built", "wrong")
 AS_DEFAULT = "as by default"  # the reason of a setting that is refused in the same words
 
 # What is varied, from the likeliest to matter.
-KINDS = ("flag", "choice", "layers", "unset", "count", "rope", "token", "size", "number")
+KINDS = (
+    *("flag", "choice", "layers", "unset", "none", "count", "rope", "token", "size", "number"),
+    "pair",
+)
 # Counts that say which tokens or heads see which, and layers of which kind; others are sizes.
 _STRUCTURE = (
     "window|chunk|pattern|interval|period|offset|every|freq|step|kernel|conv|block|local|global|group"
     "|kv|key_value|top_?k|shared|dense|nextn|mtp|stride|radius|bucket|first_|rank|index|position"
     "|n_ctx|max_seq|context_length|ngram"
 )
+_TOKEN = "token_id|token_index|pad_index|_id$"  # names of ids of tokens
 
 # Fields that are left as they are, and why.
 LEFT_OUT = {
@@ -70,6 +75,7 @@ _OTHER_PARTS = ("vision", "audio", "image", "video", "vq", "talker", "speech", "
 
 # Code that every model shares and that reads the config too.
 _SHARED = ("transformers.masking_utils", "transformers.modeling_rope_utils")
+ATTENTION = "attn_implementation"
 # Lists that a class derives from other fields where they are left out.
 _DERIVED = ("layer_types", "mlp_layer_types", "layers_block_type", "indexer_types")
 
@@ -79,6 +85,7 @@ class Setting:
     """One field of a config, `part.field` of a nested one, and its value.
 
     Attributes:
+        value: of a "pair", the two settings that it is of.
         derive: lists of layers are left to the config class, which may make them of the field.
         shown: the value in words, where it is long.
     """
@@ -89,24 +96,58 @@ class Setting:
     derive: bool = False
     shown: str = ""
 
+    @staticmethod
+    def pair(one: Setting, other: Setting) -> Setting:
+        """Two settings of different fields at once."""
+        field, words = f"{one.field} + {other.field}", f"{one.words} + {other.words}"
+        return Setting("pair", field, (one, other), shown=words)
+
+    @property
+    def words(self) -> str:
+        """The value as it is shown."""
+        return (self.shown or repr(self.value)) + (" (layers derived)" if self.derive else "")
+
+    @property
+    def single(self) -> tuple[Setting, ...]:
+        """The settings of one field each that hold at once."""
+        return self.value if self.kind == "pair" else (self,)
+
+    @property
+    def attention(self) -> str | None:
+        """The attention implementation, which is an argument of its own."""
+        return next((s.value for s in self.single if s.field == ATTENTION), None)
+
     def overrides(self, model_type: str) -> dict[str, Any]:
         """The arguments of `tiny_config`."""
         config = tiny_config(model_type)
-        part, _, name = self.field.rpartition(".")
-        fields = {name: copy.deepcopy(self.value)}
-        owner = getattr(config, part) if part else config
+        parts: dict[str, dict[str, Any]] = {}
+        for setting in self.single:
+            part, _, name = setting.field.rpartition(".")
+            owner = getattr(config, part) if part else config
+            if name != ATTENTION:
+                fields = setting._around(owner) | parts.get(part, {})
+                parts[part] = fields | {name: copy.deepcopy(setting.value)}
+        whole = parts.pop("", {})
+        return whole | {n: _part(getattr(config, n), fields) for n, fields in parts.items()}
+
+    def _around(self, owner: Any) -> dict[str, Any]:
+        """What else changes with a field, unless another setting gives it."""
+        fields: dict[str, Any] = {}
         if self.derive:
-            fields |= {n: ... for n in _DERIVED if n in vars(owner) and n != name}
+            fields |= {n: ... for n in _DERIVED if n in vars(owner)}
         if "dynamic" in self.shown and hasattr(owner, "max_position_embeddings"):
             fields["max_position_embeddings"] = 16  # the length from which it grows
-        if not part:
-            return fields
-        if isinstance(owner, PreTrainedConfig) and owner.model_type:
-            return {part: tiny_config(owner.model_type, **fields)}
-        if isinstance(owner, PreTrainedConfig):  # a part that is no model of its own
-            given = {n: v for n, v in vars(owner).items() if not n.startswith("_")}
-            return {part: type(owner)(**{**given, **fields})}
-        return {part: {**copy.deepcopy(owner), **fields}}
+        return fields
+
+
+def _part(owner: Any, fields: dict[str, Any]) -> Any:
+    """A nested config with other fields."""
+    if isinstance(owner, PreTrainedConfig) and owner.model_type:
+        return tiny_config(owner.model_type, **fields)
+    if isinstance(owner, PreTrainedConfig):  # a part that is no model of its own
+        given = {n: v for n, v in vars(owner).items() if not n.startswith("_")}
+        return type(owner)(**{**given, **fields})
+    return {**copy.deepcopy(owner), **fields}
 
 
 @dataclass
@@ -126,6 +167,24 @@ class Finding:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a stock model is, by which two of them are compared to the bit."""
+
+    parameters: dict[str, Tensor]
+    shown: list[Tensor]
+
+    def is_of(self, other: Seen) -> bool:
+        """Whether neither parameters nor outputs nor the loss differ."""
+        if self.parameters.keys() != other.parameters.keys():
+            return False
+        pairs = [(self.parameters[n], other.parameters[n]) for n in self.parameters]
+        return all(
+            a.shape == b.shape and torch.equal(a, b)
+            for a, b in [*pairs, *zip(self.shown, other.shown)]
+        )
+
+
 class Default:
     """The tiny model of a type as it is by default: what a setting is compared with.
 
@@ -137,8 +196,8 @@ class Default:
         self.head, self.model_type = head, model_type
         names = vars(tiny_config(model_type))
         model = self.built({n: ... for n in _DERIVED if derive and n in names})
+        self.seen = self.look(model)
         self.model = model
-        self.shown = self._shown(model)
         self.refusal = ""
         try:
             patch_model(copy.deepcopy(model))
@@ -153,21 +212,9 @@ class Default:
             **overrides,
         )
 
-    def is_same(self, model: nn.Module) -> bool:
-        """Whether a setting changes neither parameters nor outputs nor the loss, to the bit."""
-        ours, theirs = self.model.state_dict(), model.state_dict()
-        if ours.keys() != theirs.keys():
-            return False
-        pairs = [(ours[n], theirs[n]) for n in ours]
-        if not all(a.shape == b.shape and torch.equal(a, b) for a, b in pairs):
-            return False
-        return all(
-            a.shape == b.shape and torch.equal(a, b) for a, b in zip(self.shown, self._shown(model))
-        )
-
-    def is_random(self, model: nn.Module) -> bool:
-        """Whether a second run gives something else."""
-        return not all(torch.equal(a, b) for a, b in zip(self._shown(model), self._shown(model)))
+    def look(self, model: nn.Module) -> Seen:
+        """The parameters of a model of this type, and what it gives."""
+        return Seen(model.state_dict(), self._shown(model))
 
     def _shown(self, model: Any) -> list[Tensor]:
         """Logits of two documents, and the loss of one in train mode."""
@@ -213,19 +260,15 @@ def sweep_settings(head: str, model_type: str, settings: Sequence[Setting]) -> l
 
 def sweep_setting(default: Default, setting: Setting, attention: str | None = None) -> Finding:
     """What becomes of one setting; one that differs in float32 is decided in float64."""
-    shown = setting.shown or repr(setting.value)
-    shown += " (layers derived)" if setting.derive else ""
-    shown += f" ({attention})" if attention else ""
+    shown = setting.words + (f" ({attention})" if attention else "")
     finding = Finding(
         default.head, default.model_type, setting.kind, setting.field, shown, "not built"
     )
     try:
-        if setting.field == "attn_implementation":
-            overrides, attention = {}, setting.value
-        else:
-            overrides = setting.overrides(default.model_type)
+        overrides = setting.overrides(default.model_type)
+        attention = attention or setting.attention
         model = default.built(overrides, attention)
-        unchanged = default.is_same(model)
+        unchanged = default.look(model).is_of(default.seen)
     except Exception as error:
         finding.reason = said(error)
         return finding
@@ -233,9 +276,11 @@ def sweep_setting(default: Default, setting: Setting, attention: str | None = No
         finding.status, finding.reason = _unchanged(default, model)
         return finding
     outcome = sweep_model(Outcome(default.head, default.model_type), model, brief=True)
-    if outcome.status == "wrong" and default.is_random(default.built(overrides, attention)):
-        finding.reason = "stock's outputs are random"
-        return finding
+    if outcome.status == "wrong":
+        model = default.built(overrides, attention)
+        if not default.look(model).is_of(default.look(model)):
+            finding.reason = "stock's outputs are random"
+            return finding
     if outcome.status == "wrong":
         model = _in_double(default.built(overrides, attention))
         precise = sweep_model(Outcome(default.head, default.model_type), model, brief=True)
@@ -280,7 +325,7 @@ def _unchanged(default: Default, model: Any) -> tuple[str, str]:
             got = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits
     except Exception as error:
         return "wrong", f"(changes nothing) raises {said(error)}"
-    want = torch.cat(default.shown[:2], 1)
+    want = torch.cat(default.seen.shown[:2], 1)
     error = float((got - want).abs().max() / want.abs().max())
     return ("unchanged", "") if error <= LOGITS else ("wrong", f"logits differ by {error:.1e}")
 
@@ -312,7 +357,7 @@ def settings_of(head: str, model_type: str) -> tuple[list[Setting], dict[str, st
                 settings.append(Setting(kind, field, other))
                 if layered and kind in ("flag", "unset", "count", "size"):
                     settings.append(Setting(kind, field, other, derive=True))
-    settings += [Setting("choice", "attn_implementation", x) for x in ("eager", "sdpa")]
+    settings += [Setting("choice", ATTENTION, x) for x in ("eager", "sdpa")]
     return sorted(settings, key=lambda s: KINDS.index(s.kind)), left_out
 
 
@@ -374,6 +419,8 @@ def _values(
     name: str, value: Any, note: str, config: Any, source: str
 ) -> Iterator[tuple[str, Any]]:
     """(kind, value) of what else a field may be."""
+    if value is not None and "None" in note and not re.search(_TOKEN, name):
+        yield "none", None
     if isinstance(value, bool):
         yield "flag", not value
     elif isinstance(value, str) or (value is None and "str" in note):
@@ -450,7 +497,7 @@ def _lists(value: list[Any], source: str) -> list[list[Any]]:
 
 def _counts(name: str, value: int) -> Iterator[tuple[str, Any]]:
     """Small numbers beside the default; for ids of tokens, one that documents have."""
-    if re.search("token_id|token_index|pad_index|_id$", name):
+    if re.search(_TOKEN, name):
         yield "token", int(documents(lengths=LENGTHS)[2][10])
         if "pad" in name:
             yield from (("token", v) for v in (-1, None))

@@ -44,6 +44,13 @@ NO_ROPE = {"no_rope_layers": [1, 0], "floor_scale": 4}
         ("causal", "falcon", None, {"is_causal": False}),
         ("causal", "qwen3_next", None, {"is_causal": False}),
         ("causal", "gemma4", None, {"is_causal": False}),
+        (
+            "causal",
+            "gemma3_text",
+            None,
+            {"is_causal": False, "use_bidirectional_attention": True},
+        ),
+        ("token", "openai_privacy_filter", None, {"is_causal": False}),
         ("seq2seq", "bart", None, {"is_causal": False}),
         ("token", "biogpt", None, {"is_causal": False}),
         # A window that the mask has and the layer does not say.

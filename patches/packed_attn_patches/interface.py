@@ -129,7 +129,12 @@ def packed_attention_forward(
             f"packed-attn: {type(module).__name__} ran in a packed forward without its {lost}: "
             "this model does not pass it on to its attention layers"
         )
-    batch, num_heads, tokens, _ = query.shape
+    batch, num_heads, tokens, head_dim = query.shape
+    if head_dim == 0:
+        raise NotImplementedError(
+            f"packed-attn: {type(module).__name__} has queries of no numbers, as RoPE leaves them "
+            "of head_dim=1: load it with a larger head_dim"
+        )
     options = _translated(module, kwargs, stock)
     if layout.is_forest and not options["causal"]:
         raise NotImplementedError(
@@ -207,13 +212,11 @@ def _translated(module: nn.Module, kwargs: dict[str, Any], stock: str) -> dict[s
             raise NotImplementedError(
                 f"packed-attn: {type(module).__name__} passes {name}=, which is not supported"
             )
+    config: Any = getattr(module, "config", None)
     causal = kwargs.get("is_causal")
     if causal is None:
         causal = getattr(module, "is_causal", True)
-        if (
-            stock == "eager"
-            and getattr(getattr(module, "config", None), "is_causal", None) is False
-        ):
+        if stock == "eager" and getattr(config, "is_causal", None) is False:
             causal = False  # eager attention sees the mask alone, which is made by the config
     window, chunk = _local(module, kwargs, stock)
     if chunk is not None and not causal:
@@ -222,9 +225,11 @@ def _translated(module: nn.Module, kwargs: dict[str, Any], stock: str) -> dict[s
             "are causal: at some lengths stock masks heed one, at others the other"
         )
     sinks = kwargs.get("s_aux")
-    # Masks of a causal layer that is_causal=False turns both ways reach a token further.
-    turned = not causal and getattr(module, "is_causal", True) and "flash" not in stock
-    left = -1 if window is None else int(window) - 1 + turned
+    # Masks that is_causal=False turns both ways reach as far as the config's window says: a token
+    # further than causal ones, and than those of a layer that looks both ways by itself.
+    told = kwargs.get("is_causal") is False or getattr(module, "is_causal", True)
+    turned = not causal and told and "flash" not in stock
+    left = -1 if window is None else int(config.sliding_window if turned else window - 1)
     return {
         "causal": bool(causal),
         "window_size": (left, -1 if causal else left),
