@@ -28,12 +28,13 @@ from unittest.mock import patch
 
 import torch
 import triton
-from packed_attn_kernels import bookkeeping, gpu, hopper_launch
+from packed_attn_kernels import INTERPRETED, bookkeeping, gpu, hopper_launch
+from packed_attn_kernels.compile_gate import GPUS
 from triton.backends.compiler import GPUTarget
 
 from benchmarks import tune
-from benchmarks.regimes import benchmark_cases, speed_cases
-from packed_attn import attention, visibility
+from benchmarks.regimes import benchmark_cases, run_case, speed_cases
+from packed_attn import visibility
 from packed_attn.backends import machine
 from packed_attn.backends import triton as backend
 from packed_attn.errors import first_line
@@ -54,15 +55,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, help="becomes the cache")
     parser.add_argument("--what", nargs="+", choices=WHAT, default=list(WHAT))
-    parser.add_argument("--sm", type=int, default=90, help="compute capability")
+    parser.add_argument("--sm", type=int, default=90, choices=GPUS, help="compute capability")
     parser.add_argument("--cases", nargs="*", default=(), help="words of which a name holds one")
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args(arguments)
+    if INTERPRETED:
+        parser.error("under TRITON_INTERPRET=1 nothing is compiled")
     os.environ["TRITON_CACHE_DIR"] = str(options.folder.resolve())
     numbers = range(options.processes)
     given = (options.what, options.cases, options.sm, options.processes)
     with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as pool:
         counts = list(pool.map(partial(compile_share, *given), numbers))
+    if not sum(counts):
+        words = " or ".join(options.cases) or "anything"
+        raise SystemExit(f"nothing was compiled of the calls that have {words} in their names")
     removed = slimmed(options.folder)
     print(f"{sum(counts)} calls compiled; {removed} files that no launch reads removed")
 
@@ -73,7 +79,7 @@ def compile_share(
     """Every `processes`-th call from the number-th on; how many were compiled."""
     torch.set_num_threads(1)
     compiled = 0
-    with pretended_gpu(divmod(sm, 10)):
+    with pretended_gpu(sm):
         named = [job for job in jobs(what) if not words or any(word in job[0] for word in words)]
         for name, call in named[number::processes]:
             begin = time.monotonic()
@@ -108,11 +114,11 @@ def jobs(what: Sequence[str]) -> list[Job]:
 
 
 @contextmanager
-def pretended_gpu(capability: tuple[int, int]) -> Iterator[None]:
+def pretended_gpu(sm: int) -> Iterator[None]:
     """Tensors of the CPU pass for those of a GPU; triton compiles for it and starts nothing."""
+    capability = divmod(sm, 10)
     driver = triton.runtime.driver.active if torch.cuda.is_available() else None
-    target = GPUTarget("cuda", 10 * capability[0] + capability[1], 32)
-    triton.runtime.driver.set_active(_Driver(target))  # type: ignore[arg-type]
+    triton.runtime.driver.set_active(_Driver(sm))  # type: ignore[arg-type]
     changes: list[tuple[Any, str, Any]] = [
         (gpu, "capability", lambda device: capability),
         (machine, "capability", lambda device: capability),
@@ -135,8 +141,11 @@ def pretended_gpu(capability: tuple[int, int]) -> Iterator[None]:
 class _Utils:
     """What triton asks of a device when it loads a kernel."""
 
+    def __init__(self, sm: int) -> None:
+        self.shared_memory = GPUS[sm].shared_memory
+
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 227 * 1024}
+        return {"max_shared_mem": self.shared_memory}
 
     def load_binary(self, *_: Any) -> tuple[int, int, int, int, int]:
         """Module, function, registers, spills, the most threads of a block."""
@@ -146,10 +155,9 @@ class _Utils:
 class _Driver:
     """triton's view of a GPU: the target alone is real."""
 
-    utils = _Utils()
-
-    def __init__(self, target: GPUTarget) -> None:
-        self.target = target
+    def __init__(self, sm: int) -> None:
+        self.target = GPUTarget("cuda", sm, 32)
+        self.utils = _Utils(sm)
 
     def launcher_cls(self, *_: Any) -> Callable[..., None]:
         return lambda *_, **__: None
@@ -177,27 +185,21 @@ def slimmed(folder: Path) -> int:
 
 def _tuning_jobs(case: Case) -> list[Job]:
     found: list[Job] = []
-    problem = tune._problem(case)
-    for key in tune._keys(problem, gpu.capability(torch.device("cpu"))):
-        for row in tune._rows(key, problem):
+    problem = tune.problem_of(case)
+    for key in tune.keys_of(problem, gpu.capability(torch.device("cpu"))):
+        for row in tune.rows_of(key, problem):
             found.append((f"tuning {case.name} {key[0]} {row}", partial(_tuned, case, key, row)))
     return found
 
 
 def _tuned(case: Case, key: tune.Key, row: tune.Row) -> None:
     inputs = [case.inputs(0)]
-    tune._call(case, key, row, inputs, case.layout())(0)
+    tune.call_of(case, key, row, inputs, case.layout())(0)
 
 
 def _both(case: Case, deterministic: bool) -> None:
     """As `bench_attention` calls it."""
-    inputs = case.inputs(0)
-    leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v)]
-    options = {**case.kwargs(), **inputs.kwargs(), "sinks": inputs.sinks}
-    out = attention(
-        *leaves, case.layout(), backend="triton", deterministic=deterministic, **options
-    )
-    torch.autograd.grad(out, leaves, inputs.grad_out)
+    run_case(case, case.inputs(0), case.layout(), deterministic=deterministic)
 
 
 def _conform(case: Case, confine: bool) -> None:
@@ -212,7 +214,7 @@ def _kinds(cases: Iterable[Case]) -> list[Case]:
     """One case, shortened, of each kind of kernels."""
     kinds: dict[Any, Case] = {}
     for case in cases:
-        problem = tune._problem(case)
+        problem = tune.problem_of(case)
         kinds.setdefault((problem, case.dtype), _shorter(case))
     return list(kinds.values())
 

@@ -30,6 +30,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks import flash3_library
 from benchmarks.attention_report import ENDED, RAISED, WRONG, Report, Row
 from benchmarks.attention_table import case_table
 from benchmarks.candidates import Candidate, Timer
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     if not options.toy and not torch.cuda.is_available():
         raise SystemExit("bench_attention needs a CUDA device; --toy runs its code without one")
+    flash3_library.load()
     device = "cpu" if options.toy else "cuda"
     begin = time.monotonic()
     report = Report.read(options.json) if options.resume else Report(options.json, options.toy)

@@ -150,11 +150,7 @@ class Timer:
         once = paired_milliseconds(
             {name: rotating(each, 1) for name, each in calls.items()}, self._device, 1, warmup=1
         )
-        repeats = {
-            n: min(MOST_REPEATS, math.ceil(SPAN / max(ms[0], 1e-3))) for n, ms in once.items()
-        }
-        if self._device != "cuda":
-            repeats = dict.fromkeys(calls, 1)
+        repeats = spanning(once) if self._device == "cuda" else dict.fromkeys(calls, 1)
         spans = {name: once[name][0] * repeats[name] for name in calls}
         most = max(min(rounds, FEWEST), min(rounds, int(BUDGET / max(sum(spans.values()), 1e-3))))
         slow = SLOW * once[ours][0] if ours in once else math.inf

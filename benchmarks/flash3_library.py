@@ -2,8 +2,8 @@
 
 The library registers `flash_attn_3::fwd` and `flash_attn_3::bwd` with torch. xformers 0.0.34 holds
 one in its wheel on PyPI (`xformers/flash_attn_3/_C.so`), which loads into later versions of torch
-than that wheel asks for. `FLASH3_LIBRARY` names the file; benchmarks and tests
-then find the backend `flash3` as where flash-attn 3 is installed.
+than that wheel asks for. `FLASH3_LIBRARY` names the file; benchmarks and tests then
+find the backend `flash3` as where flash-attn 3 is installed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,11 @@ import torch
 from torch import Tensor
 
 VARIABLE = "FLASH3_LIBRARY"
+# What both operators take beside tensors of tokens, by its names there.
+DOCUMENTS = (
+    "cu_seqlens_q", "cu_seqlens_k", "max_seqlen_q", "max_seqlen_k", "softmax_scale", "is_causal",
+    "window_size_left", "window_size_right", "softcap",
+)  # fmt: skip
 
 
 def load() -> None:
@@ -69,10 +74,11 @@ def _forward(
     softcap: float,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor]:
-    documents = _documents(
+    given = (
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, left, right,
         softcap,
     )  # fmt: skip
+    documents = dict(zip(DOCUMENTS, given))
     # The kernels of split documents are for generation, and would be asked for by default.
     out, lse, *_ = torch.ops.flash_attn_3.fwd(q, k, v, **documents, num_splits=1)
     return out, lse
@@ -99,40 +105,16 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     grads = _empty(q), _empty(k), _empty(v)
     grad_out = grad_out if grad_out.stride(-1) == 1 else grad_out.contiguous()
-    documents = _documents(
+    given = (
         cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, softmax_scale, causal, left, right,
         softcap,
     )  # fmt: skip
+    documents = dict(zip(DOCUMENTS, given))
     dq, dk, dv = grads
     torch.ops.flash_attn_3.bwd(
         grad_out, q, k, v, out, lse, dq, dk, dv, **documents, deterministic=deterministic
     )
     return grads
-
-
-def _documents(
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
-    softmax_scale: float,
-    causal: bool,
-    left: int,
-    right: int,
-    softcap: float,
-) -> dict[str, Any]:
-    """What both operators take, by its names there."""
-    return {
-        "cu_seqlens_q": cu_seqlens_q,
-        "cu_seqlens_k": cu_seqlens_k,
-        "max_seqlen_q": max_seqlen_q,
-        "max_seqlen_k": max_seqlen_k,
-        "softmax_scale": softmax_scale,
-        "is_causal": causal,
-        "window_size_left": left,
-        "window_size_right": right,
-        "softcap": softcap,
-    }
 
 
 def _empty(x: Tensor) -> Tensor:

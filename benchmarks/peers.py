@@ -21,7 +21,6 @@ from packed_attn_kernels import interval_attention, plan_tiles, tile_problem
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import flash3_library
 from packed_attn import DocumentLayout, attention, backends
 from packed_attn.request import checked_request
 from packed_attn.visibility import Visibility
@@ -51,7 +50,6 @@ class Peer:
 
 def peers(case: Case, inputs: Inputs, device: str) -> dict[str, Peer]:
     """All candidates for one case, by name."""
-    flash3_library.load()
     layout = case.layout(device)
     found = {name: _backend(name, case, inputs, layout) for name in _backend_names(device)}
     ours = {

@@ -17,8 +17,7 @@ from collections.abc import Sequence
 import torch
 
 from benchmarks import flash3_library
-from benchmarks.regimes import benchmark_cases
-from packed_attn import attention
+from benchmarks.regimes import benchmark_cases, run_case
 from packed_attn.backends import BACKENDS
 
 
@@ -31,15 +30,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calls", type=int, default=3)
     parser.add_argument("--device", default="cuda")
     options = parser.parse_args(arguments)
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            "profiled needs a CUDA device, or --device cpu with a backend that runs there"
+        )
     flash3_library.load()
     case, device = cases[options.case], options.device
     inputs, layout = case.inputs(device=device, drawn_on=device), case.layout(device)
-    leaves = [x.requires_grad_(options.backward) for x in (inputs.q, inputs.k, inputs.v)]
-    given = {**case.kwargs(), **inputs.kwargs(), "sinks": inputs.sinks}
     for _ in range(options.calls):
-        out = attention(*leaves, layout, backend=options.backend, **given)
-        if options.backward:
-            torch.autograd.grad(out, leaves, inputs.grad_out)
+        run_case(case, inputs, layout, options.backend, backward=options.backward)
     if device == "cuda":
         torch.cuda.synchronize()
 

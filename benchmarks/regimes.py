@@ -10,8 +10,13 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from tests.cases import BY_NAME, REAL, Case
+import torch
+from torch import Tensor
+
+from packed_attn import DocumentLayout, attention
+from tests.cases import BY_NAME, REAL, Case, Inputs
 
 # Regimes of packing, in the order of the speed table: long, short, tiny, mixed, skewed, forest.
 REGIMES = tuple(
@@ -82,6 +87,24 @@ def chosen_cases(cases: Sequence[Case], words: Sequence[str]) -> list[Case]:
     if not chosen:
         raise ValueError(f"no case has {' or '.join(map(repr, words))} in its name")
     return chosen
+
+
+def run_case(
+    case: Case,
+    inputs: Inputs,
+    layout: DocumentLayout,
+    backend: str = "triton",
+    *,
+    backward: bool = True,
+    **options: Any,
+) -> tuple[Tensor, ...]:
+    """out and, after the backward, the gradients of q, k and v; `options` are attention's own."""
+    leaves = [x.detach().requires_grad_(backward) for x in (inputs.q, inputs.k, inputs.v)]
+    given = {**case.kwargs(), **inputs.kwargs(), "sinks": inputs.sinks, **options}
+    out = attention(*leaves, layout, backend=backend, **given)  # type: ignore[misc]
+    if not backward:
+        return (out,)
+    return out.detach(), *torch.autograd.grad(out, leaves, inputs.grad_out)
 
 
 def toy(case: Case) -> Case:

@@ -47,9 +47,9 @@ from torch import Tensor
 from benchmarks import flash3_library
 from benchmarks.candidates import rotating, spanning
 from benchmarks.graphs import Capture
-from benchmarks.regimes import benchmark_cases, chosen_cases
+from benchmarks.regimes import benchmark_cases, chosen_cases, run_case
 from benchmarks.timing import paired_milliseconds
-from packed_attn import DocumentLayout, attention
+from packed_attn import DocumentLayout
 from packed_attn.backends import BACKENDS
 from packed_attn.errors import first_line
 from tests.cases import Case, Inputs
@@ -123,12 +123,12 @@ def tune_case(
         clock: `kernel_milliseconds`.
         beside: other backends that are timed.
     """
-    problem = _problem(case, device)
+    problem = problem_of(case, device)
     capability = torch.cuda.get_device_capability() if device == "cuda" else (0, 0)
     results = []
-    for key in _keys(problem, capability):
+    for key in keys_of(problem, capability):
         if kernels is None or key[0] in kernels:
-            rows = _rows(key, problem)
+            rows = rows_of(key, problem)
             results += _tune_key(case, key, rows, device, rounds, clock, beside)
     return results
 
@@ -179,17 +179,17 @@ def _tune_key(
     for row in rows:
         with _table_with(key, row):
             try:
-                got = _both(case, inputs[0], layout)
+                got = run_case(case, inputs[0], layout)
             except RuntimeError as error:  # too much shared memory, no registers
                 print(f"{case.name}, {key}, {row}: {first_line(error)}")
                 continue
         wanted = wanted or got
         if _agree(got, wanted):
-            calls[str(row)] = _call(case, key, row, inputs, layout)
+            calls[str(row)] = call_of(case, key, row, inputs, layout)
         else:
             print(f"{case.name}, {key}, {row}: wrong, so not timed")
     for name in beside:
-        call = _call(case, key, None, inputs, layout, name)
+        call = call_of(case, key, None, inputs, layout, name)
         try:
             call(0)
         except (RuntimeError, NotImplementedError) as error:  # NotImplementedError: its reasons
@@ -206,7 +206,7 @@ def _tune_key(
     ]
 
 
-def _keys(problem: Problem, capability: tuple[int, int]) -> list[Key]:
+def keys_of(problem: Problem, capability: tuple[int, int]) -> list[Key]:
     """The table's keys of the kernels that a GPU runs."""
     size = problem.width, problem.itemsize
     reasons = partial(reasons_against_hopper_kernel, problem=problem, capability=capability)
@@ -215,7 +215,7 @@ def _keys(problem: Problem, capability: tuple[int, int]) -> list[Key]:
     return [(kernel, *size) for kernel in (forward, *backward)]
 
 
-def _rows(key: Key, problem: Problem) -> tuple[Row, ...]:
+def rows_of(key: Key, problem: Problem) -> tuple[Row, ...]:
     """What the table has, then the candidates."""
     kernel, *size = key
     if kernel == "hopper_forward":
@@ -227,7 +227,7 @@ def _rows(key: Key, problem: Problem) -> tuple[Row, ...]:
     return configurations.table_of(portable, problem)[portable], *more.get(portable, ())
 
 
-def _problem(case: Case, device: str = "cpu") -> Problem:
+def problem_of(case: Case, device: str = "cpu") -> Problem:
     visibility = case.layout().visibility(case.causal, case.window_size, chunk_size=case.chunk_size)
     return Problem(
         case.head_dim,
@@ -266,7 +266,7 @@ def _table_with(key: Key, row: Row) -> Iterator[None]:
         configurations.HOPPER_FORWARD = named
 
 
-def _call(
+def call_of(
     case: Case,
     key: Key,
     row: Row,
@@ -278,25 +278,9 @@ def _call(
 
     def run(round_: int) -> object:
         with _table_with(key, row):
-            return _both(case, inputs[round_ % len(inputs)], layout, backward, backend)
+            return run_case(case, inputs[round_ % len(inputs)], layout, backend, backward=backward)
 
     return run
-
-
-def _both(
-    case: Case,
-    inputs: Inputs,
-    layout: DocumentLayout,
-    backward: bool = True,
-    backend: str = "triton",
-) -> tuple[Tensor, ...]:
-    """out and, after the backward, the gradients. The layout keeps a list for each size of tile."""
-    leaves = [x.detach().requires_grad_(backward) for x in (inputs.q, inputs.k, inputs.v)]
-    options = {**case.kwargs(), **inputs.kwargs(), "sinks": inputs.sinks}
-    out = attention(*leaves, layout, backend=backend, **options)
-    if not backward:
-        return (out,)
-    return out.detach(), *torch.autograd.grad(out, leaves, inputs.grad_out)
 
 
 def _agree(got: tuple[Tensor, ...], wanted: tuple[Tensor, ...]) -> bool:

@@ -16,7 +16,7 @@ from packed_attn_kernels import gpu
 
 from benchmarks import ahead
 
-COMPILES = os.environ.get("TRITON_INTERPRET") != "1" and not os.environ.get("CUDA_VISIBLE_DEVICES")
+COMPILES = os.environ.get("TRITON_INTERPRET") != "1"
 
 
 @pytest.mark.skipif(not COMPILES, reason="triton compiles only where it does not interpret")
@@ -36,6 +36,21 @@ def test_a_cache_is_filled(tmp_path: Path) -> None:
     assert {path.suffix for path in tmp_path.glob("*/*")} == set(ahead.KEPT)
     (facts,) = tmp_path.glob("*/forward_kernel.json")
     assert json.loads(facts.read_text())["target"]["arch"] == 90
+
+
+@pytest.mark.skipif(not COMPILES, reason="triton compiles only where it does not interpret")
+def test_a_wrong_word_is_named(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="calls that have no such case in their names"):
+        ahead.main([str(tmp_path), "--cases", "no such case", "--processes", "1"])
+
+
+def test_interpreted_nothing_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(ahead, "INTERPRETED", True)
+    with pytest.raises(SystemExit):
+        ahead.main([str(tmp_path)])
+    assert "under TRITON_INTERPRET=1 nothing is compiled" in capsys.readouterr().err
 
 
 def test_everything_that_waits_for_a_gpu_has_its_jobs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,7 +22,7 @@ from packed_attn_kernels.configurations import (
     Configuration,
 )
 
-from benchmarks import profiled, tune
+from benchmarks import profiled, regimes, tune
 from packed_attn import attention
 from tests.cases import Case
 
@@ -120,44 +120,48 @@ def test_results_must_agree() -> None:
 def test_lean_cases_use_the_lean_table() -> None:
     key = ("forward", 128, 2)
     case = replace(CASE, head_dim=128)
-    assert tune._rows(key, tune._problem(case))[0] == TABLE[key]
-    assert tune._rows(key, tune._problem(replace(case, alibi=True)))[0] == LEAN[key]
+    assert tune.rows_of(key, tune.problem_of(case))[0] == TABLE[key]
+    assert tune.rows_of(key, tune.problem_of(replace(case, alibi=True)))[0] == LEAN[key]
     tree = replace(case, parents=(-1, 0), window_size=(3, 0))
-    assert tune._rows(key, tune._problem(tree))[0] == LEAN[key]
+    assert tune.rows_of(key, tune.problem_of(tree))[0] == LEAN[key]
 
 
 def test_an_ampere_gpu_tunes_its_own_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "capability", lambda _: (8, 0))
-    problem = tune._problem(replace(CASE, head_dim=256), "cuda")
+    problem = tune.problem_of(replace(CASE, head_dim=256), "cuda")
     for kernel in ("forward", "dk", "dv", "dq"):
         key = (kernel, 256, 2)
-        assert tune._rows(key, problem) == (AMPERE[key], *AMPERE_CANDIDATES[key])
+        assert tune.rows_of(key, problem) == (AMPERE[key], *AMPERE_CANDIDATES[key])
 
 
 def test_a_hopper_gpu_tunes_what_it_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hopper_launch, "INTERPRETED", False)
     case = replace(CASE, head_dim=128)
-    keys = tune._keys(tune._problem(case), (9, 0))
+    keys = tune.keys_of(tune.problem_of(case), (9, 0))
     assert keys == [("hopper_forward", 128, 2)]
-    keys = tune._keys(tune._problem(replace(case, softcap=5.0)), (9, 0))
+    keys = tune.keys_of(tune.problem_of(replace(case, softcap=5.0)), (9, 0))
     assert keys == [("hopper_forward", 128, 2), ("dkdv", 128, 2), ("dq", 128, 2)]
-    assert tune._keys(tune._problem(case), (8, 0))[0] == ("forward", 128, 2)
-    assert tune._keys(tune._problem(replace(case, alibi=True)), (9, 0))[0] == ("forward", 128, 2)
+    assert tune.keys_of(tune.problem_of(case), (8, 0))[0] == ("forward", 128, 2)
+    assert tune.keys_of(tune.problem_of(replace(case, alibi=True)), (9, 0))[0] == (
+        "forward",
+        128,
+        2,
+    )
 
 
 def test_a_kernel_that_is_off_is_timed_beside_the_portable_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     key = ("hopper_forward", 256, 2)
-    problem = tune._problem(replace(CASE, head_dim=256))
+    problem = tune.problem_of(replace(CASE, head_dim=256))
     monkeypatch.setattr(configurations, "HOPPER_FORWARD", frozenset({(128, 2, "either")}))
-    rows = tune._rows(key, problem)
+    rows = tune.rows_of(key, problem)
     assert rows == (None, HOPPER[256], *HOPPER_CANDIDATES[256])
     before = dict(HOPPER)
     with tune._table_with(key, rows[-1]):
         assert HOPPER[256] == rows[-1]
         assert (256, 2, "query") in configurations.HOPPER_FORWARD
-        assert tune._rows(key, problem)[0] == rows[-1], "on, it is the row itself"
+        assert tune.rows_of(key, problem)[0] == rows[-1], "on, it is the row itself"
         with tune._table_with(key, None):
             assert {(128, 2, "either")} == configurations.HOPPER_FORWARD
     assert before == HOPPER
@@ -182,7 +186,7 @@ def test_a_profiler_has_something_to_run(monkeypatch: pytest.MonkeyPatch) -> Non
         return attention(*tensors, backend=backend, **options)
 
     monkeypatch.setattr(profiled, "benchmark_cases", lambda: (CASE,))
-    monkeypatch.setattr(profiled, "attention", attend)
+    monkeypatch.setattr(regimes, "attention", attend)
     given = ["toy", "--backend", "cpu", "--device", "cpu", "--calls", "2", "--backward"]
     profiled.main(given)
     assert calls == ["cpu", "cpu"]
