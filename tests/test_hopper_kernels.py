@@ -317,6 +317,7 @@ def test_schedules(hopper: list[str], monkeypatch: pytest.MonkeyPatch, seed: int
 
 
 AHEAD = HopperConfiguration(128, 2, q_slots=2, out_in_q=True, ahead=True)
+CARRIED = replace(AHEAD, carried=True, turns=True)
 
 # What is broken: the lines of a kernel, what stands there instead, what comes of it.
 BROKEN: dict[str, tuple[str, str, type[BaseException]]] = {
@@ -360,7 +361,41 @@ BROKEN: dict[str, tuple[str, str, type[BaseException]]] = {
         "mine, mine)),\n        k.index(slot)",
         AssertionError,
     ),
+    "carried: v is not waited for": (
+        "    mbarrier.wait(v_full.index(at % STAGES), (at // STAGES) & 1)\n    acc = ",
+        "    acc = ",
+        Fault,
+    ),
+    "carried: v's place is free before its product": (
+        """\
+    acc = warpgroup_mma_wait(0, deps=[sums])
+    mbarrier.arrive(v_empty.index(ended % STAGES))
+""",
+        """\
+    mbarrier.arrive(v_empty.index(ended % STAGES))
+    acc = warpgroup_mma_wait(0, deps=[sums])
+""",
+        Fault,
+    ),
+    "carried: sums are not scaled": (
+        """\
+    mbarrier.arrive(v_empty.index(ended % STAGES))
+    acc *= gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
+""",
+        "    mbarrier.arrive(v_empty.index(ended % STAGES))\n",
+        AssertionError,
+    ),
+    "carried: a turn does not end": (
+        "    mbarrier.arrive(turns.index(1 - half))",
+        "    pass",
+        Deadlock,
+    ),
     "the other phase": ("phase = (at // STAGES + 1) & 1", "phase = 0", Deadlock),
+    "a row sees a key too many": (
+        "past >> 3\n",
+        "(past + 1) >> 3\n",
+        AssertionError,
+    ),
     "nothing is masked": (
         's = gl.where(sees, s, -float("inf"))\n    return s, factor',
         "pass\n    return s, factor",
@@ -385,8 +420,8 @@ BROKEN: dict[str, tuple[str, str, type[BaseException]]] = {
         """\
     if MASKED and QUERY_HALF:
         mbarrier.wait(v_full.index(at % STAGES), (at // STAGES) & 1)
-""",
-        "",
+    # Before""",
+        "    # Before",
         Fault,
     ),
     "forest: a block counts as full where one row sees it": (
@@ -428,6 +463,8 @@ def test_broken_kernels_are_found_out(monkeypatch: pytest.MonkeyPatch, what: str
     case = _case("long_forest" if "forest" in what else "long", 128, name=what)
     if what.startswith("ahead"):
         monkeypatch.setitem(HOPPER, 128, AHEAD)
+    if what.startswith("carried"):
+        monkeypatch.setitem(HOPPER, 128, CARRIED)
     if what == "out is written after q":
         monkeypatch.setitem(HOPPER, 128, HopperConfiguration(128, 2, q_slots=2, out_in_q=True))
     if "forest" in what:  # a single full block is masked where rounds are of two

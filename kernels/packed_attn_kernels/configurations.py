@@ -46,8 +46,9 @@ class HopperConfiguration:
 
     `q_slots`: items whose q is in shared memory. `out_in_q`: out passes through q's place and has
     none of its own. `ahead`: an item begins before the one before it ends, with two slots of q.
-    `unrolled`: blocks of one round of the loop. Registers are those of a thread; twice the
-    consumers' and the producer's make at most 504.
+    `carried`: a block's weights are multiplied when the next block's scores are; `turns`, with it:
+    the warpgroups begin their products in turns. `unrolled`: blocks of one round of the loop.
+    Registers are those of a thread; twice the consumers' and the producer's make at most 504.
     """
 
     BLOCK_N: int
@@ -55,6 +56,8 @@ class HopperConfiguration:
     q_slots: int = 1
     out_in_q: bool = False
     ahead: bool = False
+    carried: bool = False
+    turns: bool = False
     unrolled: int = 2
     producer_registers: int = 24
     consumer_registers: int = 240
@@ -255,19 +258,32 @@ HOPPER: dict[int, HopperConfiguration] = {
     256: HopperConfiguration(64, 2, out_in_q=True, unrolled=1),
 }
 
+
+def _ahead(stages: int, **order: bool) -> HopperConfiguration:
+    return HopperConfiguration(128, stages, q_slots=2, out_in_q=True, ahead=True, **order)
+
+
 # What `benchmarks/tune.py` times beside them.
 HOPPER_CANDIDATES: dict[int, tuple[HopperConfiguration, ...]] = {
     64: (
-        HopperConfiguration(128, 3, q_slots=2, out_in_q=True, ahead=True),
+        _ahead(3),
+        _ahead(3, carried=True),
+        _ahead(3, carried=True, turns=True),
         HopperConfiguration(128, 3, q_slots=2, out_in_q=True),
         HopperConfiguration(128, 4),
     ),
     128: (
-        HopperConfiguration(128, 2, q_slots=2, out_in_q=True, ahead=True),
+        _ahead(2),
+        _ahead(2, carried=True),
+        _ahead(2, carried=True, turns=True),
         HopperConfiguration(128, 2, q_slots=2, out_in_q=True),
         HopperConfiguration(128, 3, out_in_q=True),
     ),
-    256: (HopperConfiguration(32, 4, out_in_q=True),),
+    256: (
+        HopperConfiguration(64, 2, out_in_q=True, carried=True),
+        HopperConfiguration(64, 2, out_in_q=True, carried=True, turns=True),
+        HopperConfiguration(32, 4, out_in_q=True),
+    ),
 }
 
 # (largest padded head_dim, bytes an element, halves of the rule) for which a Hopper GPU takes that

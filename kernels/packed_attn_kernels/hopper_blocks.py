@@ -1,8 +1,8 @@
-"""Which blocks of keys a tile of a forest sees, for the producer of `hopper_forward.py`.
+"""Which blocks of keys a tile sees, for the producer of `hopper_forward.py`.
 
-The hull of a late answer covers all its siblings. `Tiles.blocks` says of each block which queries
-see some key of it and which see all: blocks that no row of the tile sees are skipped. `look` is the
-first and the end of the hull's blocks, the tile's bounds, and those numbers.
+In a forest the hull of a late answer covers all its siblings. `Tiles.blocks` says of each block
+which queries see some key of it and which see all: blocks that no row of the tile sees are skipped.
+`look` is the first and the end of the hull's blocks, the tile's bounds, and those numbers.
 """
 
 # Gluon's language is not Python's: its stubs know neither constexpr arguments nor tensors.
@@ -20,6 +20,29 @@ from packed_attn_kernels.rules import FAR
 # Blocks that the producer looks through at a time.
 LOOK: gl.constexpr = gl.constexpr(32)
 KEY_BLOCK: gl.constexpr = gl.constexpr(configurations.KEY_BLOCK)
+
+
+@gluon.jit
+def intervals_of(key_start_ptr, key_stop_ptr, i, stop):
+    """The intervals of the rows i, and which rows are of this tile and see a key."""
+    start = gl.load(key_start_ptr + i, mask=i < stop, other=0)
+    end = gl.load(key_stop_ptr + i, mask=i < stop, other=0)
+    return start, end, end > start
+
+
+@gluon.jit
+def full_blocks(start, end, live, hull_start, hull_stop, blocks, BLOCK_N: gl.constexpr):
+    """The first block that all live rows see, and the first after it that not all do.
+
+    Both are less than `blocks`, in order: the last block counts as an edge.
+    """
+    full_start = gl.max(gl.where(live, start, 0), 0)
+    full_stop = gl.minimum(gl.min(gl.where(live, end, FAR), 0), hull_stop)
+    left = (gl.maximum(full_start - hull_start, 0) + BLOCK_N - 1) // BLOCK_N
+    through = gl.maximum(full_stop - hull_start, 0) // BLOCK_N
+    last = blocks - 1
+    edge = gl.minimum(left, last)
+    return edge, gl.maximum(gl.minimum(through, last), edge)
 
 
 @gluon.jit

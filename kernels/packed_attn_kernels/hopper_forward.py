@@ -26,18 +26,22 @@ items again: its clean rows have the same products in the same order, and so the
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared,
-    mbarrier,
-    tma,
-)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from packed_attn_kernels.hopper_blocks import LOOK, count_blocks, look_through, tile_bounds
+from packed_attn_kernels.hopper_blocks import (
+    LOOK,
+    count_blocks,
+    full_blocks,
+    intervals_of,
+    look_through,
+    tile_bounds,
+)
 from packed_attn_kernels.hopper_walk import (
     ROWS,
     barrier,
     confined_step,
     first_scores,
+    first_weights,
     hear,
     last_step,
     last_step_ahead,
@@ -105,6 +109,8 @@ def hopper_forward_kernel(
     Q_SLOTS: gl.constexpr,
     OUT_IN_Q: gl.constexpr,
     AHEAD: gl.constexpr,
+    CARRIED: gl.constexpr,
+    TURNS: gl.constexpr,
     UNROLLED: gl.constexpr,
     CONFINED: gl.constexpr,
     KEY_HALF: gl.constexpr,
@@ -121,8 +127,8 @@ def hopper_forward_kernel(
     whether item x is flagged.
     Q_SLOTS items have their q in shared memory. OUT_IN_Q passes out through its item's q, whose
     place is free only then. AHEAD begins an item before the one before it has ended, and needs two
-    slots of q. UNROLLED blocks are a round of the loop. CONFINED does flagged items
-    alone, and reads flags where otherwise they are written.
+    slots of q. For CARRIED and TURNS see `hopper_walk.py`. UNROLLED blocks are a round of the loop.
+    CONFINED does flagged items alone, and reads flags where otherwise they are written.
     """
     if CONFINED:  # noqa: SIM102 - only what a constant alone decides is left out of the kernel
         if gl.load(flags_ptr) == 0:
@@ -152,6 +158,7 @@ def hopper_forward_kernel(
     q_empty = _barriers(2 * Q_SLOTS, 1)
     k_empty = _barriers(STAGES, 2)
     v_empty = _barriers(STAGES, 2)
+    turns = _barriers(2, 1)
     fence_async_shared()
 
     rings = (q, k, v, q_full, k_full, v_full, q_empty, k_empty, v_empty)
@@ -169,13 +176,15 @@ def hopper_forward_kernel(
         [
             (
                 _consume_upper,
-                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
-                 OUT_IN_Q, AHEAD, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS),
+                (rings, turns, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES,
+                 Q_SLOTS, OUT_IN_Q, AHEAD, CARRIED, TURNS, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF,
+                 HAS_SOFTCAP, HAS_SINKS),
             ),
             (
                 _consume_lower,
-                (rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
-                 OUT_IN_Q, AHEAD, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS),
+                (rings, turns, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES,
+                 Q_SLOTS, OUT_IN_Q, AHEAD, CARRIED, TURNS, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF,
+                 HAS_SOFTCAP, HAS_SINKS),
             ),
             (
                 _produce,
@@ -195,29 +204,6 @@ def _barriers(COUNT: gl.constexpr, ARRIVALS: gl.constexpr):
     for slot in gl.static_range(COUNT):
         mbarrier.init(barriers.index(slot), count=ARRIVALS)
     return barriers
-
-
-@gluon.jit
-def _intervals(key_start_ptr, key_stop_ptr, i, stop):
-    """The intervals of the rows i, and which rows are of this tile and see a key."""
-    start = gl.load(key_start_ptr + i, mask=i < stop, other=0)
-    end = gl.load(key_stop_ptr + i, mask=i < stop, other=0)
-    return start, end, end > start
-
-
-@gluon.jit
-def _full_blocks(start, end, live, hull_start, hull_stop, blocks, BLOCK_N: gl.constexpr):
-    """The first block that all live rows see, and the first after it that not all do.
-
-    Both are less than `blocks`, in order: the last block counts as an edge.
-    """
-    full_start = gl.max(gl.where(live, start, 0), 0)
-    full_stop = gl.minimum(gl.min(gl.where(live, end, FAR), 0), hull_stop)
-    left = (gl.maximum(full_start - hull_start, 0) + BLOCK_N - 1) // BLOCK_N
-    through = gl.maximum(full_stop - hull_start, 0) // BLOCK_N
-    last = blocks - 1
-    edge = gl.minimum(left, last)
-    return edge, gl.maximum(gl.minimum(through, last), edge)
 
 
 @gluon.jit
@@ -263,8 +249,8 @@ def _produce(
         else:
             taken = gl.atomic_add(count, lane * 0 + 1, lane == 0, sem="relaxed")
         if wanted:
-            start_0, end_0, live_0 = _intervals(key_start_ptr, key_stop_ptr, first + row, stop)
-            start_1, end_1, live_1 = _intervals(
+            start_0, end_0, live_0 = intervals_of(key_start_ptr, key_stop_ptr, first + row, stop)
+            start_1, end_1, live_1 = intervals_of(
                 key_start_ptr, key_stop_ptr, first + ROWS + row, stop
             )
             hull_stop = gl.maximum(gl.where(live_0, end_0, 0), gl.where(live_1, end_1, 0))
@@ -284,8 +270,8 @@ def _produce(
             else:
                 # One that nobody sees, rather than an item without blocks.
                 blocks = gl.maximum((hull_stop - hull_start + BLOCK_N - 1) // BLOCK_N, 1)
-                upper = _full_blocks(start_0, end_0, live_0, hull_start, hull_stop, blocks, BLOCK_N)
-                lower = _full_blocks(start_1, end_1, live_1, hull_start, hull_stop, blocks, BLOCK_N)
+                upper = full_blocks(start_0, end_0, live_0, hull_start, hull_stop, blocks, BLOCK_N)
+                lower = full_blocks(start_1, end_1, live_1, hull_start, hull_stop, blocks, BLOCK_N)
             at = done % Q_SLOTS
             _wait_for_place(q_empty, done, Q_SLOTS)
             intervals.index(4 * at).store(start_0)
@@ -414,29 +400,33 @@ def _say(message, at, value):
 
 @gluon.jit
 def _consume_upper(
-    rings, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_IN_Q: gl.constexpr, AHEAD: gl.constexpr,
-    UNROLLED: gl.constexpr, CONFINED: gl.constexpr, KEY_HALF: gl.constexpr,
-    QUERY_HALF: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
+    rings, turns, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_IN_Q: gl.constexpr,
+    AHEAD: gl.constexpr, CARRIED: gl.constexpr, TURNS: gl.constexpr, UNROLLED: gl.constexpr,
+    CONFINED: gl.constexpr, KEY_HALF: gl.constexpr, QUERY_HALF: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The first 64 rows."""
     _consume(
-        0, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
-        OUT_IN_Q, AHEAD, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS,
+        0, rings, turns, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
+        OUT_IN_Q, AHEAD, CARRIED, TURNS, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
+        HAS_SINKS,
     )  # fmt: skip
 
 
 @gluon.jit
 def _consume_lower(
-    rings, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr,
-    STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_IN_Q: gl.constexpr, AHEAD: gl.constexpr,
-    UNROLLED: gl.constexpr, CONFINED: gl.constexpr, KEY_HALF: gl.constexpr,
-    QUERY_HALF: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
+    rings, turns, message, own, results, rows, numbers, HEAD_DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_SLOTS: gl.constexpr, OUT_IN_Q: gl.constexpr,
+    AHEAD: gl.constexpr, CARRIED: gl.constexpr, TURNS: gl.constexpr, UNROLLED: gl.constexpr,
+    CONFINED: gl.constexpr, KEY_HALF: gl.constexpr, QUERY_HALF: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """The last 64 rows."""
     _consume(
-        1, rings, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
-        OUT_IN_Q, AHEAD, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, HAS_SINKS,
+        1, rings, turns, message, own, results, rows, numbers, HEAD_DIM, BLOCK_N, STAGES, Q_SLOTS,
+        OUT_IN_Q, AHEAD, CARRIED, TURNS, UNROLLED, CONFINED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
+        HAS_SINKS,
     )  # fmt: skip
 
 
@@ -444,6 +434,7 @@ def _consume_lower(
 def _consume(
     HALF: gl.constexpr,
     rings,
+    turns,
     message,
     own,
     results,
@@ -455,6 +446,8 @@ def _consume(
     Q_SLOTS: gl.constexpr,
     OUT_IN_Q: gl.constexpr,
     AHEAD: gl.constexpr,
+    CARRIED: gl.constexpr,
+    TURNS: gl.constexpr,
     UNROLLED: gl.constexpr,
     CONFINED: gl.constexpr,
     KEY_HALF: gl.constexpr,
@@ -510,9 +503,15 @@ def _consume(
         else:
             if not AHEAD:
                 s = first_scores(mine, before, rings, BLOCK_N, STAGES, SCORES)
+            if CARRIED:
+                s, m, l = first_weights(
+                    s, m, l, rings, mask, before, numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF,
+                    HAS_SOFTCAP, SCORES,
+                )  # fmt: skip
             s, acc, m, l = walk(
-                mine, s, acc, m, l, rings, mask, blocks, edge, through, before, numbers, BLOCK_N,
-                STAGES, UNROLLED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
+                mine, s, acc, m, l, rings, turns, mask, blocks, edge, through, before, numbers,
+                BLOCK_N, STAGES, CARRIED, TURNS, UNROLLED, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
+                SCORES, SUMS,
             )  # fmt: skip
             if not OUT_IN_Q:
                 mbarrier.arrive(q_empty.index(mine))
@@ -520,13 +519,14 @@ def _consume(
                 then = (done + 1) % Q_SLOTS
                 place = (then * WORDS, 2 * then + HALF, ((done + 1) // Q_SLOTS) & 1)
                 following, s, acc, m, l = last_step_ahead(
-                    blocks - 1, mine, s, acc, m, l, rings, mask, before, numbers, message, place,
-                    BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
+                    blocks - 1, mine, s, acc, m, l, rings, turns, mask, before, numbers, message,
+                    place, BLOCK_N, STAGES, CARRIED, TURNS, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
+                    SCORES, SUMS,
                 )  # fmt: skip
             else:
                 acc, m, l = last_step(
-                    blocks - 1, s, acc, m, l, rings, mask, before, numbers, BLOCK_N, STAGES,
-                    KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
+                    blocks - 1, mine, s, acc, m, l, rings, turns, mask, before, numbers, BLOCK_N,
+                    STAGES, CARRIED, TURNS, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
                 )  # fmt: skip
         staged = own[0].index(mine if OUT_IN_Q else HALF)
         _finish(

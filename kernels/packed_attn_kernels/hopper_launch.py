@@ -158,6 +158,8 @@ def hopper_constants(
         "Q_SLOTS": chosen.q_slots,
         "OUT_IN_Q": chosen.out_in_q,
         "AHEAD": chosen.ahead and not confined,
+        "CARRIED": chosen.carried and not confined,
+        "TURNS": chosen.turns and not confined,
         "UNROLLED": chosen.unrolled,
         "CONFINED": confined,
         **configurations.halves_constants("forward", problem.halves),

@@ -2,9 +2,11 @@
 
 A warpgroup starts q.k of the next block before it exponentiates this one: the tensor cores work
 meanwhile, and the next block's scores are there when it comes to them. With AHEAD that holds across
-items too: the first scores of an item are made while the one before ends. Block y of an item is the
-at-th of its program: it stands in slot at % STAGES, and the phase of the barriers there is
-at // STAGES.
+items too: the first scores of an item are made while the one before ends. With CARRIED a block's
+weights wait for the next block, whose q.k is started together with their product: two products are
+under way while the next weights are made. With TURNS besides, the warpgroups start theirs in turns.
+Block y of an item is the at-th of its program: it stands in slot at % STAGES, and the phase of the
+barriers there is at // STAGES.
 
 Where QUERY_HALF decides, with KEY_HALF or alone, the intervals of a block's keys stand in its slot
 of `lines`, and its first key in that of `places`; both come with v.
@@ -51,6 +53,22 @@ def first_scores(
 
 
 @gluon.jit
+def first_weights(
+    s, m, l, rings, mask, before, numbers, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+    KEY_HALF: gl.constexpr, QUERY_HALF: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    SCORES: gl.constexpr,
+):  # fmt: skip
+    """Weights of an item's first block, whose scores are s and whose v is there then."""
+    mbarrier.wait(rings[5].index(before % STAGES), (before // STAGES) & 1)
+    s, factor = _seen(
+        0, before, True, s, mask, numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
+        SCORES,
+    )  # fmt: skip
+    weights, m, l, _ = _softmax_step(s, factor, m, l)
+    return weights, m, l
+
+
+@gluon.jit
 def walk(
     mine,
     s,
@@ -58,6 +76,7 @@ def walk(
     m,
     l,
     rings,
+    turns,
     mask,
     blocks,
     edge,
@@ -66,6 +85,8 @@ def walk(
     numbers,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    CARRIED: gl.constexpr,
+    TURNS: gl.constexpr,
     UNROLLED: gl.constexpr,
     KEY_HALF: gl.constexpr,
     QUERY_HALF: gl.constexpr,
@@ -75,25 +96,30 @@ def walk(
 ):
     """All blocks of an item but the last, from the first one's scores to the last one's.
 
-    Those from `edge` to `through` are seen by all of its rows. For `mask` see `_sees`.
+    Those from `edge` to `through` are seen by all of its rows. For `mask` see `_sees`. With
+    CARRIED, from the first one's weights to the last one's.
     """
-    for y in range(0, edge):
+    # The block that a step masks: the next one's scores are no weights yet.
+    FIRST: gl.constexpr = 1 if CARRIED else 0
+    full = gl.maximum(edge, FIRST)
+    for y in range(FIRST, edge):
         s, acc, m, l = _step(
-            y, True, mine, s, acc, m, l, rings, mask, before, numbers, BLOCK_N, STAGES,
-            KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
+            y, True, mine, s, acc, m, l, rings, turns, mask, before, numbers, BLOCK_N, STAGES,
+            CARRIED, TURNS, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
         )  # fmt: skip
     # Two at a time, the scores of one block stand where those of the next but one will.
-    rounds = (through - edge) // UNROLLED
+    rounds = gl.maximum(through - full, 0) // UNROLLED
     for turn in range(0, rounds):
         for which in gl.static_range(UNROLLED):
             s, acc, m, l = _step(
-                edge + UNROLLED * turn + which, False, mine, s, acc, m, l, rings, mask, before,
-                numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
+                full + UNROLLED * turn + which, False, mine, s, acc, m, l, rings, turns, mask,
+                before, numbers, BLOCK_N, STAGES, CARRIED, TURNS, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
+                SCORES, SUMS,
             )  # fmt: skip
-    for y in range(edge + UNROLLED * rounds, blocks - 1):
+    for y in range(full + UNROLLED * rounds, blocks - 1 + FIRST):
         s, acc, m, l = _step(
-            y, True, mine, s, acc, m, l, rings, mask, before, numbers, BLOCK_N, STAGES,
-            KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
+            y, True, mine, s, acc, m, l, rings, turns, mask, before, numbers, BLOCK_N, STAGES,
+            CARRIED, TURNS, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
         )  # fmt: skip
     return s, acc, m, l
 
@@ -101,30 +127,42 @@ def walk(
 @gluon.jit
 def last_step(
     y,
+    mine,
     s,
     acc,
     m,
     l,
     rings,
+    turns,
     mask,
     before,
     numbers,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    CARRIED: gl.constexpr,
+    TURNS: gl.constexpr,
     KEY_HALF: gl.constexpr,
     QUERY_HALF: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     SCORES: gl.constexpr,
     SUMS: gl.constexpr,
 ):
-    """Adds the last block of an item, whose scores are s."""
+    """Adds the last block of an item, whose scores (CARRIED: weights) are s."""
     _, _, v, _, _, v_full, _, _, v_empty = rings
     last = before + y
     mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
-    s, factor = _seen(
-        y, last, True, s, mask, numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES
-    )
-    sums, m, l = _weighted(s, factor, acc, m, l, v.index(last % STAGES), SUMS)
+    if CARRIED:
+        if TURNS:
+            _await_turn(turns, mine & 1, last)
+        sums = _product(s, v.index(last % STAGES), acc, SUMS)
+        if TURNS:
+            _end_turn(turns, mine & 1)
+    else:
+        s, factor = _seen(
+            y, last, True, s, mask, numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
+            SCORES,
+        )  # fmt: skip
+        sums, m, l = _weighted(s, factor, acc, m, l, v.index(last % STAGES), SUMS)
     acc = warpgroup_mma_wait(0, deps=[sums])
     mbarrier.arrive(v_empty.index(last % STAGES))
     return acc, m, l
@@ -139,6 +177,7 @@ def last_step_ahead(
     m,
     l,
     rings,
+    turns,
     mask,
     before,
     numbers,
@@ -146,6 +185,8 @@ def last_step_ahead(
     following,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    CARRIED: gl.constexpr,
+    TURNS: gl.constexpr,
     KEY_HALF: gl.constexpr,
     QUERY_HALF: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
@@ -161,16 +202,20 @@ def last_step_ahead(
     word, theirs, phase = following
     last = before + y
     after = last + 1
-    if QUERY_HALF:
-        mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
-    s, factor = _seen(
-        y, last, True, s, mask, numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES
-    )
+    if not CARRIED:
+        if QUERY_HALF:
+            mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
+        s, factor = _seen(
+            y, last, True, s, mask, numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP,
+            SCORES,
+        )  # fmt: skip
     mbarrier.wait(q_full.index(theirs), phase)
     item = hear(message, word)
     if item >= 0:
         mbarrier.wait(k_full.index(after % STAGES), (after // STAGES) & 1)
     slot = gl.where(item >= 0, after, last) % STAGES
+    if TURNS:
+        _await_turn(turns, mine & 1, last)
     none = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
     products = warpgroup_mma(
         q.index(gl.where(item >= 0, theirs, mine)),
@@ -181,7 +226,12 @@ def last_step_ahead(
     )
     # As in `_step`.
     mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
-    sums, m, l = _weighted(s, factor, acc, m, l, v.index(last % STAGES), SUMS)
+    if CARRIED:
+        sums = _product(s, v.index(last % STAGES), acc, SUMS)
+    else:
+        sums, m, l = _weighted(s, factor, acc, m, l, v.index(last % STAGES), SUMS)
+    if TURNS:
+        _end_turn(turns, mine & 1)
     s = warpgroup_mma_wait(1, deps=[products])
     if item >= 0:
         mbarrier.arrive(k_empty.index(slot))
@@ -200,18 +250,29 @@ def _step(
     m,
     l,
     rings,
+    turns,
     mask,
     before,
     numbers,
     BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr,
+    CARRIED: gl.constexpr,
+    TURNS: gl.constexpr,
     KEY_HALF: gl.constexpr,
     QUERY_HALF: gl.constexpr,
     HAS_SOFTCAP: gl.constexpr,
     SCORES: gl.constexpr,
     SUMS: gl.constexpr,
 ):
-    """Adds block y, whose products with q are s, and returns those of the block after it."""
+    """Adds block y, whose products with q are s, and returns those of the block after it.
+
+    CARRIED: adds the block before y, whose weights are s, and returns those of y.
+    """
+    if CARRIED:
+        return _carried_step(
+            y, MASKED, mine, s, acc, m, l, rings, turns, mask, before, numbers, BLOCK_N, STAGES,
+            TURNS, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES, SUMS,
+        )  # fmt: skip
     q, k, v, _, k_full, v_full, _, k_empty, v_empty = rings
     at = before + y
     after = at + 1
@@ -237,6 +298,71 @@ def _step(
 
 
 @gluon.jit
+def _carried_step(
+    y,
+    MASKED: gl.constexpr,
+    mine,
+    weights,
+    acc,
+    m,
+    l,
+    rings,
+    turns,
+    mask,
+    before,
+    numbers,
+    BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr,
+    TURNS: gl.constexpr,
+    KEY_HALF: gl.constexpr,
+    QUERY_HALF: gl.constexpr,
+    HAS_SOFTCAP: gl.constexpr,
+    SCORES: gl.constexpr,
+    SUMS: gl.constexpr,
+):
+    """Adds the block before y by its weights, and makes those of y meanwhile."""
+    q, k, v, _, k_full, v_full, _, k_empty, v_empty = rings
+    at = before + y
+    ended = at - 1
+    mbarrier.wait(k_full.index(at % STAGES), (at // STAGES) & 1)
+    if TURNS:
+        _await_turn(turns, mine & 1, ended)
+    none = gl.full([ROWS, BLOCK_N], 0.0, gl.float32, SCORES)
+    products = warpgroup_mma(
+        q.index(mine), k.index(at % STAGES).permute((1, 0)), none, use_acc=False, is_async=True
+    )
+    sums = _product(weights, v.index(ended % STAGES), acc, SUMS)
+    if TURNS:
+        _end_turn(turns, mine & 1)
+    s = warpgroup_mma_wait(1, deps=[products])
+    mbarrier.arrive(k_empty.index(at % STAGES))
+    if MASKED and QUERY_HALF:
+        mbarrier.wait(v_full.index(at % STAGES), (at // STAGES) & 1)
+    s, factor = _seen(
+        y, at, MASKED, s, mask, numbers, BLOCK_N, STAGES, KEY_HALF, QUERY_HALF, HAS_SOFTCAP, SCORES
+    )
+    weights, m, l, alpha = _softmax_step(s, factor, m, l)
+    # For the next step. No instruction passes this wait: exponentials are made before the sums
+    # are waited for.
+    mbarrier.wait(v_full.index(at % STAGES), (at // STAGES) & 1)
+    acc = warpgroup_mma_wait(0, deps=[sums])
+    mbarrier.arrive(v_empty.index(ended % STAGES))
+    acc *= gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
+    return weights, acc, m, l
+
+
+@gluon.jit
+def _await_turn(turns, half, number):
+    """Until the other warpgroup has ended its turn: the upper one's `number`-th comes first."""
+    mbarrier.wait(turns.index(half), (number + 1 - half) & 1)
+
+
+@gluon.jit
+def _end_turn(turns, half):
+    mbarrier.arrive(turns.index(1 - half))
+
+
+@gluon.jit
 def _seen(
     y, at, MASKED: gl.constexpr, s, mask, numbers, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     KEY_HALF: gl.constexpr, QUERY_HALF: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
@@ -255,8 +381,14 @@ def _weighted(s, factor, acc, m, l, v, SUMS: gl.constexpr):
     """Starts the weights times v, on top of the sums so far by the new maximum."""
     weights, m, l, alpha = _softmax_step(s, factor, m, l)
     acc *= gl.convert_layout(alpha, gl.SliceLayout(1, SUMS))[:, None]
+    return _product(weights, v, acc, SUMS), m, l
+
+
+@gluon.jit
+def _product(weights, v, acc, SUMS: gl.constexpr):
+    """Starts the weights times v, on top of the sums so far."""
     p = gl.convert_layout(weights.to(v.dtype), gl.DotOperandLayout(0, SUMS, 2))
-    return warpgroup_mma(p, v, acc, is_async=True), m, l
+    return warpgroup_mma(p, v, acc, is_async=True)
 
 
 @gluon.jit
@@ -351,12 +483,31 @@ def _sees(
         query_stop = lines.index(2 * slot + 1).load(COLUMN)
         sees = (query_start[None, :] <= i[:, None]) & (i[:, None] < query_stop[None, :])
         if KEY_HALF:
-            j = hear(places, slot) + gl.arange(0, BLOCK_N, COLUMN)
-            sees = sees & (start[:, None] <= j[None, :]) & (j[None, :] < end[:, None])
+            sees = sees & _within(start, end, hear(places, slot), BLOCK_N, COLUMN)
     else:
-        j = hull_start + y * BLOCK_N + gl.arange(0, BLOCK_N, COLUMN)
-        sees = (start[:, None] <= j[None, :]) & (j[None, :] < end[:, None])
+        sees = _within(start, end, hull_start + y * BLOCK_N, BLOCK_N, COLUMN)
     return sees
+
+
+@gluon.jit
+def _within(start, end, n, BLOCK_N: gl.constexpr, COLUMN: gl.constexpr):
+    """Whether the keys from n on are in the rows' intervals.
+
+    A thread has two columns of every eight of a row, the same two of each: a word of bits says
+    which of them are in, and takes a few instructions a row. Two comparisons would be two a score.
+    """
+    c = gl.arange(0, BLOCK_N, COLUMN)[None, :]
+    word = _from(start - n, c, BLOCK_N) & ~_from(end - n, c, BLOCK_N)
+    return (word >> (2 * (c >> 3) + (c & 1))) & 1 != 0
+
+
+@gluon.jit
+def _from(bound, c, BLOCK_N: gl.constexpr):
+    """The bits of those columns of a thread that are not before the bound; c is one of them."""
+    past = gl.minimum(gl.maximum(bound[:, None] - (c & 6), 0), BLOCK_N)
+    eights = past >> 3
+    # Twice, as they may be 32 in all: no shift of a word.
+    return -1 << eights << (eights + gl.minimum(past & 7, 2))
 
 
 @gluon.jit
