@@ -173,7 +173,7 @@ class PairedForward(UnpackedForward):
         **kwargs: Any,
     ) -> Any:
         if layout is None or decoder_layout is None:
-            return self.function(self.model, *args, **kwargs)
+            return self.once(args, kwargs)
         return self.run(_Pairs.of(self, layout, decoder_layout, kwargs), kwargs)
 
 
