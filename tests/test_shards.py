@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from packed_attn import patch_model
+from packed_attn.audit import OneDocument, leaks_between_documents
 from tests.exactness import alone, close, documents, gradients, packed, relative
 from tests.models import tiny_model
 from tests.processes import in_processes
@@ -144,7 +145,25 @@ def encoder_decoder() -> None:
         assert close(model(**(one if rank else pairs_of_rank(0))).logits, wanted)
 
 
-@pytest.mark.parametrize("work", [evaluation, encoder_decoder])
+def watched() -> None:
+    """The probe of IsolationCallback, which runs as often on ranks of unlike documents."""
+    rank = dist.get_rank()
+    unlike = packed(documents(lengths=((5, 9), (4, 8, 3))[rank]))
+    single = packed(documents(lengths=((30,), (4, 8, 3))[rank]))
+    for family in ("llama", "mamba"):
+        model = sharded(patch_model(tiny_model(family)).train())
+        assert leaks_between_documents(model, unlike) is None
+        with pytest.raises(OneDocument):
+            leaks_between_documents(model, single)
+        model(**single).loss.backward()
+    stock = sharded(tiny_model("llama").train())
+    leaking = {**unlike, "attention_mask": torch.ones_like(unlike["input_ids"])}
+    leak = leaks_between_documents(stock, leaking)
+    assert leak is not None
+    assert leak.module == "model.layers.0.self_attn"
+
+
+@pytest.mark.parametrize("work", [evaluation, encoder_decoder, watched])
 def test_ranks_run_as_often_as_each_other(work: Any) -> None:
     in_processes(RANKS, work)
 

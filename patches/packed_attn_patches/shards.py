@@ -43,7 +43,7 @@ def counted(model: nn.Module, calls: int) -> Iterator[int]:
         return
     token = _counted.set(True)
     try:
-        yield _largest(model, calls) - calls
+        yield int(_largest(model, calls)) - calls
     finally:
         _counted.reset(token)
 
@@ -114,18 +114,23 @@ def _is_of_tokens(value: Any) -> bool:
 
 def refuse_other_shards(model: nn.Module) -> None:
     """Raises a NotImplementedError where ranks share a model in another way than FSDP2's."""
-    if not _several_ranks():
-        return
-    from torch.distributed.fsdp import FullyShardedDataParallel
-
-    older = any(isinstance(m, FullyShardedDataParallel) for m in _parts(model))
-    if older or any(hasattr(p, "ds_id") for p in model.parameters()):
+    if _several_ranks() and _is_sharded_otherwise(model):
         raise NotImplementedError(
             f"{type(model).__name__} runs packs on documents batched by length, in more batches on "
             "one rank than on another, while FSDP's first version and ZeRO-3 make ranks wait for "
             "each other at every layer: use FSDP2 (fully_shard; fsdp_version: 2), DDP, or ZeRO up "
             "to stage 2"
         )
+
+
+def largest_of_ranks(model: nn.Module, number: float) -> float:
+    """The largest of the numbers of the ranks that have a part in every forward of a model."""
+    if not _several_ranks():
+        return number
+    from torch.distributed.fsdp import FSDPModule
+
+    together = isinstance(model, FSDPModule) or _is_sharded(model) or _is_sharded_otherwise(model)
+    return _largest(model, number) if together else number
 
 
 def _is_sharded(model: nn.Module) -> bool:
@@ -137,6 +142,14 @@ def _is_sharded(model: nn.Module) -> bool:
     return any(isinstance(m, FSDPModule) for m in _parts(model))
 
 
+def _is_sharded_otherwise(model: nn.Module) -> bool:
+    """Whether parts of it are by FSDP's first version or by ZeRO-3."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    older = any(isinstance(m, FullyShardedDataParallel) for m in _parts(model))
+    return older or any(hasattr(p, "ds_id") for p in model.parameters())
+
+
 def _several_ranks() -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -145,15 +158,14 @@ def _parts(model: nn.Module) -> Iterator[nn.Module]:
     return (m for m in model.modules() if m is not model)
 
 
-def _largest(model: nn.Module, calls: int) -> int:
-    """The number of calls of the rank that runs most, among those that hold the model together."""
+def _largest(model: nn.Module, number: float) -> float:
     mesh = _mesh(model)
     device = next(model.parameters()).device if mesh is None else mesh.device_type
     groups = [None] if mesh is None else [mesh.get_group(dim) for dim in range(mesh.ndim)]
-    number = torch.tensor(calls, device=device)
+    found = torch.tensor(number, device=device)
     for group in groups:
-        dist.all_reduce(number, dist.ReduceOp.MAX, group)
-    return int(number)
+        dist.all_reduce(found, dist.ReduceOp.MAX, group)
+    return found.item()
 
 
 def _mesh(model: nn.Module) -> Any:
