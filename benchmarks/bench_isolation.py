@@ -70,7 +70,7 @@ def measure(capacity: int, rounds: int, device: str) -> dict[str, float]:
     if candidates["probe"](0) is not None:
         raise RuntimeError("the patched model leaks, so nothing is timed")
     times = paired_milliseconds(candidates, device, runs=rounds, warmup=1)
-    watch = Watch(None)
+    watch = Watch()
     hook = timeit.timeit(lambda: watch(model, (), live), number=HOOK_CALLS) / HOOK_CALLS
     probe = median_ratio(times["probe"], times["step"])
     step = sorted(times["step"])[rounds // 2]

@@ -48,7 +48,11 @@ class IsolationCallback(TrainerCallback):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every must be an integer of at least 1, got {every!r}")
         self._trainer, self._every = trainer, every
-        self._batch = _watched(trainer)
+        self._batch = Watch()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Watches the model of this run."""
+        self._batch.follow(self._trainer)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Probes on the first step and every `every` steps."""
@@ -102,13 +106,13 @@ class PackingCallback(TrainerCallback):
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._batch = _watched(trainer, self._count)
+        self._batch = Watch(self._count)
         self._counts = True
-        self._parameters = sum(p.numel() for p in trainer.model.parameters())  # type: ignore[union-attr]
         self._reset()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Starts the clock."""
+        """Watches the model of this run and starts the clock."""
+        self._batch.follow(self._trainer)
         self._reset()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -166,9 +170,8 @@ class PackingCallback(TrainerCallback):
         model: Any = self._trainer.model
         peak = peak_flops(model.device, model.dtype)
         if peak is not None:
-            figures["packing/mfu"] = (
-                (6 * self._parameters * self._real + attention) / seconds / peak
-            )
+            parameters = sum(p.numel() for p in model.parameters())
+            figures["packing/mfu"] = (6 * parameters * self._real + attention) / seconds / peak
         return figures
 
     def _attention_flops_per_square(self) -> float:
@@ -209,9 +212,19 @@ def _log(trainer: Trainer, control: Any, figures: dict[str, float]) -> None:
 class Watch:
     """A forward pre-hook that keeps the latest training batch, as the data loader made it."""
 
-    def __init__(self, then: Any) -> None:
+    def __init__(self, then: Any = None) -> None:
         self.latest: dict[str, Any] | None = None
         self._then = then
+
+    def follow(self, trainer: Trainer) -> None:
+        """Keeps the batches of the trainer's model, which with `model_init` is another in each run.
+
+        Before any other hook, as those of a patch read the batch and hand on another.
+        """
+        model: Any = trainer.model
+        if self not in model._forward_pre_hooks.values():
+            self.latest = None
+            model.register_forward_pre_hook(self, with_kwargs=True, prepend=True)
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if module.training:
@@ -221,13 +234,6 @@ class Watch:
 
     def __getstate__(self) -> dict[str, Any]:
         return {"latest": None, "_then": None}
-
-
-def _watched(trainer: Trainer, then: Any = None) -> Watch:
-    watch = Watch(then)
-    model: Any = trainer.model
-    model.register_forward_pre_hook(watch, with_kwargs=True, prepend=True)
-    return watch
 
 
 def _is_of_the_batch(value: Any) -> bool:

@@ -52,6 +52,7 @@ class PackedLoss:
 
         self.weighting = weighting
         self._batch = _LatestBatch()
+        self._evaluated: list[np.ndarray] = []
         patched = patched_module(model)
         patched.register_forward_pre_hook(self._batch.arrives, with_kwargs=True, prepend=True)
         patched.register_forward_hook(self._batch.is_packed, with_kwargs=True)
@@ -84,16 +85,36 @@ class PackedLoss:
         return total / (items if num_items_in_batch is None else num_items_in_batch)
 
     def preprocess_logits_for_metrics(self, logits: Any, labels: Tensor) -> Tensor:
-        """Logits to float64 `[1, num_documents, 2]`: each document's summed loss and targets."""
-        logits = logits[0] if isinstance(logits, tuple) else logits
-        sums, counts = self._per_document(logits, labels)
-        return torch.stack([sums.double(), counts.double()], dim=-1)[None]
+        """Logits to float64 `[1, documents, 2]`: each document's summed loss and targets.
 
-    def compute_metrics(self, prediction: Any) -> dict[str, float]:
-        """`loss_per_token` and `loss_per_document` in nats, and how many of either there were."""
-        sums, counts = np.moveaxis(np.asarray(prediction.predictions), -1, 0)
-        kept = counts > 0  # Trainer fills the rows of unlike batches up with -100
-        sums, counts = sums[kept], counts[kept]
+        On several processes Trainer fills logits and labels up to the longest row of any, and
+        gathers what comes back, which must have one shape: so there are as many documents on all.
+        """
+        from accelerate.utils import pad_across_processes
+
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        layout = self._batch.layout
+        if layout is not None:
+            tokens = layout.total_tokens // labels.shape[0]
+            logits, labels = logits[:, :tokens], labels[:, :tokens]
+        sums, counts = self._per_document(logits, labels)
+        found: Any = pad_across_processes(torch.stack([sums.double(), counts.double()], dim=-1))
+        return found[None]
+
+    def compute_metrics(self, prediction: Any, compute_result: bool = True) -> dict[str, float]:
+        """`loss_per_token` and `loss_per_document` in nats, and how many of either there were.
+
+        Args:
+            prediction: of an evaluation, or of a batch of it (`batch_eval_metrics=True`).
+            compute_result: whether it is the last; nothing is returned before.
+        """
+        found = torch.as_tensor(prediction.predictions).reshape(-1, 2)
+        found = found[found[:, 1] > 0]  # Trainer fills the rows of unlike batches up with -100
+        self._evaluated.append(found.cpu().numpy())
+        if not compute_result:
+            return {}
+        sums, counts = np.concatenate(self._evaluated).T
+        self._evaluated.clear()
         return {
             "loss_per_token": float(sums.sum() / counts.sum()),
             "loss_per_document": float((sums / counts).mean()),

@@ -208,6 +208,22 @@ def test_a_probe_is_no_training(
     assert found[0] == found[1]
 
 
+def test_the_model_of_each_run_is_watched(tmp_path: Path) -> None:
+    """With model_init the trainer makes another for every run."""
+    run = Trainer(
+        model_init=lambda: patch_model(tiny_model("llama")),
+        args=arguments(tmp_path, max_steps=2),
+        train_dataset=pack_dataset(documents(), CAPACITY, overflow="error"),
+        data_collator=PackedCollator(),
+    )
+    run.add_callback(IsolationCallback(run, every=1))
+    run.add_callback(PackingCallback(run))
+    for _ in range(2):
+        run.train()
+        assert logged(run, "isolation/largest_gradient") == [0.0, 0.0]
+        assert len(logged(run, "packing/fill")) == 2
+
+
 FIGURES = ("fill", "padding_saved", "documents_per_step", "attention_teraflop")
 
 

@@ -17,6 +17,8 @@ from packed_attn import PackedCollator, PackedIterableDataset, PackedLoss, pack_
 from packed_attn.loss import document_losses
 from tests.exactness import packed
 from tests.models import tiny_model
+from tests.processes import in_processes
+from tests.test_data_parallel import as_launched
 from tests.test_trainer import CAPACITY, arguments, documents
 
 
@@ -101,20 +103,28 @@ def test_document_gradients_equal_the_documents_alone() -> None:
         torch.testing.assert_close(got.grad, want.grad, msg=name, rtol=1e-4, atol=1e-6)
 
 
-def test_evaluation_of_packs_equals_unpacked_evaluation(tmp_path: Path) -> None:
-    """One document a batch is what unpacked evaluation averages over."""
-    docs = documents()
+def evaluator(folder: Path, docs: list[list[int]], **settings: Any) -> Trainer:
     model = patch_model(tiny_model("llama"))
     loss = PackedLoss(model)
-    packed_metrics = Trainer(
+    return Trainer(
         model,
-        arguments(tmp_path, per_device_eval_batch_size=2),
+        arguments(folder, per_device_eval_batch_size=2, **settings),
         eval_dataset=pack_dataset(docs, CAPACITY, overflow="error"),
         data_collator=PackedCollator(),
         compute_loss_func=loss,
         compute_metrics=loss.compute_metrics,
         preprocess_logits_for_metrics=loss.preprocess_logits_for_metrics,
-    ).evaluate()
+    )
+
+
+@pytest.mark.parametrize("by_batch", [False, True])
+def test_evaluation_of_packs_equals_unpacked_evaluation(tmp_path: Path, by_batch: bool) -> None:
+    """One document a batch is what unpacked evaluation averages over; twice, so that an evaluation
+    whose metrics come batch by batch leaves nothing to the next."""
+    docs = documents()
+    trainer = evaluator(tmp_path, docs, batch_eval_metrics=by_batch)
+    trainer.evaluate()
+    packed_metrics = trainer.evaluate()
     rows = datasets.Dataset.from_dict({"input_ids": docs, "labels": docs})
     alone = Trainer(
         tiny_model("llama"), arguments(tmp_path, per_device_eval_batch_size=1), eval_dataset=rows
@@ -122,6 +132,27 @@ def test_evaluation_of_packs_equals_unpacked_evaluation(tmp_path: Path) -> None:
     assert packed_metrics["eval_loss_per_document"] == pytest.approx(alone["eval_loss"], rel=1e-5)
     assert packed_metrics["eval_documents"] == len(docs)
     assert packed_metrics["eval_tokens"] == sum(len(d) - 1 for d in docs)
+
+
+FIGURES = ("eval_loss_per_token", "eval_loss_per_document", "eval_tokens", "eval_documents")
+
+
+def evaluated_on_rank(folder: Path) -> list[float]:
+    from accelerate.state import AcceleratorState
+
+    # A Trainer of an earlier test has left its state of one process.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    as_launched()
+    found = evaluator(folder, documents()).evaluate()
+    return [found[name] for name in FIGURES]
+
+
+def test_evaluation_of_two_processes_equals_that_of_one(tmp_path: Path) -> None:
+    """Whose batches have other lengths and other numbers of documents."""
+    found = evaluator(tmp_path, documents()).evaluate()
+    want = [found[name] for name in FIGURES]
+    for rank in in_processes(2, evaluated_on_rank, tmp_path):
+        assert rank == pytest.approx(want, rel=1e-6)
 
 
 def test_documents_without_targets_do_not_count() -> None:

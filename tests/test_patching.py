@@ -135,6 +135,23 @@ def test_positional_arguments(llama: nn.Module) -> None:
     assert close(logits[0], alone(llama, docs))
 
 
+def test_a_forward_that_names_no_arguments() -> None:
+    """Another method's call, led through forward, is not read; tokens without names are refused."""
+    model = patch_model(tiny_model("llama"))
+    batch = packed(documents())
+    want = model(**batch).logits
+
+    def other(*args: Any, **_: Any) -> Any:
+        model.forward = stock
+        return model(**batch).logits if args[0] is model else None
+
+    stock, model.forward = model.forward, other
+    assert torch.equal(model(model, batch), want)
+    model.forward = other
+    with pytest.raises(NotImplementedError, match=r"no names for 1 positional .* by keyword"):
+        model(batch["input_ids"])
+
+
 def test_inputs_embeds_and_the_base_model(llama: nn.Module) -> None:
     batch = packed(documents())
     want = llama.model(**{k: batch[k] for k in ("input_ids", "position_ids")}).last_hidden_state

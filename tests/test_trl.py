@@ -69,8 +69,8 @@ def settings(folder: Path, **changes: Any) -> dict[str, Any]:
     return {**common, **changes}
 
 
-def model_for(tokenizer: PreTrainedTokenizerFast, family: str = "llama") -> Any:
-    return tiny_model(family, vocab_size=len(tokenizer), max_position_embeddings=512)
+def model_for(tokenizer: PreTrainedTokenizerFast, family: str = "llama", seed: int = 0) -> Any:
+    return tiny_model(family, seed, vocab_size=len(tokenizer), max_position_embeddings=512)
 
 
 class Seen:

@@ -14,23 +14,29 @@ from packed_attn.audit.subject import Subject, accepts, kwargs_alone
 
 
 def gradients_by_document(
-    subject: Subject, batch: AuditBatch, which: Sequence[int] | None = None
+    subject: Subject,
+    batch: AuditBatch,
+    which: Sequence[int] | None = None,
+    *,
+    backwards: int = 0,
 ) -> list[tuple[Tensor, Tensor]]:
     """For each document: (gradient of its outputs in its own embeddings, and in all others').
 
     Args:
         which: the documents whose outputs are differentiated, all by default.
+        backwards: how many there are at least: other ranks may have a part in each.
     """
     found = []
     spans = subject.spans(batch)
     which = range(len(spans)) if which is None else which
+    runs = [*which, *[which[-1]] * (backwards - len(which))]
     with torch.enable_grad(), Embeddings(subject.model) as embeddings:
         logits = subject.packed(batch)
-        for index in which:
+        for run, index in enumerate(runs, start=1):
             loss = _weighted(logits[slice(*spans[index])])
-            parts = embeddings.gradients(loss, retain_graph=index != which[-1])
+            parts = embeddings.gradients(loss, retain_graph=run < len(runs))
             found.append(_own_and_others(parts, subject.pools, index))
-    return found
+    return found[: len(which)]
 
 
 def gradient_alone(subject: Subject, index: int, *, checkpointing: bool) -> Tensor:

@@ -75,7 +75,8 @@ def leaks_between_documents(
 
     Raises:
         ValueError: as `audit`; or a batch without input_ids or boundaries.
-        OneDocument: a ValueError too: a batch without two documents.
+        OneDocument: a ValueError too: a batch without two documents, on any of the ranks where they
+            hold the model together (FSDP, ZeRO-3).
     """
     if batch is not None:
         subject, live = _live(model, batch, seed)
@@ -91,15 +92,19 @@ def leaks_between_documents(
 
 
 def _worst(subject: Subject, batch: AuditBatch) -> Leak | None:
+    from packed_attn_patches.shards import largest_of_ranks
+
     # The last pool of a forest stands for all that is on no other's path, shared prefixes too.
     which = range(len(batch.places) - 1) if batch.layout.is_forest else None
-    found = gradients_by_document(subject, batch, which)
+    found = gradients_by_document(subject, batch, which, backwards=len(batch.places))
     scale = reached(subject, [own for own, _ in found])
     figures = [largest(others) / scale for _, others in found]
     index = max(range(len(figures)), key=figures.__getitem__)
-    if figures[index] == 0:
+    if largest_of_ranks(subject.model, figures[index]) == 0:
         return None
     path, kind = _named(_first_module(subject, batch, index))
+    if figures[index] == 0:
+        return None  # another rank has the leak, and could not have looked for it alone
     return Leak(batch.places[index], figures[index], path, kind)
 
 
@@ -150,13 +155,13 @@ def _live(model: nn.Module, batch: Mapping[str, Any], seed: int) -> tuple[Subjec
             "several ranks: give the whole batch to a model on one process"
         )
     real = [_real(layout) for layout in layouts]
-    if len(real[0]) < 2:
-        raise OneDocument(f"the batch needs two documents to tell apart, it has {len(real[0])}")
     if layouts[0].is_forest:
         probed = [_probed_leaves(layouts[0], real[0])]
     else:
         chosen = _spread(range(len(real[0])))
         probed = [[documents[i] for i in chosen] for documents in real]
+    number = _number(model, len(probed[0]))
+    probed = [[*documents[: number - 1], documents[-1]] for documents in probed]
     subject = Subject(model, [layouts[-1].lengths[d] for d in probed[-1]], seed)
     kwargs = {k: v for k, v in batch.items() if k not in ("labels", "shift_labels")}
     streams = []
@@ -169,6 +174,20 @@ def _live(model: nn.Module, batch: Mapping[str, Any], seed: int) -> tuple[Subjec
     if targets:
         kwargs["decoder_input_ids"] = targets[0].kwargs["input_ids"]
     return subject, replace(source, kwargs=kwargs, target=targets[0] if targets else None)
+
+
+def _number(model: nn.Module, documents: int) -> int:
+    """How many of a batch's documents are probed: as many as of the batches of other ranks, where
+    these have a part in every forward and backward."""
+    from packed_attn_patches.shards import largest_of_ranks
+
+    number = -int(largest_of_ranks(model, -documents))
+    if number < 2:
+        raise OneDocument(
+            f"the batch needs two documents to tell apart, it has {documents}"
+            + ("" if documents < 2 else ", and that of another rank, which runs with it, has fewer")
+        )
+    return number
 
 
 def _target(batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -187,7 +206,7 @@ def _real(layout: DocumentLayout) -> list[int]:
 def _spread(documents: Sequence[int]) -> list[int]:
     """At most PROBED of them, the first and the last included."""
     step = max(1, (len(documents) - 1) // (PROBED - 1))
-    return [*documents[:-1:step][: PROBED - 1], documents[-1]]
+    return [*documents[:-1:step][: PROBED - 1], *documents[-1:]]
 
 
 def _probed_leaves(layout: DocumentLayout, real: Sequence[int]) -> list[int]:
@@ -197,8 +216,6 @@ def _probed_leaves(layout: DocumentLayout, real: Sequence[int]) -> list[int]:
     """
     parents = [layout.parent(d) for d in range(layout.num_documents)]
     leaves = [d for d in real if d not in parents]
-    if len(leaves) < 2:
-        raise OneDocument(f"the batch needs two documents to tell apart, it has {len(leaves)}")
     of_tree = {layout.path(d)[0]: d for d in reversed(leaves)}
     probed = sorted(of_tree.values())[: PROBED - 1]
     rest = [d for d in leaves if d not in probed]

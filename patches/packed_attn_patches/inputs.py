@@ -81,7 +81,10 @@ class LayoutHook:
             return args, {**kwargs, "layout": layout, "packed_attn_backend": backend}
         if self.rope is not None:
             self.rope.begin(None)
-        kwargs = named(module, args, kwargs)
+        given = named(module, args, kwargs)
+        if given is None:
+            return None
+        kwargs = given
         cached = any(kwargs.get(name) is not None for name in CACHE_NAMES)
         if cached or kwargs.get("input_ids") is None:
             refuse_calls_with_learned_tokens()
@@ -570,9 +573,23 @@ def _without_last_labels(shift_labels: Tensor, layout: DocumentLayout) -> Tensor
     return shift_labels.masked_fill(last, IGNORE_INDEX)
 
 
-def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Positional arguments under the names that forward gives them."""
+def named(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Positional arguments under the names that forward gives them.
+
+    None for a call of another method, which TRL's distillation leads through forward so that what
+    wraps the model sees it, and which calls the model itself.
+    """
     if not args:
         return dict(kwargs)
-    names = list(inspect.signature(module.forward).parameters)
-    return {**dict(zip(names, args)), **kwargs}
+    parameters = inspect.signature(module.forward).parameters.values()
+    names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    if len(args) <= len(names):
+        return {**dict(zip(names, args)), **kwargs}
+    if isinstance(args[0], Tensor):
+        raise NotImplementedError(
+            f"the forward of {type(module).__name__} has no names for {len(args)} positional "
+            "arguments, so that documents cannot be told: give them by keyword"
+        )
+    return None

@@ -139,7 +139,10 @@ class PackRows:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        kwargs = named(module, args, kwargs)
+        given = named(module, args, kwargs)
+        if given is None:
+            return None
+        kwargs = given
         mask = kwargs.get("attention_mask")
         if not _is_rows_in_training(module, kwargs) or not isinstance(mask, Tensor):
             return None
@@ -172,8 +175,8 @@ class CheckAdapters:
     """Forward pre-hook of the whole model, on which PEFT writes what its adapters are."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        kwargs = named(module, args, kwargs)
-        if _is_rows_in_training(module, kwargs):
+        given = named(module, args, kwargs)
+        if given is not None and _is_rows_in_training(module, given):
             refuse_adapters(module, same_rows=False)
 
 
@@ -222,5 +225,5 @@ def _check_no_gaps(real: Tensor) -> None:
         row = int((runs > 1).nonzero()[0])
         raise ValueError(
             f"attention_mask must have its ones side by side, but row {row} has them in "
-            f"{int(runs[row])} places"
+            f"{int(runs[row])} places: padding_free=True takes padding at the ends of rows alone"
         )

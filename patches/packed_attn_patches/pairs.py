@@ -43,8 +43,11 @@ class PairHook(LayoutHook):
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        kwargs = named(module, args, kwargs)
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        given = named(module, args, kwargs)
+        if given is None:
+            return None
+        kwargs = given
         target = {k.removeprefix(DECODER): v for k, v in kwargs.items() if k.startswith(DECODER)}
         if target.get("input_ids") is None and target.get("inputs_embeds") is None:
             target["input_ids"] = kwargs.get("labels")
@@ -170,7 +173,7 @@ class PairedForward(UnpackedForward):
         **kwargs: Any,
     ) -> Any:
         if layout is None or decoder_layout is None:
-            return self.function(self.model, *args, **kwargs)
+            return self.once(args, kwargs)
         return self.run(_Pairs.of(self, layout, decoder_layout, kwargs), kwargs)
 
 

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,6 +40,7 @@ from packed_attn_patches.inputs import CACHE_NAMES, FUSED_HEAD, LayoutHook
 from packed_attn_patches.noise import noises_of, told
 from packed_attn_patches.rope import fresh, longest_alike, ropes_of
 from packed_attn_patches.routers import BalancingLoss, asks_for
+from packed_attn_patches.shards import as_often, counted, refuse_other_shards, tied
 
 # Tokens in one forward: beyond it a batch is as efficient as it gets, and only memory grows.
 CALL_TOKENS = 1 << 16
@@ -164,7 +167,7 @@ class UnpackedForward:
         if layout is None:
             if not self.takes_positions:
                 kwargs.pop(POSITIONS, None)
-            return self.function(self.model, *args, **kwargs)
+            return self.once(args, kwargs)
         if kwargs.get(FUSED_HEAD):  # of a forward that was there before the patch: see inputs.py
             return self.function(self.model, *args, layout=layout, **kwargs)
         inner = "packed_attn_backend" in kwargs  # an outer model's mixers are this one's
@@ -172,14 +175,29 @@ class UnpackedForward:
             kwargs, inner = self.hook.in_stream(self.model, {**kwargs, "layout": layout}), True
             del kwargs["layout"]
         if inner:
-            with fast_mixers.packed_forward():
-                return self.function(self.model, *args, layout=layout, **kwargs)
+            return self.once(args, {**kwargs, "layout": layout}, fast_mixers.packed_forward())
         refuse_adapters(self.model, same_rows=False)
         return self.run(_Unpacked.of(self, layout, kwargs), kwargs)
 
+    def once(
+        self,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        inside: AbstractContextManager[Any] | None = None,
+    ) -> Any:
+        """A forward that is one call, made inside a context."""
+
+        def call() -> Any:
+            with inside or nullcontext():
+                return self.function(self.model, *args, **kwargs)
+
+        if kwargs.get(FUSED_HEAD):
+            return call()  # the backbone, which it hands all to, counts
+        return as_often(self.model, call, partial(self.function, self.model), kwargs)
+
     def run(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
         """The calls of a packed batch, and what they give put together."""
-        _refuse_shards(self.model)
+        refuse_other_shards(self.model)
         config: Any = self.model.config
         if getattr(config, "sparse_prediction", False) and kwargs.get("labels") is not None:
             raise NotImplementedError(
@@ -194,14 +212,23 @@ class UnpackedForward:
         balance = BalancingLoss.of(function, routed and isinstance(batch, _Unpacked))
         if balance is not None:
             function = balance.function
-        for bucket, inputs in batch.calls():
-            lengths = batch.lengths(bucket) if noises else None
-            with fresh(self.ropes), told(noises, inputs.get("input_ids"), lengths):
-                parts.append((bucket, function(self.model, **inputs, **names)))
-        output = batch.joined(parts, left_out="" if balance is None else "aux_loss")
+        calls = list(batch.calls())
+        with counted(self.model, len(calls)) as missing:
+            smallest = sorted(calls, key=_numbers_in)[:1]
+            for bucket, inputs in [*calls, *smallest * missing]:
+                lengths = batch.lengths(bucket) if noises else None
+                with fresh(self.ropes), told(noises, inputs.get("input_ids"), lengths):
+                    parts.append((bucket, function(self.model, **inputs, **names)))
+        real, again = parts[: len(calls)], [of_call for _, of_call in parts[len(calls) :]]
+        output = tied(batch.joined(real, left_out="" if balance is None else "aux_loss"), again)
         if balance is not None:
             balance.added(self.model, output, batch.layout)
         return output if (by_default if asked is None else asked) else output.to_tuple()
+
+
+def _numbers_in(call: tuple[Any, Mapping[str, Any]]) -> int:
+    """The size of a call's arguments."""
+    return sum(value.numel() for value in call[1].values() if isinstance(value, Tensor))
 
 
 class PackedCalls:
@@ -433,25 +460,6 @@ class _Unpacked(PackedCalls):
             return (inputs["shift_labels"] != IGNORE_INDEX).sum()
         labels = inputs["labels"][:, 1:] if self.forward.head.shifts else inputs["labels"]
         return (labels != IGNORE_INDEX).sum()
-
-
-def _refuse_shards(model: nn.Module) -> None:
-    """Ranks gather a module's parameters together each time that it runs, and so have to run it as
-    often as each other."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return
-    if torch.distributed.get_world_size() == 1:
-        return
-    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
-
-    kinds = (FSDPModule, FullyShardedDataParallel)
-    inside = any(isinstance(m, kinds) for m in model.modules() if m is not model)
-    if inside or any(hasattr(p, "ds_id") for p in model.parameters()):
-        raise NotImplementedError(
-            f"{type(model).__name__} runs packs on documents batched by length, in more batches on "
-            "one rank than on another, while FSDP or ZeRO-3 makes ranks wait for each other at "
-            "every layer: use DDP, or ZeRO up to stage 2"
-        )
 
 
 def in_rows(
