@@ -31,8 +31,10 @@ CONVENTIONS = {
         "attention_mask": torch.ones_like(b["input_ids"]),
     },
     "cu_seq_lens": lambda b: {k: b[k] for k in ("cu_seq_lens_q", "cu_seq_lens_k")},
+    "cu_seq_lens_k": lambda b: {"cu_seq_lens_k": b["cu_seq_lens_k"]},
     "seq_idx": lambda b: {"seq_idx": b["seq_idx"]},
     "segment mask": lambda b: {"attention_mask": b["seq_idx"].long() + 1},
+    "segment mask of floats": lambda b: {"attention_mask": b["seq_idx"].float() + 1},
 }
 
 
@@ -336,6 +338,9 @@ def test_unknown_implementations_are_refused() -> None:
         ({"layout": DocumentLayout.from_lengths([4])}, "layout covers 4 tokens"),
         ({"position_ids": torch.arange(65)[None]}, "position_ids contradict layout"),
         ({"attention_mask": torch.tensor([[0] + [1] * 64])}, "attention_mask hides tokens"),
+        ({"attention_mask": torch.ones(1, 1, 65, 65)}, r"has shape \[1, 1, 65, 65\]: leave out"),
+        ({"attention_mask": {"full_attention": torch.ones(1, 1, 65, 65)}}, "leave out one of"),
+        ({"attention_mask": torch.ones(1, 10)}, r"has shape \[1, 10\]: leave out one of"),
     ],
 )
 def test_contradictions_are_named(llama: nn.Module, change: dict, words: str) -> None:
@@ -352,6 +357,10 @@ def test_contradictions_are_named(llama: nn.Module, change: dict, words: str) ->
         ({"cu_seq_lens_q": torch.tensor([0, 64], dtype=torch.int32)}, "must end at"),
         ({"cu_seq_lens_q": torch.tensor([0, 6, 43, 65], dtype=torch.int32)}, "contradict"),
         ({"position_ids": torch.tensor([list(range(60)) + [-1] * 5])}, "negative"),
+        ({"cu_seq_lens_k": torch.tensor([0, 6, 43, 65])}, "contradicts cu_seq_lens_k"),
+        ({"position_ids": None, "seq_lengths": torch.tensor([5, 60])}, "by seq_lengths, which"),
+        ({"position_ids": None, "document_ids": torch.ones(1, 65)}, "by document_ids, which"),
+        ({"attention_mask": torch.full((1, 65), 1.5)}, "no whole ones"),
     ],
 )
 def test_bad_boundaries_are_named(llama: nn.Module, change: dict, words: str) -> None:
@@ -361,8 +370,22 @@ def test_bad_boundaries_are_named(llama: nn.Module, change: dict, words: str) ->
         llama(**{**kwargs, **change})
 
 
+def test_a_mask_hides_padding_alone(llama: nn.Module) -> None:
+    """Also where the layout has padding, of which other tokens are no part."""
+    docs = documents()
+    layout = DocumentLayout.from_lengths([*map(len, docs), 5], padding=[False] * len(docs) + [True])
+    ids = nn.functional.pad(packed(docs)["input_ids"], (0, 5))
+    mask = (ids != 0).long()
+    mask[0, -5:] = 0
+    got = llama(input_ids=ids, layout=layout, attention_mask=mask).logits[0, :-5]
+    assert close(got, alone(llama, docs))
+    mask[0, 3] = 0
+    with pytest.raises(ValueError, match="hides tokens that are no padding"):
+        llama(input_ids=ids, layout=layout, attention_mask=mask)
+
+
 def test_rotary_ids_that_restart_need_boundaries() -> None:
-    from packed_attn_patches.inputs import packed_layout
+    from packed_attn_patches.boundaries import packed_layout
 
     batch = packed(documents())
     shape = types.SimpleNamespace(rows=1, tokens=65, device=torch.device("cpu"))
@@ -376,7 +399,7 @@ def test_rotary_ids_that_restart_need_boundaries() -> None:
 
 def test_a_layout_on_a_device_is_not_read() -> None:
     """A meta tensor has no values: reading its lengths would raise, as a CUDA graph would."""
-    from packed_attn_patches.inputs import BatchShape, packed_layout
+    from packed_attn_patches.boundaries import BatchShape, packed_layout
 
     shape = BatchShape(rows=1, tokens=65, device=torch.device("meta"))
     layout = DocumentLayout(packed(documents())["layout"].cu_seqlens.to("meta"), 65)

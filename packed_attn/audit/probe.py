@@ -229,7 +229,7 @@ def _substituted(
 
 def _layout(batch: Mapping[str, Any]) -> DocumentLayout:
     """The documents of a live batch, read as a patched model reads them."""
-    from packed_attn_patches.inputs import BatchShape, packed_layout
+    from packed_attn_patches.boundaries import BatchShape, packed_layout
 
     shape = BatchShape.of(batch)
     layout = None if shape is None else packed_layout(shape, batch)

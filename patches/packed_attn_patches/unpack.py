@@ -27,6 +27,7 @@ from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches import fast_mixers
 from packed_attn_patches.adapters import refuse_adapters
+from packed_attn_patches.boundaries import CACHE_NAMES
 from packed_attn_patches.families import (
     HIDES_PADDING_IDS,
     Head,
@@ -34,7 +35,7 @@ from packed_attn_patches.families import (
     is_encoder_decoder,
     reason_against_forests,
 )
-from packed_attn_patches.inputs import CACHE_NAMES, FUSED_HEAD, LayoutHook
+from packed_attn_patches.inputs import FUSED_HEAD, LayoutHook
 from packed_attn_patches.noise import noises_of, told
 from packed_attn_patches.rope import fresh, longest_alike, ropes_of
 from packed_attn_patches.routers import BalancingLoss, asks_for
