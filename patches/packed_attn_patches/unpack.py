@@ -76,7 +76,14 @@ _OTHER_STREAM = (
 _TYPES = ("token_type_ids", "mm_token_type_ids")
 
 # Each document counts its own positions, sees all of itself and starts without a past.
-REPLACED = ("attention_mask", *CACHE_NAMES, "use_cache", "num_items_in_batch", "return_dict")
+REPLACED = (
+    "attention_mask",
+    *CACHE_NAMES,
+    "use_cache",
+    "num_items_in_batch",
+    "return_dict",
+    "logits_to_keep",
+)
 
 
 POSITIONS = "position_ids"
@@ -202,6 +209,10 @@ class UnpackedForward:
         output = batch.joined(parts, left_out="" if balance is None else "aux_loss")
         if balance is not None:
             balance.added(self.model, output, batch.layout)
+        keep = kwargs.get("logits_to_keep")
+        if keep is not None and output.get("logits") is not None:  # places in the rows of the pack
+            kept = slice(-keep, None) if isinstance(keep, int) else keep
+            output["logits"] = output["logits"][:, kept]
         return output if (by_default if asked is None else asked) else output.to_tuple()
 
 
