@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import GPT2Config, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from packed_attn import audit, patch_model
 from packed_attn.audit import leaks_between_documents
@@ -157,6 +158,13 @@ def test_what_mixes_is_refused(made: Callable[..., Any], mixer: type[nn.Module])
 def test_hooks_that_mix_are_refused(mixer: type[nn.Module]) -> None:
     with pytest.raises(NotImplementedError, match=r"with_hook\.<lambda> on model\.layers\.0"):
         patch_model(with_hook(mixer))
+
+
+def test_a_forward_that_a_class_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaMLP, "forward", Running.forward)
+    words = r"test_foreign\.Running\.forward on model\.layers\.0\.mlp and 1 more"
+    with pytest.raises(NotImplementedError, match=words):
+        patch_model(tiny_model("llama"))
 
 
 @pytest.mark.parametrize("made", [derived, with_layer, with_hook])

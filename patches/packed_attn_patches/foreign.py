@@ -53,8 +53,8 @@ def _parts(model: nn.Module) -> Iterator[str]:
         cls = next((c for c in classes if _root(c) != "torch"), None)
         if cls is not None and (_root(cls) not in _KNOWN or (own and not own & owners[path])):
             yield f"{name} ({cls.__module__}.{cls.__qualname__})"
-        for function in _put_on(module):
-            if _root(function) not in _KNOWN:
+        for function in _forwards(module):
+            if _root(function) not in _KNOWN | {_root(type(module))}:
                 yield f"{function.__module__}.{_name(function)} on {name}"
 
 
@@ -64,9 +64,10 @@ def _packages(cls: type) -> set[str]:
     return {name.split(".")[2] for name in modules}
 
 
-def _put_on(module: nn.Module) -> Iterator[Any]:
-    """Functions, or classes of what is called, that run on this instance alone."""
-    found = [vars(module).get("forward"), vars(module).get("_old_forward")]
+def _forwards(module: nn.Module) -> Iterator[Any]:
+    """Functions, or classes of what is called, that run as this module's forward or beside it; its
+    class may have got one of another's."""
+    found = [type(module).forward, vars(module).get("forward"), vars(module).get("_old_forward")]
     found += [hook for name in _HOOKS for hook in vars(module).get(name, {}).values()]
     for called in found:
         while isinstance(called, MethodType | partial):
