@@ -68,7 +68,8 @@ def packed_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayou
 
     Raises:
         ValueError: boundaries that do not cover the tokens or contradict each other, or a packed
-            batch on top of a filled KV cache.
+            batch beside a KV cache.
+        NotImplementedError: under torch.jit.trace.
     """
     found = {name: read(batch, kwargs) for name, read in _CONVENTIONS.items()}
     found = {name: layout for name, layout in found.items() if layout is not None}
@@ -77,6 +78,11 @@ def packed_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayou
         _refuse_unread(kwargs)
         return None
     name, layout = next(iter(found.items()))
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
+        raise NotImplementedError(
+            f"{name} packs documents, but torch.jit.trace would keep the boundaries of this batch "
+            "for all others: use torch.compile"
+        )
     _check_total(name, layout, batch)
     _check_rows(name, layout, batch)
     _check_agreement(name, layout, found)
@@ -121,19 +127,13 @@ def _check_total(name: str, layout: DocumentLayout, batch: BatchShape) -> None:
 
 
 def _check_cache(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Nothing came before the documents."""
-    cache = _filled_cache(kwargs)
+    """Nothing came before the documents, and nobody waits for a cache to go on from."""
+    cache = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), None)
     if cache is not None:
-        raise ValueError(f"{name} packs documents, but {cache} already holds tokens")
-
-
-def _filled_cache(kwargs: Mapping[str, Any]) -> str | None:
-    """The name of an argument that holds tokens of an earlier forward."""
-    for name in CACHE_NAMES:
-        cache = kwargs.get(name)
-        if cache is not None and cache.get_seq_length() > 0:
-            return name
-    return None
+        raise ValueError(
+            f"{name} packs documents, but {cache} was given, and a packed forward neither goes on "
+            "from tokens nor fills a cache: generate from documents alone, or from padded rows"
+        )
 
 
 def _from_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
