@@ -160,6 +160,22 @@ def test_hooks_that_mix_are_refused(mixer: type[nn.Module]) -> None:
         patch_model(with_hook(mixer))
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        lambda: nn.TransformerEncoderLayer(64, 4, batch_first=True),
+        lambda: nn.Sequential(nn.Linear(64, 64), nn.TransformerEncoderLayer(64, 4, 96)),
+    ],
+)
+def test_layers_of_torch_that_mix(head: Callable[[], nn.Module]) -> None:
+    model: Any = tiny_model("llama")
+    model.lm_head = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 199))
+    assert not foreign_parts(model)
+    model.lm_head = head()
+    with pytest.raises(NotImplementedError, match=r"torch\.nn\.modules\.transformer\."):
+        patch_model(model)
+
+
 def test_a_forward_that_a_class_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(LlamaMLP, "forward", Running.forward)
     words = r"test_foreign\.Running\.forward on model\.layers\.0\.mlp and 1 more"

@@ -154,8 +154,8 @@ def _prove(model: PreTrainedModel, settings: Settings, on_unknown: str) -> None:
 
 
 def _mixing(model: PreTrainedModel) -> str | None:
-    """Why audits in evaluation and train mode do not show a patched model to be exact; None where
-    they do."""
+    """Why audits of one row and two, in evaluation and train mode, do not show a patched model to
+    be exact; None where they do."""
     from packed_attn.audit.proof import cell
     from packed_attn.audit.subject import LENGTHS, Subject
 
@@ -163,7 +163,7 @@ def _mixing(model: PreTrainedModel) -> str | None:
         subject = Subject(model, LENGTHS, seed=0)
     except ValueError as error:
         return f"no audit of it can run: {error}"
-    for convention in ("packed batch", "train mode"):
+    for convention in ("packed batch", "two rows", "train mode"):
         report = cell(subject, convention, stop_at_leak=True)
         if report.outcome == "error":  # such as of a forward that makes no logits, a loss alone
             warnings.warn(

@@ -23,6 +23,14 @@ _KNOWN = frozenset({
     "peft", "torch", "transformers", "trl",
 })
 # fmt: on
+# Of torch's own: in a container or a head that the user built, they mix what they are given.
+_MIXERS = (
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+    nn.modules.batchnorm._NormBase,
+)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -43,8 +51,10 @@ def foreign_parts(model: nn.Module) -> tuple[str, ...]:
 
 def _parts(model: nn.Module) -> Iterator[str]:
     owners: dict[str, set[str]] = {}
-    for path, module in model.named_modules():
-        outer = owners.get(path.rpartition(".")[0], set())
+    modules = dict(model.named_modules())
+    for path, module in modules.items():
+        outside = path.rpartition(".")[0]
+        outer = owners.get(outside, set())
         own = _packages(type(module))
         owners[path] = own if isinstance(module, PreTrainedModel) else outer
         name = path or "the model"
@@ -53,9 +63,16 @@ def _parts(model: nn.Module) -> Iterator[str]:
         cls = next((c for c in classes if _root(c) != "torch"), None)
         if cls is not None and (_root(cls) not in _KNOWN or (own and not own & owners[path])):
             yield f"{name} ({cls.__module__}.{cls.__qualname__})"
+        elif isinstance(module, _MIXERS) and _is_users(modules[outside]):
+            yield f"{name} ({type(module).__module__}.{type(module).__qualname__})"
         for function in _forwards(module):
             if _root(function) not in _KNOWN | {_root(type(module))}:
                 yield f"{function.__module__}.{_name(function)} on {name}"
+
+
+def _is_users(outside: nn.Module) -> bool:
+    """Whether a user chooses what is in it: layers of a type put theirs in layers of their own."""
+    return isinstance(outside, PreTrainedModel) or _root(type(outside)) == "torch"
 
 
 def _packages(cls: type) -> set[str]:
