@@ -242,7 +242,7 @@ def _is_of_the_batch(value: Any) -> bool:
 
 def _carries_boundaries(batch: Mapping[str, Any]) -> bool:
     """Whether anything in the batch can tell documents of a row apart."""
-    for name in ("layout", "cu_seq_lens_q", "cu_seqlens", "seq_idx"):
+    for name in ("layout", "cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens", "seq_idx"):
         if batch.get(name) is not None:
             return True
     mask, position_ids = batch.get("attention_mask"), batch.get("position_ids")

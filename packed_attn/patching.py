@@ -29,14 +29,19 @@ def patch_model(
     `decoder_input_ids` and `labels` have the same names behind `decoder_` (`decoder_layout`,
     `decoder_position_ids`, ...), and `PackedCollator(encoder_decoder=True)` writes both.
 
+    Code in the model that is not its type's (a derived class, a layer put in another's place, a
+    hook) is audited, which runs the model, in evaluation and train mode, and the model is refused
+    where that mixes documents. What comes into it afterwards is not: call `patch_model` again.
+
     Only this instance changes: other models, also of the same config object, stay as they are.
     Patching twice is patching once. A deepcopy or a pickle of a patched model is patched too.
 
     Args:
         model: a model of an accepted architecture.
         backend: "auto", or a name of `packed_attn.backends.BACKENDS`.
-        on_unknown: for an architecture that is not known to be exact: "raise" refuses it,
-            "unpack" runs it on documents batched by equal length, exact and slower.
+        on_unknown: for an architecture that is not known to be exact, or holds code that mixes
+            documents: "raise" refuses it, "unpack" runs it on documents batched by equal length,
+            exact and slower.
         padding_free: also run padded batches (rows beside a 0/1 mask, as DPO and reward trainers
             make them) without their padding: the backbone computes their real tokens as one pack
             and returns rows, with zeros at padding. Generation stays as it is.

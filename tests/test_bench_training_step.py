@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from packed_attn_patches.inputs import BatchShape, packed_layout
+from packed_attn_patches.boundaries import BatchShape, packed_layout
 
 from benchmarks import bench_isolation, bench_training_step, graphed_step
 from packed_attn import DocumentLayout, PackedCollator

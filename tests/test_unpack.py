@@ -125,6 +125,15 @@ def test_hidden_states_come_back_in_stream_order(mamba: nn.Module) -> None:
         assert close(state[0], want)
 
 
+@pytest.mark.parametrize("keep", [0, 1, 5, 99, torch.tensor([0, 3, 2])])
+def test_logits_of_some_places_of_a_pack(mamba: nn.Module, keep: Any) -> None:
+    """As of any row, also where no document is longer than what is kept."""
+    kept = slice(-keep, None) if isinstance(keep, int) else keep
+    for docs in (documents(), documents(1, (1, 1, 1, 1))):
+        got = mamba(**packed(docs), logits_to_keep=keep).logits[0]
+        assert close(got, alone(mamba, docs)[kept])
+
+
 def test_outputs_without_rows_are_refused_and_not_dropped() -> None:
     torch.manual_seed(0)
     config = tiny_config("bart")

@@ -23,11 +23,14 @@ class NotOffered(Exception):
 
 
 @contextmanager
-def mode(model: nn.Module, *, training: bool, checkpointing: bool) -> Iterator[None]:
+def mode(model: nn.Module, *, training: bool, checkpointing: bool) -> Iterator[list[str]]:
     """Evaluation or train mode, without gradients, and back.
 
     In train mode every dropout probability is 0, because random masks differ between a packed run
     and a document alone; layers that the model checkpoints use the non-reentrant kind.
+
+    Yields:
+        the names of parameters that were all 0 and are random inside (see `_awake`).
 
     Raises:
         NotOffered: `checkpointing` of an architecture without it.
@@ -39,8 +42,8 @@ def mode(model: nn.Module, *, training: bool, checkpointing: bool) -> Iterator[N
         model.train(training)
         if training:
             _without_dropout(model)
-        with torch.no_grad():
-            yield
+        with torch.no_grad(), _statistics_kept(model), _awake(model) as names:
+            yield names
     finally:
         for module, state in saved:
             for name in _STATE:
@@ -56,11 +59,50 @@ def as_it_is(model: nn.Module) -> Iterator[None]:
     try:
         for module, _ in saved:
             vars(module)[_STATE[2]] = _CHECKPOINT
-        with torch.no_grad():
+        with torch.no_grad(), _statistics_kept(model):
             yield
     finally:
         for module, function in saved:
             vars(module)[_STATE[2]] = function
+
+
+@contextmanager
+def _statistics_kept(model: nn.Module) -> Iterator[None]:
+    """Puts back the buffers that forwards write into (running statistics), which an audit's NaN
+    would stay in. They are of floats, or counters; quantised weights are neither."""
+    buffers = [b for b in model.buffers() if b.is_floating_point() or b.numel() == 1]
+    saved = [(b, b.clone()) for b in buffers if not b.is_meta]
+    try:
+        yield
+    finally:
+        for buffer, before in saved:
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
+
+
+@contextmanager
+def _awake(model: nn.Module) -> Iterator[list[str]]:
+    """Small random values, the same each time, in parameters that are all 0.
+
+    A gate or a projection that begins at 0 hides what it multiplies until the first step of
+    training. A bias hides nothing, and what a quantiser or a shard holds stays as it is.
+    """
+    asleep = {
+        name: p
+        for name, p in model.named_parameters()
+        if type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta
+        if p.numel() and not name.endswith("bias") and not p.any()
+    }
+    try:
+        generator = torch.Generator().manual_seed(0)
+        for parameter in asleep.values():
+            std = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.1
+            drawn = torch.empty(parameter.shape).normal_(std=std, generator=generator)
+            parameter.copy_(drawn)
+        yield list(asleep)
+    finally:
+        for parameter in asleep.values():
+            parameter.zero_()
 
 
 def drops(model: nn.Module) -> bool:

@@ -60,6 +60,9 @@ def leaks_between_documents(
 ) -> Leak | None:
     """The worst dependence of one document on another, or None where there is none.
 
+    A dependence without a gradient (detached statistics, ranks, state kept from call to call) is
+    not seen here: `audit` compares outputs too.
+
     Costs one forward and a backward a document (at most `PROBED` of a given batch); modules are
     watched, in more forwards, only where something leaks. Parameters get no gradient and the model
     is left as it was.
@@ -246,7 +249,7 @@ def _substituted(
 
 def _layout(batch: Mapping[str, Any]) -> DocumentLayout:
     """The documents of a live batch, read as a patched model reads them."""
-    from packed_attn_patches.inputs import BatchShape, packed_layout
+    from packed_attn_patches.boundaries import BatchShape, packed_layout
 
     shape = BatchShape.of(batch)
     layout = None if shape is None else packed_layout(shape, batch)

@@ -68,6 +68,9 @@ def audit(
     document's embeddings stay there; (5) another order of the documents gives the same logits. In
     train mode also (6) the gradient in a document's own embeddings equals that of it alone.
 
+    Parameters that are all 0, biases excepted, have random values meanwhile: they would hide what
+    they multiply until the first step of training.
+
     Works on any module that takes `input_ids` and returns logits or hidden states, a row a token
     or, where a model pools, a row a document. A document of an encoder-decoder is a source and a
     target, changed, poisoned and differentiated together.
@@ -133,7 +136,12 @@ def _report(
     if is_compiled(subject.model):
         notes.append("audited eagerly: compiled code does not call an audit's hooks")
     flags = {"training": chosen.training, "checkpointing": chosen.checkpointing}
-    with mode(subject.model, **flags), subject.hooked():
+    with mode(subject.model, **flags) as awake, subject.hooked():
+        if awake:
+            notes.append(
+                f"parameters that are all 0 hide what they multiply, and had random values here: "
+                f"{len(awake)}, the first {awake[0]}"
+            )
         notes += mixing_terms(subject)
         notes += unreached(subject.model, subject.lengths)
         try:
@@ -296,7 +304,9 @@ class _Proof:
     def _unchanged(self, name: str, worst: float) -> Check:
         # Experts group tokens by content, so another document changes the shape of a matrix
         # product: allowed as far as the same model rounds between packed and alone.
-        bound = 4 * max(self.rounding, torch.finfo(self.dtype).eps * self.scale)
+        within = self.rounding <= TOLERANCE[self.dtype] * self.scale  # what is more is none
+        rounding = self.rounding if within else 0.0
+        bound = 4 * max(rounding, torch.finfo(self.dtype).eps * self.scale)
         verdict: Verdict = "holds" if worst == 0 else "fails"
         if 0 < worst <= bound and self.may_round:
             verdict = "rounding"

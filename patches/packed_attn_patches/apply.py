@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,6 +30,7 @@ from packed_attn_patches.families import (
     runs_on_pairs,
 )
 from packed_attn_patches.fast_mixers import MixerForward, mixers_of
+from packed_attn_patches.foreign import foreign_parts, is_foreign
 from packed_attn_patches.inputs import LayoutHook, replacement_of
 from packed_attn_patches.interface import NAMES, is_ours, stock_of
 from packed_attn_patches.llama4 import ScalingForward, scaling_layers
@@ -39,9 +41,7 @@ from packed_attn_patches.rope import RopeForward, Watch, reason_against_ropes, r
 from packed_attn_patches.unpack import UnpackedForward
 from packed_attn_patches.wrappers import (
     FORWARDS,
-    Origin,
     forget_compiled,
-    origin,
     put_forward,
     take_forward,
     unwrapped,
@@ -67,12 +67,14 @@ class PatchRecord:
     Attributes:
         settings: as given to `patch`.
         route: how the model was made exact.
-        configs: (module path, attribute, original config) of every config that was replaced.
+        configs: every config that was replaced, and the copy that replaced it.
+        foreign: what was in the model beside the code of its type (see `foreign.py`).
     """
 
     settings: Settings
     route: Route
-    configs: tuple[tuple[str, str, PreTrainedConfig], ...]
+    configs: tuple[tuple[PreTrainedConfig, PreTrainedConfig], ...]
+    foreign: tuple[str, ...] = ()
 
 
 def patch(
@@ -95,23 +97,23 @@ def _patch(model: nn.Module, settings: Settings, on_unknown: str) -> nn.Module:
         chosen = route(model, on_unknown)
     except UnknownModelType as refusal:
         raise UnknownModelType(f"{refusal}. {_probed(model)}") from None
-    if origin(model) is Origin.FOREIGN and chosen is not Route.UNPACK:
+    if is_foreign(model) and chosen is not Route.UNPACK:
         chosen = _foreign(model, on_unknown)
     assert isinstance(model, PreTrainedModel)
     _warn_untested()
     _put_on(model, chosen, settings)
-    if origin(model) is Origin.DERIVED:
-        _probe_derived(model)
+    if model.__dict__[_RECORD].foreign:
+        _prove(model, settings, on_unknown)
     return model
 
 
 def _is_whole(model: nn.Module, record: PatchRecord) -> bool:
-    """Whether nothing was put over a forward of the patch or in place of its attention."""
-    attention = all(
-        is_ours(getattr(model.get_submodule(path), name)._attn_implementation)
-        for path, name, config in record.configs
-        if stock_of(config._attn_implementation) is not None
-    )
+    """Whether nothing was put over a forward of the patch or in place of its attention, and no code
+    came into it since."""
+    if foreign_parts(model) != record.foreign:
+        return False
+    implementations = [config._attn_implementation for config in _configs(model)]
+    attention = not record.configs or all(i is None or is_ours(i) for i in implementations)
     return attention and not any(
         isinstance(hook, LayoutHook) and hook.unpacked and replacement_of(module) is not None
         for module in model.modules()
@@ -119,17 +121,65 @@ def _is_whole(model: nn.Module, record: PatchRecord) -> bool:
     )
 
 
-def _probe_derived(model: nn.Module) -> None:
-    """A class derived from a known one is shown not to mix documents, or refused."""
-    from packed_attn.audit import leaks_between_documents
-
-    leak = leaks_between_documents(model)
-    if leak is not None:
+def _prove(model: PreTrainedModel, settings: Settings, on_unknown: str) -> None:
+    """A patched model with code in it that is not its type's is shown not to mix documents, on the
+    way of its type or, where that is allowed, on documents batched by equal length; or refused."""
+    record: PatchRecord = model.__dict__[_RECORD]
+    try:
+        reason = _mixing(model)
+        if reason is not None and on_unknown == "unpack" and record.route is not Route.UNPACK:
+            unpatch(model)
+            _put_on(model, Route.UNPACK, settings)
+            reason = _mixing(model)
+    except BaseException:
         unpatch(model)
-        raise NotImplementedError(
-            f"patch_model refuses {type(model).__name__}, which derives from a class of "
-            f"transformers: {leak}"
+        raise
+    if reason is None:
+        return
+    unpatch(model)
+    what, *others = record.foreign
+    more = f" and {len(others)} more" if others else ""
+    way_out = (
+        ""
+        if on_unknown == "unpack"
+        else (
+            ". on_unknown='unpack' runs it on documents batched by equal length, exact and slower, "
+            "where nothing mixes the rows of a batch"
         )
+    )
+    raise NotImplementedError(
+        f"patch_model refuses {type(model).__name__}: its type is known, but not what is in it "
+        f"({what}{more}), and {reason}{way_out}"
+    )
+
+
+def _mixing(model: PreTrainedModel) -> str | None:
+    """Why audits of one row and two, in evaluation and train mode, do not show a patched model to
+    be exact; None where they do."""
+    from packed_attn.audit.proof import cell
+    from packed_attn.audit.subject import LENGTHS, Subject
+
+    try:
+        subject = Subject(model, LENGTHS, seed=0)
+    except ValueError as error:
+        return f"no audit of it can run: {error}"
+    for convention in ("packed batch", "two rows", "train mode"):
+        report = cell(subject, convention, stop_at_leak=True)
+        if report.outcome == "error":  # such as of a forward that makes no logits, a loss alone
+            warnings.warn(
+                f"{type(model).__name__} has code in it that is not its type's, and no audit could "
+                f"run ({convention}: {report.reason}), so nothing shows that documents stay apart",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+        elif report.outcome is not None:
+            return f"its audit ({convention}) does not run: {report.reason}"
+        if report.leaks:
+            leak = report.first_leaking_module
+            where = "" if leak is None else f", first in {leak}"
+            failed = next(check for check in report.checks if check.verdict == "fails")
+            return f"its audit ({convention}) fails{where}: {failed.name}, {failed.figure:.1e}"
+    return None
 
 
 def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
@@ -151,13 +201,14 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
         )
     mixers = _mixers(model) if inner is Route.UNPACK_CAUSAL else ()
     layers_take_it = inner is Route.INTERFACE or bool(mixers)
-    record = PatchRecord(settings, chosen, _configs(model) if layers_take_it else ())
+    configs = _with_copies(model) if layers_take_it else ()
+    record = PatchRecord(settings, chosen, configs, foreign_parts(model))
     model.__dict__[_RECORD] = record
     try:
         entrances = _entrances(model)
         watch = Watch.of(model)
         if layers_take_it:
-            _replace_configs(model, record)
+            _exchange(model, record.configs)
             _put_on_layers(model, mixers, watch)
         if settings.padding_free:
             backbone = entrances[-1]
@@ -311,40 +362,43 @@ def route_of(model: nn.Module) -> Route:
     return record.route
 
 
-def _configs(model: nn.Module) -> tuple[tuple[str, str, PreTrainedConfig], ...]:
-    return tuple(
-        (path, name, value)
-        for path, module in model.named_modules()
-        for name, value in vars(module).items()
-        if isinstance(value, PreTrainedConfig)
-    )
+def _configs(model: nn.Module) -> Iterator[PreTrainedConfig]:
+    for module in model.modules():
+        yield from (v for v in vars(module).values() if isinstance(v, PreTrainedConfig))
 
 
-def _replace_configs(model: PreTrainedModel, record: PatchRecord) -> None:
-    """Gives the model copies of its configs with our attention: other models built from the same
-    object keep theirs. Copies are made before anything changes, so a failure changes nothing."""
+def _with_copies(model: nn.Module) -> tuple[tuple[PreTrainedConfig, PreTrainedConfig], ...]:
+    """The model's configs, each with a copy that has our attention: other models built from the
+    same object keep theirs. Copies are made before anything changes, so a failure changes nothing.
+    """
     memo: dict[int, Any] = {}
-    copies = {id(c): copy.deepcopy(c, memo) for _, _, c in record.configs}
-    for _, _, config in record.configs:
+    configs = {id(config): config for config in _configs(model)}.values()
+    pairs = tuple((config, copy.deepcopy(config, memo)) for config in configs)
+    for config, copied in pairs:
         stock = stock_of(config._attn_implementation)
         if stock is not None:
-            copies[id(config)]._attn_implementation_internal = NAMES[stock]
-    for path, name, config in record.configs:
-        setattr(model.get_submodule(path), name, copies[id(config)])
+            copied._attn_implementation_internal = NAMES[stock]
+    return pairs
+
+
+def _exchange(model: nn.Module, pairs: Iterable[tuple[Any, Any]]) -> None:
+    """The second config of each pair in place of the first, wherever a module has it."""
+    others = {id(one): other for one, other in pairs}
+    for module in model.modules():
+        for name, value in list(vars(module).items()):
+            if id(value) in others:
+                setattr(module, name, others[id(value)])
 
 
 def _put_back_configs(model: nn.Module, record: PatchRecord) -> None:
     """The original configs; where something was set since (a vocabulary resized, another attention
     chosen), the copies that hold it, with stock attention."""
-    places = [(model.get_submodule(path), name, config) for path, name, config in record.configs]
-    for module, name, config in places:
-        copied = getattr(module, name)
-        if copied is not config and is_ours(copied._attn_implementation):
+    for config, copied in record.configs:
+        if is_ours(copied._attn_implementation):
             copied._attn_implementation_internal = config._attn_implementation_internal
     # A config's own == leaves out what is no field of its class.
-    if all(vars(getattr(module, name)) == vars(config) for module, name, config in places):
-        for module, name, config in places:
-            setattr(module, name, config)
+    if all(vars(copied) == vars(config) for config, copied in record.configs):
+        _exchange(model, ((copied, config) for config, copied in record.configs))
 
 
 def _entrances(model: PreTrainedModel) -> list[nn.Module]:

@@ -1,9 +1,7 @@
 """The forward pre-hook of a patched model: keyword arguments in, one DocumentLayout out.
 
-A forward is packed when its batch says so by any convention in use: `layout`, `cu_seq_lens_q` or
-`cu_seqlens`, `seq_idx`, an integer segment mask, or `position_ids` that restart. Every convention
-that is present must agree. Anything else (padded batches, generation, one document a row) passes
-through untouched.
+`boundaries.py` reads what a batch says of its documents. One that says nothing (padded batches,
+generation, one document a row) passes through untouched.
 """
 
 from __future__ import annotations
@@ -21,25 +19,17 @@ from packed_attn.layout import DocumentLayout
 from packed_attn.logps import IGNORE_INDEX, without_first_labels
 from packed_attn_patches import fast_mixers
 from packed_attn_patches.adapters import refuse_adapters, refuse_calls_with_learned_tokens
+from packed_attn_patches.boundaries import (
+    BOUNDARY_NAMES,
+    CACHE_NAMES,
+    BatchShape,
+    packed_layout,
+    traced_layout,
+)
 from packed_attn_patches.interface import empty_mask, is_empty_mask, is_ours
 from packed_attn_patches.noise import tell
 from packed_attn_patches.rope import Watch, marked, refuse_long_forest
 from packed_attn_patches.routers import asks_for
-
-# Boundaries that the layout replaces; a layer that still saw them could act on them a second time.
-BOUNDARY_NAMES = (
-    "cu_seq_lens_q",
-    "cu_seq_lens_k",
-    "max_length_q",
-    "max_length_k",
-    "cu_seqlens",
-    "seq_idx",
-    "document_paths",
-)
-
-
-# transformers 5.24 renamed the argument.
-CACHE_NAMES = ("past_key_values", "cache")
 
 # Asks the forward that TRL's trainers put over a model's own for log-probabilities of the labels.
 # It hands all else to the backbone, which has a hook and a forward of its own.
@@ -94,7 +84,7 @@ class LayoutHook:
         # Unpacking reads lengths, so a compiler breaks the graph there in any case.
         recorded = _is_recorded(batch.device)
         traced = recorded and not self.unpacked and kwargs.get("layout") is not None
-        read = _traced_layout if traced else packed_layout
+        read = traced_layout if traced else packed_layout
         layout = read(batch, self._counted_from_0(kwargs))
         if layout is None:
             tell(module, kwargs.get("input_ids"), None)
@@ -309,251 +299,6 @@ def _with_padding_known(
         return layout
     flags = [False] * (layout.num_documents - padding) + [True] * padding
     return DocumentLayout.from_lengths(layout.lengths, padding=flags, device=layout.device)
-
-
-@dataclass(frozen=True)
-class BatchShape:
-    """Shape and device of a forward's tokens."""
-
-    rows: int
-    tokens: int
-    device: torch.device
-
-    @staticmethod
-    def of(kwargs: Mapping[str, Any]) -> BatchShape | None:
-        for name in ("input_ids", "inputs_embeds"):
-            x = kwargs.get(name)
-            if x is not None:
-                return BatchShape(x.shape[0], x.shape[1], x.device)
-        return None
-
-
-def rows_and_layout(kwargs: Mapping[str, Any]) -> tuple[int, DocumentLayout] | None:
-    """(rows, the layout on the tokens' device) of a packed forward, or None for any other."""
-    batch = BatchShape.of(kwargs)
-    layout = None if batch is None else packed_layout(batch, kwargs)
-    return None if batch is None or layout is None else (batch.rows, layout.to(batch.device))
-
-
-def packed_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
-    """The layout of a packed forward, or None for one that is not packed.
-
-    Raises:
-        ValueError: boundaries that do not cover the tokens or contradict each other, or a packed
-            batch on top of a filled KV cache.
-    """
-    found = {name: read(batch, kwargs) for name, read in _CONVENTIONS.items()}
-    found = {name: layout for name, layout in found.items() if layout is not None}
-    if not found:
-        _refuse_restarts_of_rotary_ids(kwargs)
-        return None
-    name, layout = next(iter(found.items()))
-    _check_total(name, layout, batch)
-    _check_rows(name, layout, batch)
-    _check_agreement(name, layout, found)
-    _check_positions(name, layout, batch, kwargs)
-    _check_mask(name, layout, kwargs)
-    _check_cache(name, kwargs)
-    return layout
-
-
-def _traced_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout:
-    """The layout of a forward that is being recorded: lengths are not read, which would compile
-    anew for every batch, and what is to be checked is asserted where the tensors are."""
-    layout: DocumentLayout = kwargs["layout"].traced()
-    _check_total("layout", layout, batch)
-    _check_positions("layout", layout, batch, kwargs)
-    _check_cache("layout", kwargs)
-    begins = layout.document_ids.view(batch.rows, batch.tokens)[1:, 0]
-    before = layout.document_ids.view(batch.rows, batch.tokens)[:-1, -1]
-    _assert(begins != before, "layout has a document that crosses from one row to the next")
-    mask = _plain_mask(kwargs)
-    if mask is not None:
-        _assert(mask <= 1, "attention_mask has segments beside a layout: leave it out")
-        hidden = layout.padding_tokens
-        seen = mask != 0 if hidden is None else (mask != 0) | hidden.view_as(mask)
-        _assert(seen, "attention_mask hides tokens that are no padding of the layout")
-    return layout
-
-
-def _assert(agree: Tensor, message: str) -> None:
-    """Raises on the device, where reading the answer would wait for it or break a graph."""
-    torch.ops.aten._assert_async.msg(agree.all(), message)
-
-
-def _check_total(name: str, layout: DocumentLayout, batch: BatchShape) -> None:
-    """Every token is in a document."""
-    if layout.total_tokens != batch.rows * batch.tokens:
-        raise ValueError(
-            f"{name} covers {layout.total_tokens} tokens, but the batch has "
-            f"{batch.rows} x {batch.tokens}"
-        )
-
-
-def _check_cache(name: str, kwargs: Mapping[str, Any]) -> None:
-    """Nothing came before the documents."""
-    cache = _filled_cache(kwargs)
-    if cache is not None:
-        raise ValueError(f"{name} packs documents, but {cache} already holds tokens")
-
-
-def _filled_cache(kwargs: Mapping[str, Any]) -> str | None:
-    """The name of an argument that holds tokens of an earlier forward."""
-    for name in CACHE_NAMES:
-        cache = kwargs.get(name)
-        if cache is not None and cache.get_seq_length() > 0:
-            return name
-    return None
-
-
-def _from_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
-    return kwargs.get("layout")
-
-
-def _from_cu_seqlens(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
-    if kwargs.get("layout") is not None:
-        return None  # the collator wrote both, and a second reading would wait for the device
-    for name in ("cu_seq_lens_q", "cu_seqlens"):
-        if kwargs.get(name) is not None:
-            return DocumentLayout.from_cu_seqlens(
-                kwargs[name], total_tokens=batch.rows * batch.tokens
-            )
-    return None
-
-
-def _from_seq_idx(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
-    if kwargs.get("layout") is not None or kwargs.get("seq_idx") is None:
-        return None
-    return DocumentLayout.from_document_ids(kwargs["seq_idx"])
-
-
-def _from_segment_mask(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
-    """An attention_mask of segment numbers, such as 1 1 2 2 2 0."""
-    mask = _plain_mask(kwargs)
-    if mask is None or mask.dtype == torch.bool or mask.dtype.is_floating_point:
-        return None
-    if mask.numel() == 0 or int(mask.max()) <= 1:
-        return None
-    return DocumentLayout.from_attention_mask(mask)
-
-
-def _from_position_ids(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:
-    """position_ids that restart between two tokens that the mask keeps."""
-    position_ids = kwargs.get("position_ids")
-    if kwargs.get("layout") is not None or position_ids is None or position_ids.ndim != 2:
-        return None
-    if kwargs.get("attention_mask") is not None and _plain_mask(kwargs) is None:
-        return None  # a mask that is made already says who sees whom, and hides where padding is
-    if batch.tokens < 2 or position_ids.shape[1] != batch.tokens:
-        return None
-    rows = position_ids.expand(batch.rows, -1)
-    real = _real_tokens(batch, kwargs)
-    restarts = rows[:, 1:] != rows[:, :-1] + 1
-    if real is None:
-        return DocumentLayout.from_position_ids(rows) if bool(restarts.any()) else None
-    # Left padding restarts positions too, but only beside a token that the mask hides.
-    if real.shape != rows.shape or not bool((restarts & real[:, 1:] & real[:, :-1]).any()):
-        return None
-    starts = torch.ones_like(real)
-    starts[:, 1:] = (restarts & real[:, 1:]) | (real[:, 1:] != real[:, :-1])
-    ids = starts.flatten().cumsum(0).view_as(rows)
-    return DocumentLayout.from_document_ids(torch.where(real, ids, -1))
-
-
-def _refuse_restarts_of_rotary_ids(kwargs: Mapping[str, Any]) -> None:
-    """Rotary ids `[3 or 4, B, T]` that go back to 0 may be packs: a guess could leak."""
-    ids = kwargs.get("position_ids")
-    if ids is None or ids.ndim != 3 or _plain_mask(kwargs) is not None or ids.shape[-1] < 2:
-        return
-    if bool(((ids[0, :, 1:] == 0) & (ids[0, :, :-1] != 0)).any()):
-        raise ValueError(
-            f"position_ids of shape {list(ids.shape)} go back to 0, as packed documents do: "
-            "give their boundaries as layout, cu_seq_lens_q or seq_idx"
-        )
-
-
-# In the order in which they are believed; all that are present must agree.
-_CONVENTIONS: dict[str, Callable[[BatchShape, Mapping[str, Any]], DocumentLayout | None]] = {
-    "layout": _from_layout,
-    "cu_seqlens": _from_cu_seqlens,
-    "seq_idx": _from_seq_idx,
-    "attention_mask": _from_segment_mask,
-    "position_ids": _from_position_ids,
-}
-
-
-def _plain_mask(kwargs: Mapping[str, Any]) -> Tensor | None:
-    mask = kwargs.get("attention_mask")
-    return mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-
-
-def _real_tokens(batch: BatchShape, kwargs: Mapping[str, Any]) -> Tensor | None:
-    mask = _plain_mask(kwargs)
-    if mask is None:
-        return None
-    # A mask may begin with the tokens of a cache.
-    return (mask[:, -batch.tokens :] != 0).expand(batch.rows, -1)
-
-
-def _check_rows(name: str, layout: DocumentLayout, batch: BatchShape) -> None:
-    """Documents end at row ends."""
-    if batch.rows == 1:
-        return
-    begins = set(layout.starts) | {layout.total_tokens}
-    for row in range(1, batch.rows):
-        if row * batch.tokens not in begins:
-            raise ValueError(f"{name} has a document that crosses from row {row - 1} to row {row}")
-    for d, start in enumerate(layout.starts if layout.is_forest else ()):
-        parent = layout.parent(d)
-        if parent >= 0 and layout.starts[parent] // batch.tokens != start // batch.tokens:
-            raise ValueError(
-                f"{name} has document {d} in row {start // batch.tokens}, but what it continues, "
-                f"document {parent}, in row {layout.starts[parent] // batch.tokens}"
-            )
-
-
-def _check_agreement(
-    name: str, layout: DocumentLayout, found: Mapping[str, DocumentLayout]
-) -> None:
-    """Every convention that is present tells the same documents."""
-    if len(found) == 1:
-        return  # lengths that are still on a device would be read for nothing
-    lengths = tuple(n for n in layout.lengths if n)
-    for other_name, other in found.items():
-        if tuple(n for n in other.lengths if n) != lengths:
-            raise ValueError(
-                f"{other_name} contradicts {name}: documents of {other.lengths} "
-                f"and {layout.lengths} tokens"
-            )
-
-
-def _check_mask(name: str, layout: DocumentLayout, kwargs: Mapping[str, Any]) -> None:
-    """Only padding is hidden."""
-    mask = _plain_mask(kwargs)
-    if mask is not None and layout.padding_tokens is None and not bool((mask != 0).all()):
-        raise ValueError(
-            f"{name} packs documents without padding, but attention_mask hides tokens: "
-            "mark padding in the layout or leave the mask out"
-        )
-
-
-def _check_positions(
-    name: str, layout: DocumentLayout, batch: BatchShape, kwargs: Mapping[str, Any]
-) -> None:
-    """position_ids count as the layout does; padding may count as it likes."""
-    position_ids = kwargs.get("position_ids")
-    if position_ids is None or position_ids.ndim != 2:
-        return
-    expected = layout.to(batch.device).position_ids.view(batch.rows, batch.tokens)
-    agree = position_ids.to(batch.device) == expected
-    padding = layout.to(batch.device).padding_tokens
-    if padding is not None:
-        agree |= padding.view_as(agree)
-    message = f"position_ids contradict {name}: positions restart at other tokens"
-    if agree.is_cuda or torch.compiler.is_compiling():
-        _assert(agree, message)
-    elif not bool(agree.all()):
-        raise ValueError(message)
 
 
 # Every other loss, a model's own or that of a Trainer with label_smoothing_factor, would divide by

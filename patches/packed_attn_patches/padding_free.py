@@ -26,7 +26,8 @@ from transformers.utils.generic import ModelOutput
 from packed_attn.layout import DocumentLayout
 from packed_attn.packing.forest import plan_forest
 from packed_attn_patches.adapters import refuse_adapters
-from packed_attn_patches.inputs import CACHE_NAMES, BatchShape, named, packed_layout
+from packed_attn_patches.boundaries import CACHE_NAMES, BatchShape, packed_layout
+from packed_attn_patches.inputs import named
 
 ROWS = "packed_attn_rows"
 # Tokens that sharing a beginning must save: every document costs edge tiles of its own.

@@ -22,8 +22,9 @@ from packed_attn.buckets import Bucket, Spans, pair_buckets
 from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches.adapters import refuse_adapters
+from packed_attn_patches.boundaries import BOUNDARY_NAMES, rows_and_layout
 from packed_attn_patches.families import HIDES_PADDING_IDS, Route
-from packed_attn_patches.inputs import BOUNDARY_NAMES, LayoutHook, named, rows_and_layout
+from packed_attn_patches.inputs import LayoutHook, named
 from packed_attn_patches.unpack import (
     CALL_TOKENS,
     REPLACED,

@@ -29,6 +29,7 @@ from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches import fast_mixers
 from packed_attn_patches.adapters import refuse_adapters
+from packed_attn_patches.boundaries import CACHE_NAMES
 from packed_attn_patches.families import (
     HIDES_PADDING_IDS,
     Head,
@@ -36,7 +37,7 @@ from packed_attn_patches.families import (
     is_encoder_decoder,
     reason_against_forests,
 )
-from packed_attn_patches.inputs import CACHE_NAMES, FUSED_HEAD, LayoutHook
+from packed_attn_patches.inputs import FUSED_HEAD, LayoutHook
 from packed_attn_patches.noise import noises_of, told
 from packed_attn_patches.rope import fresh, longest_alike, ropes_of
 from packed_attn_patches.routers import BalancingLoss, asks_for
@@ -78,7 +79,14 @@ _OTHER_STREAM = (
 _TYPES = ("token_type_ids", "mm_token_type_ids")
 
 # Each document counts its own positions, sees all of itself and starts without a past.
-REPLACED = ("attention_mask", *CACHE_NAMES, "use_cache", "num_items_in_batch", "return_dict")
+REPLACED = (
+    "attention_mask",
+    *CACHE_NAMES,
+    "use_cache",
+    "num_items_in_batch",
+    "return_dict",
+    "logits_to_keep",
+)
 
 
 POSITIONS = "position_ids"
@@ -223,6 +231,10 @@ class UnpackedForward:
         output = tied(batch.joined(real, left_out="" if balance is None else "aux_loss"), again)
         if balance is not None:
             balance.added(self.model, output, batch.layout)
+        keep = kwargs.get("logits_to_keep")
+        if keep is not None and output.get("logits") is not None:  # places in the rows of the pack
+            kept = slice(-keep, None) if isinstance(keep, int) else keep
+            output["logits"] = output["logits"][:, kept]
         return output if (by_default if asked is None else asked) else output.to_tuple()
 
 

@@ -3,13 +3,12 @@
 DistributedDataParallel, FSDP, torch.compile, PEFT adapters    the model inside is patched
 fully_shard, accelerate's hooks, quantised layers              the model itself is patched
 DataParallel, prompt and prefix tuning                         refused
-a class that is not transformers' own                          refused, or probed (`origin`)
+code that is not transformers' own                             refused, or audited (`foreign.py`)
 """
 
 from __future__ import annotations
 
 import sys
-from enum import Enum
 from typing import Any, cast
 
 import torch
@@ -23,14 +22,6 @@ from packed_attn_patches.unpack import UnpackedForward
 FORWARDS = (UnpackedForward, ModuleForward)
 
 
-class Origin(Enum):
-    """Whose code a model's class is."""
-
-    OWN = "transformers' own"
-    DERIVED = "derived from a class of transformers"
-    FOREIGN = "not transformers' own"
-
-
 def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside any wrappers.
 
@@ -42,21 +33,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
         if inner is None:
             return model
         model = inner
-
-
-def origin(model: nn.Module) -> Origin:
-    """Whose code the model's class is.
-
-    A class that a user derived may do anything, but usually adds a head or a loss to code that is
-    known: it is patched and then probed. Code that came with a checkpoint is not known at all.
-    """
-    # torch derives a class of its own for fully_shard.
-    classes = [c for c in type(model).__mro__ if not c.__module__.startswith("torch.")]
-    if classes and classes[0].__module__.startswith("transformers.models."):
-        return Origin.OWN
-    remote = any(c.__module__.startswith("transformers_modules") for c in classes)
-    known = any(c.__module__.startswith("transformers.models.") for c in classes)
-    return Origin.DERIVED if known and not remote else Origin.FOREIGN
 
 
 def put_forward(module: nn.Module, forward: UnpackedForward | ModuleForward) -> None:
