@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import pickle
+import weakref
 from typing import Any
 
 import pytest
@@ -171,6 +172,23 @@ def test_documents_of_like_length_share_a_forward(mamba: nn.Module) -> None:
     model.backbone.layers[0].register_forward_hook(lambda *args: calls.append(args[1][0].shape))
     model(**packed(documents(lengths=(3, 3, 3, 1, 1, 29, 30, 31, 2, 3))))
     assert sorted(shape[0] for shape in calls) == [1, 2, 3, 4]
+
+
+@torch.no_grad()
+def test_a_batch_is_gathered_when_it_runs(mamba: nn.Module) -> None:
+    """What one was made of is gone before the next is made: memory holds one at a time."""
+    model, docs = copy.deepcopy(mamba), documents(lengths=(3, 9, 40, 1))
+    alive, gathered = [], []
+
+    def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
+        alive.append(sum(batch() is not None for batch in gathered))
+        gathered.append(weakref.ref(kwargs["inputs_embeds"]))
+
+    model.backbone.register_forward_pre_hook(watch, with_kwargs=True)
+    batch = packed(docs)
+    embeds = model.get_input_embeddings()(batch.pop("input_ids"))
+    assert close(model(**batch, inputs_embeds=embeds).logits[0], alone(mamba, docs))
+    assert alive == [0, 0, 0, 0]
 
 
 def reward_model(**overrides: Any) -> nn.Module:

@@ -10,7 +10,7 @@ attention, positions and the shift of labels to decoder inputs never see a neigh
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -232,8 +232,7 @@ class _Pairs(PackedCalls):
         source, target = sides
         return _Pairs(forward, source, target, others, kwargs.get("num_items_in_batch"))
 
-    def calls(self) -> Iterator[tuple[tuple[Bucket, Bucket], dict[str, Any]]]:
-        """The keyword arguments of each forward."""
+    def planned(self) -> list[tuple[Bucket, Bucket]]:
         route = self.forward.route
         self.forward.check_text(self.source.values.get("input_ids"), self.source.layout)
         pairs = pair_buckets(
@@ -242,9 +241,14 @@ class _Pairs(PackedCalls):
             pad_lengths=self._may_pad(),
             call_tokens=1 if route is Route.UNPACK_SINGLE else CALL_TOKENS,
         )
-        for source, target in pairs:
-            pair = source.to(self.source.layout.device), target.to(self.target.layout.device)
-            yield pair, {**self.others, **self._source(pair[0]), **self._target(pair[1])}
+        devices = self.source.layout.device, self.target.layout.device
+        return [(source.to(devices[0]), target.to(devices[1])) for source, target in pairs]
+
+    def tokens_in(self, batch: tuple[Bucket, Bucket]) -> int:
+        return sum(side.batch * side.length for side in batch)
+
+    def inputs(self, batch: tuple[Bucket, Bucket]) -> dict[str, Any]:
+        return {**self.others, **self._source(batch[0]), **self._target(batch[1])}
 
     def _may_pad(self) -> bool:
         """A token whose whole window is hidden for its ids sees all of a row, padding too."""

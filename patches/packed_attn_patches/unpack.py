@@ -15,7 +15,7 @@ forest.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -220,14 +220,15 @@ class UnpackedForward:
         balance = BalancingLoss.of(function, routed and isinstance(batch, _Unpacked))
         if balance is not None:
             function = balance.function
-        calls = list(batch.calls())
-        with counted(self.model, len(calls)) as missing:
-            smallest = sorted(calls, key=_numbers_in)[:1]
-            for bucket, inputs in [*calls, *smallest * missing]:
+        planned = batch.planned()
+        with counted(self.model, len(planned)) as missing:
+            smallest = sorted(planned, key=batch.tokens_in)[:1]
+            for bucket in [*planned, *smallest * missing]:
+                inputs = batch.inputs(bucket)
                 lengths = batch.lengths(bucket) if noises else None
                 with fresh(self.ropes), told(noises, inputs.get("input_ids"), lengths):
                     parts.append((bucket, function(self.model, **inputs, **names)))
-        real, again = parts[: len(calls)], [of_call for _, of_call in parts[len(calls) :]]
+        real, again = parts[: len(planned)], [of_call for _, of_call in parts[len(planned) :]]
         output = tied(batch.joined(real, left_out="" if balance is None else "aux_loss"), again)
         if balance is not None:
             balance.added(self.model, output, batch.layout)
@@ -238,11 +239,6 @@ class UnpackedForward:
         return output if (by_default if asked is None else asked) else output.to_tuple()
 
 
-def _numbers_in(call: tuple[Any, Mapping[str, Any]]) -> int:
-    """The size of a call's arguments."""
-    return sum(value.numel() for value in call[1].values() if isinstance(value, Tensor))
-
-
 class PackedCalls:
     """One packed forward as calls on batches of documents, whose outputs are put together.
 
@@ -251,6 +247,18 @@ class PackedCalls:
     """
 
     num_items: Any
+
+    def planned(self) -> list[Any]:
+        """The batch of each call."""
+        raise NotImplementedError
+
+    def tokens_in(self, batch: Any) -> int:
+        """How many tokens a batch has, padding counted."""
+        raise NotImplementedError
+
+    def inputs(self, batch: Any) -> dict[str, Any]:
+        """The keyword arguments of a batch's call, made when it runs."""
+        raise NotImplementedError
 
     def put_back(self, name: str, parts: list[tuple[Any, Tensor]]) -> Tensor:
         """Rows of the output `name`, of every batch -> what one forward over all would give."""
@@ -374,8 +382,7 @@ class _Unpacked(PackedCalls):
         num_items = kwargs.get("num_items_in_batch")
         return _Unpacked(forward, layout, rows, tokens, per_token, labels, others, num_items)
 
-    def calls(self) -> Iterator[tuple[Bucket, dict[str, Any]]]:
-        """The keyword arguments of each forward."""
+    def planned(self) -> list[Bucket]:
         self.forward.check_text(self.per_token.get("input_ids"), self.layout)
         layout = self.layout.to("cpu")
         plan = _plan_on_the_host(
@@ -387,9 +394,13 @@ class _Unpacked(PackedCalls):
             view_tokens=CALL_TOKENS,
             call_tokens=1 if self._one_by_one() else CALL_TOKENS,
         )
-        for bucket in plan.buckets:
-            bucket = bucket.to(self.layout.device)
-            yield bucket, {**self.others, **self._inputs(bucket)}
+        return [bucket.to(self.layout.device) for bucket in plan.buckets]
+
+    def tokens_in(self, batch: Bucket) -> int:
+        return batch.batch * batch.length
+
+    def inputs(self, batch: Bucket) -> dict[str, Any]:
+        return {**self.others, **self._rows(batch)}
 
     def _may_pad(self) -> bool:
         """Whether documents of unlike length may share a batch: where padding comes after all that
@@ -406,7 +417,7 @@ class _Unpacked(PackedCalls):
             return True
         return self.forward.head.per_document and self.forward.pad_token_id() is None
 
-    def _inputs(self, bucket: Bucket) -> dict[str, Tensor]:
+    def _rows(self, bucket: Bucket) -> dict[str, Tensor]:
         """Its rows of every argument; what padding holds is a copy of its document's last token,
         except where the model reads it."""
         inputs = {name: bucket.rows(value) for name, value in self.per_token.items()}
@@ -467,7 +478,7 @@ class _Unpacked(PackedCalls):
             if labels.is_floating_point():
                 return labels.new_tensor(labels.shape[0])
             return (labels != IGNORE_INDEX).sum()
-        inputs = self._inputs(batch)
+        inputs = self._rows(batch)
         if "shift_labels" in inputs:
             return (inputs["shift_labels"] != IGNORE_INDEX).sum()
         labels = inputs["labels"][:, 1:] if self.forward.head.shifts else inputs["labels"]
