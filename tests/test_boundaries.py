@@ -75,7 +75,7 @@ def test_a_filled_cache_is_refused(llama: nn.Module) -> None:
         llama(**batch, past_key_values=cache)
 
 
-@pytest.mark.parametrize("family", ["llama", "bloom", "mamba"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "mamba", "rwkv", "minimax"])
 def test_generation_from_a_pack_is_refused(family: str) -> None:
     """It fills no cache to go on from: each new token would see itself alone."""
     model, batch = patch_model(tiny_model(family)), packed(documents())

@@ -38,6 +38,14 @@ _UNREAD = ("seq_lengths", "document_ids", "segment_ids", "cu_seqlens_q", "cu_seq
 # transformers 5.24 renamed the argument.
 CACHE_NAMES = ("past_key_values", "cache")
 
+# Arguments and outputs that hold a past to go on from.
+PASTS = (*CACHE_NAMES, "cache_params", "mems", "state", "rnn_state", "rope_deltas")
+
+NO_PAST = (
+    "a packed forward neither goes on from tokens nor fills a cache: generate from documents "
+    "alone, or from padded rows"
+)
+
 
 @dataclass(frozen=True)
 class BatchShape:
@@ -128,12 +136,9 @@ def _check_total(name: str, layout: DocumentLayout, batch: BatchShape) -> None:
 
 def _check_cache(name: str, kwargs: Mapping[str, Any]) -> None:
     """Nothing came before the documents, and nobody waits for a cache to go on from."""
-    cache = next((n for n in CACHE_NAMES if kwargs.get(n) is not None), None)
+    cache = next((n for n in PASTS if kwargs.get(n) is not None), None)
     if cache is not None:
-        raise ValueError(
-            f"{name} packs documents, but {cache} was given, and a packed forward neither goes on "
-            "from tokens nor fills a cache: generate from documents alone, or from padded rows"
-        )
+        raise ValueError(f"{name} packs documents, but {cache} was given, and {NO_PAST}")
 
 
 def _from_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout | None:

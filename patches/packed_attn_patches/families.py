@@ -82,6 +82,9 @@ _LOSS_READS_MASK = frozenset({"biogpt"})
 # Types that hide padding ids of a text where they are given no mask, and not where they are.
 HIDES_PADDING_IDS = frozenset({"t5gemma"})
 
+# Types whose forward makes the cache that generation goes on from, and is handed none to fill.
+MAKES_ITS_CACHE = frozenset({"minimax", "rwkv"})
+
 # Sequence heads that pool the last place of a row, padding or not.
 _POOLS_LAST_PLACE = frozenset({"xlnet"})
 

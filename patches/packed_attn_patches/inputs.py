@@ -22,10 +22,12 @@ from packed_attn_patches.adapters import refuse_adapters, refuse_calls_with_lear
 from packed_attn_patches.boundaries import (
     BOUNDARY_NAMES,
     CACHE_NAMES,
+    NO_PAST,
     BatchShape,
     packed_layout,
     traced_layout,
 )
+from packed_attn_patches.families import MAKES_ITS_CACHE
 from packed_attn_patches.interface import empty_mask, is_empty_mask, is_ours
 from packed_attn_patches.noise import tell
 from packed_attn_patches.rope import Watch, marked, refuse_long_forest
@@ -155,6 +157,9 @@ class LayoutHook:
                 "that continues it, but the model was given labels to compute a loss with one "
                 f"target a token: {way_out}"
             )
+        config: Any = module.config
+        if kwargs.get("use_cache") and config.model_type in MAKES_ITS_CACHE:
+            raise ValueError(f"use_cache=True was given with packed documents, and {NO_PAST}")
         packed = {k: v for k, v in kwargs.items() if k not in BOUNDARY_NAMES}
         packed["layout"] = layout
         packed["use_cache"] = False

@@ -29,7 +29,7 @@ from packed_attn.collator import IGNORE_INDEX
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches import fast_mixers
 from packed_attn_patches.adapters import refuse_adapters
-from packed_attn_patches.boundaries import CACHE_NAMES
+from packed_attn_patches.boundaries import CACHE_NAMES, PASTS
 from packed_attn_patches.families import (
     HIDES_PADDING_IDS,
     Head,
@@ -62,9 +62,6 @@ _STREAMS = (
     "hidden_states_ngram",
     "decoder_ngram_hidden_states",
 )
-
-# Outputs that hold a past to go on from; a packed forward has none.
-PASTS = (*CACHE_NAMES, "cache_params", "mems", "state", "rnn_state", "rope_deltas")
 
 # Inputs whose documents are those of another stream.
 _OTHER_STREAM = (
