@@ -110,14 +110,14 @@ def test_shuffled_boundaries_stop_a_patched_run_at_once(tmp_path: Path) -> None:
 
 
 def test_an_unpatched_layer_stops_the_run(tmp_path: Path) -> None:
-    """A layer put back to attention of its own is named."""
+    """A layer that a hook gave attention of its own is named."""
     model = patch_model(tiny_model("llama"))
 
-    def naive(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        steps = torch.arange(1, hidden_states.shape[1] + 1)[:, None]
-        return hidden_states.cumsum(1) / steps, None
+    def naive(module: nn.Module, args: Any, kwargs: Any, output: Any) -> tuple[Tensor, None]:
+        hidden = kwargs["hidden_states"]
+        return hidden.cumsum(1) / torch.arange(1, hidden.shape[1] + 1)[:, None], None
 
-    model.model.layers[1].self_attn.forward = naive
+    model.model.layers[1].self_attn.register_forward_hook(naive, with_kwargs=True)
     run = trainer(tmp_path, model, PackedCollator())
     run.add_callback(IsolationCallback(run))
     with pytest.raises(IsolationError, match=r"first in model\.layers\.1\.self_attn"):

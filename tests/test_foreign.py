@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -13,12 +15,13 @@ from torch import Tensor, nn
 from transformers import GPT2Config, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP
-from transformers.models.llama.modeling_llama import LlamaMLP
+from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
 from packed_attn import audit, patch_model
 from packed_attn.audit import leaks_between_documents
 from tests.exactness import alone, close, documents, packed
 from tests.models import tiny_config, tiny_model
+from tests.test_seq2seq import collate, pairs, tiny_seq2seq
 
 
 class Running(nn.Module):
@@ -210,6 +213,48 @@ def test_what_came_in_after_the_patch_is_audited_by_the_next() -> None:
     model.model.layers[0].mlp = Before(Running(), model.model.layers[0].mlp)
     with pytest.raises(NotImplementedError, match=r"first in model\.layers\.0\.mlp\.mixer"):
         patch_model(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "mamba", "t5"])
+def test_what_came_in_after_the_patch_is_refused_by_packs(family: str) -> None:
+    if family == "t5":
+        model, batch = patch_model(tiny_seq2seq()), collate(pairs())
+    else:
+        model, batch = patch_model(tiny_model(family)), without_labels(documents())
+    for _ in range(5):
+        model(**batch)
+    path = next(n for n, m in model.named_modules() if isinstance(m, nn.Linear))
+    model.set_submodule(path, Before(Running(), model.get_submodule(path)))
+    words = rf"{re.escape(path)} \(.*Before\) came into {type(model).__name__} after patch_model"
+    for _ in range(2):  # the sixth and the seventh
+        model(**batch)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=words):
+            model(**batch)
+    model(**{name: value for name, value in batch.items() if name in ("input_ids", "labels")})
+
+
+def test_a_forward_that_a_class_was_given_after_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = patch_model(tiny_model("llama"))
+    monkeypatch.setattr(LlamaMLP, "forward", Running.forward)
+    with pytest.raises(RuntimeError, match=r"Running\.forward on model\.layers\.0\.mlp came into"):
+        model(**without_labels(documents()))
+
+
+def test_what_trainers_and_users_put_in_after_the_patch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks that look at outputs, layers of converters, kernels of the hub, which are exchanged
+    with the mode, and what was there, in another place."""
+    model, docs = patch_model(with_layer(nn.Identity)), documents()
+    want = model(**without_labels(docs)).logits
+    model = patch_model(with_layer(nn.Identity))
+    model.lm_head.register_forward_hook(lambda *_: None)
+    converted = type("Converted", (nn.Linear,), {"__module__": "torchao.float8"})
+    model.model.layers[1].mlp.up_proj.__class__ = converted
+    monkeypatch.setattr(LlamaRMSNorm, "kernel_layer_name", "RMSNorm", raising=False)
+    norm, stock = model.model.norm, LlamaRMSNorm.forward
+    norm.forward = MethodType(lambda norm, x: stock(norm, x), norm)
+    model.model.layers[0].mlp = nn.Sequential(model.model.layers[0].mlp)
+    assert torch.equal(model(**without_labels(docs)).logits, want)
 
 
 def test_a_layer_of_another_type_is_foreign() -> None:

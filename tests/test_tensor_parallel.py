@@ -1,4 +1,4 @@
-"""Tensor parallelism (`tp_plan="auto"`): a pack equals its documents on one process."""
+"""Models that transformers itself spreads over processes: packs equal their documents on one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -53,3 +54,69 @@ def test_sharded_heads(family: str, tmp_path: Path) -> None:
         assert part["leak"] is None
         assert close(part["logits"][0], want)
         assert relative(part["gradients"], gradients(model)) <= 1e-5
+
+
+# By rank of those with batches of their own.
+LENGTHS = ((5, 1, 37, 22), (40, 3, 12), (9, 2), (2, 2, 30, 7, 1))
+
+
+def batch_of(rank: int) -> dict[str, Any]:
+    return packed(documents(seed=rank, lengths=LENGTHS[rank]))
+
+
+def targets(ranks: int) -> int:
+    return sum(int((batch_of(rank)["labels"] != -100).sum()) for rank in range(ranks))
+
+
+def share_of_mesh(folder: str, sizes: dict[str, int], batches: int) -> dict[str, Any]:
+    """What this rank computes of its batch, in evaluation where it holds some of the layers."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    as_launched()
+    chosen: Any = sizes
+    config = DistributedConfig(**chosen)
+    load = AutoModelForCausalLM.from_pretrained
+    model = patch_model(load(folder, distributed_config=config, dtype=torch.float32))
+    rank = dist.get_rank() // sizes.get("tp_size", 1) % batches
+    if "pp_size" in sizes:
+        with torch.no_grad():
+            logits = model(**{**batch_of(rank), "labels": None}).logits
+        return {"rank": rank, "logits": logits, "gradients": None}
+    output = model(**batch_of(rank), num_items_in_batch=targets(batches))
+    (output.loss * batches).backward()
+    return {
+        "rank": rank,
+        "logits": whole(output.logits).detach(),
+        "gradients": {n: whole(g) for n, g in gradients(model).items()},
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        ("llama", {"tp_size": 2, "fsdp_size": 2}),
+        ("llama", {"fsdp_size": 2, "dp_replicate_size": 2}),
+        ("qwen3_next", {"fsdp_size": 2, "dp_replicate_size": 2}),
+        ("qwen3_moe", {"fsdp_size": 2, "ep_size": 2}),
+        ("qwen3_next", {"fsdp_size": 2, "ep_size": 2}),
+        ("gemma2", {"pp_size": 2}),
+    ],
+    ids=str,
+)
+def test_meshes(family: str, sizes: dict[str, int], tmp_path: Path) -> None:
+    if not hasattr(pytest.importorskip("transformers.distributed").DistributedConfig, "dp_size"):
+        pytest.skip("transformers loads by such a mesh from 5.23 on")
+    batches = sizes.get("fsdp_size", 1) * sizes.get("dp_replicate_size", 1)
+    ranks = batches * sizes.get("tp_size", 1) * sizes.get("pp_size", 1)
+    layers: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
+    model = tiny_model(family, vocab_size=200, **(layers if family == "qwen3_next" else {}))
+    model.save_pretrained(tmp_path)
+    want = [alone(model, documents(seed=r, lengths=LENGTHS[r])) for r in range(batches)]
+    patch_model(model.train())
+    for rank in range(batches):
+        model(**batch_of(rank), num_items_in_batch=targets(batches)).loss.backward()
+    for part in in_processes(ranks, share_of_mesh, str(tmp_path), sizes, batches):
+        assert close(part["logits"][0], want[part["rank"]])
+        if part["gradients"] is not None:
+            assert relative(part["gradients"], gradients(model)) <= 1e-5

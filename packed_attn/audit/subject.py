@@ -79,7 +79,9 @@ class Subject:
 
     def run(self, kwargs: Mapping[str, Any], *, seed: int | None = None) -> Tensor:
         """The model's output tensor; whatever it draws at random is drawn alike each time."""
-        with torch.random.fork_rng(enabled=self.model.training):
+        from packed_attn_patches.foreign import unwatched
+
+        with torch.random.fork_rng(enabled=self.model.training), unwatched():
             if self.model.training:
                 torch.manual_seed(self.seed if seed is None else seed)
             return output_tensor(self.model(**kwargs))

@@ -30,7 +30,7 @@ from packed_attn_patches.families import (
     runs_on_pairs,
 )
 from packed_attn_patches.fast_mixers import MixerForward, mixers_of
-from packed_attn_patches.foreign import foreign_parts, is_foreign
+from packed_attn_patches.foreign import CodeWatch, foreign_parts, is_foreign
 from packed_attn_patches.inputs import LayoutHook, replacement_of
 from packed_attn_patches.interface import NAMES, is_ours, stock_of
 from packed_attn_patches.llama4 import ScalingForward, scaling_layers
@@ -217,9 +217,11 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
             backbone.register_forward_pre_hook(rows, with_kwargs=True)
             backbone.register_forward_hook(PadRows(), with_kwargs=True)
         for module in entrances:
+            code = CodeWatch.of(module)
             if runs_on_pairs(module):
                 put_forward(module, PairedForward(module, chosen, head_of(module)))
-                module.register_forward_pre_hook(PairHook(settings.backend), with_kwargs=True)
+                pairs = PairHook(settings.backend, code=code)
+                module.register_forward_pre_hook(pairs, with_kwargs=True)
                 continue
             taken = chosen if module is model else inner
             hook = LayoutHook(
@@ -230,6 +232,7 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
                 first_position=first_position(model),
                 outer=module is model and len(entrances) > 1,
                 rope=watch,
+                code=code,
             )
             if hook.unpacked:
                 put_forward(module, UnpackedForward(module, taken, head_of(module), hook))

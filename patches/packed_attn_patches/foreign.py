@@ -7,6 +7,9 @@ do anything to tokens, but most do nothing that mixes them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 from typing import Any
@@ -31,6 +34,10 @@ _MIXERS = (
     nn.TransformerDecoderLayer,
     nn.modules.batchnorm._NormBase,
 )
+# Packages that put layers in the place of a model's linear ones when a trainer prepares it.
+_CONVERTERS = frozenset({"torchao", "transformer_engine"})
+# Audits show what mixes documents, wherever it came from.
+_watched: ContextVar[bool] = ContextVar("watched", default=True)
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -46,10 +53,73 @@ def is_foreign(model: nn.Module) -> bool:
 
 def foreign_parts(model: nn.Module) -> tuple[str, ...]:
     """What is in the model beside the code of its type, each by path and origin."""
-    return tuple(_parts(model))
+    return tuple(part.text for part in _parts(model))
 
 
-def _parts(model: nn.Module) -> Iterator[str]:
+@dataclass
+class CodeWatch:
+    """Sees that a patched model gets no other code than it had when it was patched.
+
+    Looks at the first packed forward, the second, the fourth and so on: soon after whatever sets a
+    run up, and at no cost. What comes and goes may be there later: hooks, by which users look at
+    what layers make, and kernels of the hub, which a model exchanges when its mode changes. So may
+    layers that moved into another (adapters, wrappers).
+    """
+
+    origins: frozenset[str]
+    forwards: int = 0
+
+    @staticmethod
+    def of(module: nn.Module) -> CodeWatch:
+        return CodeWatch(frozenset(part.origin for part in _parts(module)))
+
+    def see(self, module: nn.Module) -> None:
+        """Raises a RuntimeError for code that came into the module since the patch."""
+        if not _watched.get():
+            return
+        following = self.forwards + 1
+        if following & self.forwards == 0:
+            for part in _parts(module):
+                self._check(part, module)
+        self.forwards = following
+
+    def _check(self, part: _Part, module: nn.Module) -> None:
+        converted = part.origin.partition(".")[0] in _CONVERTERS
+        if converted or part.passes or part.origin in self.origins:
+            return
+        raise RuntimeError(
+            f"{part.text} came into {type(module).__name__} after patch_model, and nothing shows "
+            "that it keeps documents apart: call patch_model(model) once more, which audits it (in "
+            "a Trainer that puts it there, in on_train_begin of a callback)"
+        )
+
+
+@contextmanager
+def unwatched() -> Iterator[None]:
+    """Forwards inside are those of an audit."""
+    token = _watched.set(False)
+    try:
+        yield
+    finally:
+        _watched.reset(token)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Code that is not of the model's type: a module's class, or what runs on one.
+
+    Attributes:
+        text: where it is, and its origin.
+        origin: the qualified name of the class or function.
+        passes: it comes and goes while a model is used.
+    """
+
+    text: str
+    origin: str
+    passes: bool = False
+
+
+def _parts(model: nn.Module) -> Iterator[_Part]:
     owners: dict[str, set[str]] = {}
     modules = dict(model.named_modules())
     for path, module in modules.items():
@@ -62,12 +132,18 @@ def _parts(model: nn.Module) -> Iterator[str]:
         classes = [c for c in type(module).__mro__ if issubclass(c, nn.Module)]
         cls = next((c for c in classes if _root(c) != "torch"), None)
         if cls is not None and (_root(cls) not in _KNOWN or (own and not own & owners[path])):
-            yield f"{name} ({cls.__module__}.{cls.__qualname__})"
+            yield _of_class(name, cls)
         elif isinstance(module, _MIXERS) and _is_users(modules[outside]):
-            yield f"{name} ({type(module).__module__}.{type(module).__qualname__})"
-        for function in _forwards(module):
+            yield _of_class(name, type(module))
+        for function, passes in _functions(module):
             if _root(function) not in _KNOWN | {_root(type(module))}:
-                yield f"{function.__module__}.{_name(function)} on {name}"
+                origin = f"{function.__module__}.{_name(function)}"
+                yield _Part(f"{origin} on {name}", origin, passes)
+
+
+def _of_class(name: str, cls: type) -> _Part:
+    origin = f"{cls.__module__}.{cls.__qualname__}"
+    return _Part(f"{name} ({origin})", origin)
 
 
 def _is_users(outside: nn.Module) -> bool:
@@ -81,16 +157,18 @@ def _packages(cls: type) -> set[str]:
     return {name.split(".")[2] for name in modules}
 
 
-def _forwards(module: nn.Module) -> Iterator[Any]:
-    """Functions, or classes of what is called, that run as this module's forward or beside it; its
-    class may have got one of another's."""
-    found = [type(module).forward, vars(module).get("forward"), vars(module).get("_old_forward")]
-    found += [hook for name in _HOOKS for hook in vars(module).get(name, {}).values()]
-    for called in found:
+def _functions(module: nn.Module) -> Iterator[tuple[Any, bool]]:
+    """Functions, or classes of what is called, that run as this module's forward or, as hooks,
+    beside it, and whether they come and go; its class may have got a forward of another's."""
+    own = [vars(module).get(name) for name in ("forward", "_old_forward")]
+    hooks = [hook for name in _HOOKS for hook in vars(module).get(name, {}).values()]
+    from_hub = hasattr(type(module), "kernel_layer_name")  # see transformers' use_kernels
+    found = [(type(module).forward, False), *((called, from_hub) for called in own)]
+    for called, passes in [*found, *((hook, True) for hook in hooks)]:
         while isinstance(called, MethodType | partial):
             called = called.__func__ if isinstance(called, MethodType) else called.func
         if called is not None:
-            yield called if hasattr(called, "__qualname__") else type(called)
+            yield (called if hasattr(called, "__qualname__") else type(called)), passes
 
 
 def _root(code: Any) -> str:

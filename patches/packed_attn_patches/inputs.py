@@ -28,6 +28,7 @@ from packed_attn_patches.boundaries import (
     traced_layout,
 )
 from packed_attn_patches.families import MAKES_ITS_CACHE
+from packed_attn_patches.foreign import CodeWatch
 from packed_attn_patches.interface import empty_mask, is_empty_mask, is_ours
 from packed_attn_patches.noise import tell
 from packed_attn_patches.rope import Watch, marked, refuse_long_forest
@@ -51,6 +52,7 @@ class LayoutHook:
         first_position: where the model's own positions begin; a batch may count from it or from 0.
         outer: an inner model with a hook of its own does the attention.
         rope: of a model whose rotary embeddings have to be told the documents (see `rope.py`).
+        code: what was in the module when it was patched.
     """
 
     backend: str = "auto"
@@ -60,6 +62,7 @@ class LayoutHook:
     first_position: int = 0
     outer: bool = False
     rope: Watch | None = None
+    code: CodeWatch | None = None
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -93,6 +96,8 @@ class LayoutHook:
             return (), kwargs
         if self.unpacked:
             _refuse_replaced_forward(module)
+        if self.code is not None and not recorded:
+            self.code.see(module)
         if layout.is_share:
             self._refuse_share(module, kwargs)
         layout = layout.to(batch.device)

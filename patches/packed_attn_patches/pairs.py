@@ -59,6 +59,8 @@ class PairHook(LayoutHook):
         for name, side in sides.items():
             if side is None:
                 raise ValueError(_one_sided(name, kwargs))
+        if self.code is not None:
+            self.code.see(module)
         refuse_adapters(module, same_rows=False)
         return (), _packed(kwargs, *sides.values())  # type: ignore[arg-type]
 
