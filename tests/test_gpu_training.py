@@ -425,13 +425,13 @@ def test_the_watch_finds_nothing_in_a_clean_run(tmp_path: Path, device: str) -> 
 
 
 def test_the_watch_finds_a_leak(tmp_path: Path, device: str) -> None:
-    """A layer that averages over the whole row is named."""
+    """A layer whose output is a sum over the whole row is named."""
     run = trainer(tmp_path, device, pack=True, max_steps=3)
 
-    def naive(hidden_states: Tensor, **_: Any) -> tuple[Tensor, None]:
-        return hidden_states.cumsum(1), None
+    def naive(module: Any, args: Any, kwargs: Any, output: Any) -> tuple[Tensor, None]:
+        return kwargs["hidden_states"].cumsum(1), None
 
-    run.model.model.layers[1].self_attn.forward = naive
+    run.model.model.layers[1].self_attn.register_forward_hook(naive, with_kwargs=True)
     run.add_callback(IsolationCallback(run))
     with pytest.raises(IsolationError, match=r"step 1: .*first in model\.layers\.1"):
         run.train()
