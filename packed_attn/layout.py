@@ -11,9 +11,9 @@ turns it into the one mask rule that every kernel follows:
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -75,8 +75,11 @@ class DocumentLayout:
     total_tokens: int
     parents: Tensor | None = None
     padding: Tensor | None = None
-    # Derived tensors, each made once: a frozen layout's only mutable part.
-    _derived: dict[Any, Any] = field(default_factory=dict)
+    # Derived tensors, each made once: the only mutable part. No field, as FSDP walks through those.
+    _derived: ClassVar[dict[Any, Any]]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_derived", {})
 
     @staticmethod
     def from_lengths(
@@ -436,10 +439,8 @@ class DocumentLayout:
         """
         if device is None:
             return self
-        device = torch.device(device)
-        if device.index is None and device.type != "cpu":
-            # "cuda" means the current one: ask where a tensor would land.
-            device = torch.empty(0, device=device).device
+        # "cuda" means the current one, and "cpu:0" the CPU: ask where a tensor would land.
+        device = torch.empty(0, device=device).device
         if device == self.device:
             return self
         return self._once(("to", device), lambda: self._moved(device, non_blocking))

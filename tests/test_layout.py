@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import pickle
 from itertools import accumulate, pairwise
 
@@ -302,6 +303,17 @@ def test_to_keeps_one_copy_per_device() -> None:
     assert moved.parents is not None
     assert moved.parents.device.type == "meta"
     assert moved.position_ids is moved.position_ids
+    assert layout.to("cpu:0") is layout
+
+
+def test_no_field_holds_what_was_derived() -> None:
+    """FSDP walks through the fields of a dataclass that a layer is given, without end where they
+    lead back to it, as copies on two devices do."""
+    layout = DocumentLayout.from_lengths([2, 3], parents=[-1, 0])
+    layout.to("meta")
+    layout.visibility()
+    for field in dataclasses.fields(layout):
+        assert isinstance(getattr(layout, field.name), torch.Tensor | int | None), field.name
 
 
 def test_host_facts_travel_without_reading_a_device() -> None:

@@ -9,9 +9,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from packed_attn import patch_model
+from packed_attn import PackedCollator, PackedDataset, patch_model
 from packed_attn.audit import leaks_between_documents
 from tests.exactness import alone, close, documents, gradients, packed, relative, token_mean
 from tests.models import tiny_model
@@ -120,3 +120,50 @@ def test_meshes(family: str, sizes: dict[str, int], tmp_path: Path) -> None:
         assert close(part["logits"][0], want[part["rank"]])
         if part["gradients"] is not None:
             assert relative(part["gradients"], gradients(model)) <= 1e-5
+
+
+def trained(folder: str, sizes: dict[str, Any] | None, steps: int) -> dict[str, Tensor]:
+    """Losses and weights of a Trainer's run, on two processes or on one with their batches."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    options: dict[str, Any] = {}
+    if sizes is not None:
+        as_launched()
+        options = {"distributed_config": DistributedConfig(**sizes)}
+    load = AutoModelForCausalLM.from_pretrained
+    model = patch_model(load(folder, dtype=torch.float32, **options))
+    lengths = (5, 9, 30, 12, 22, 7, 3, 40, 16, 8, 31, 2, 19, 20, 33)
+    arguments = TrainingArguments(
+        folder,
+        per_device_train_batch_size=1,
+        gradient_accumulation_steps=1 if sizes else RANKS,
+        max_steps=steps,
+        learning_rate=1e-2,
+        optim="sgd",
+        max_grad_norm=0.0,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    packs = PackedDataset([{"input_ids": d} for d in documents(lengths=lengths)], 64, multiple=2)
+    run = Trainer(model, arguments, train_dataset=packs, data_collator=PackedCollator())
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    weights = {name: whole(p).detach() for name, p in model.named_parameters()}
+    return {"losses": torch.tensor(losses), **weights}
+
+
+@pytest.mark.parametrize("family", ["llama", pytest.param("qwen3_next", marks=pytest.mark.slow)])
+def test_trainer_on_a_mesh(family: str, tmp_path: Path) -> None:
+    """Whose batches are moved to the device, so that layouts know their copies."""
+    config: Any = pytest.importorskip("transformers.distributed").DistributedConfig
+    if not hasattr(config, "dp_size"):
+        pytest.skip("transformers loads by such a mesh from 5.23 on")
+    tiny_model(family, vocab_size=200).save_pretrained(tmp_path)
+    found = in_processes(RANKS, trained, str(tmp_path), {"fsdp_size": RANKS}, 2)
+    want = trained(str(tmp_path), None, 2)
+    for name, value in want.items():
+        for of_rank in found:
+            torch.testing.assert_close(of_rank[name], value, rtol=1e-5, atol=1e-6, msg=name)

@@ -95,7 +95,8 @@ class _Tied(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, value: Tensor, *others: Tensor) -> Tensor:
         ctx.save_for_backward(*others)
-        return value.view_as(value)
+        # Trainer scales a loss in place, which a view would forbid; of logits a copy is too large.
+        return value.clone() if value.ndim == 0 else value.view_as(value)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

@@ -226,7 +226,9 @@ class UnpackedForward:
                 with fresh(self.ropes), told(noises, inputs.get("input_ids"), lengths):
                     parts.append((bucket, function(self.model, **inputs, **names)))
         real, again = parts[: len(planned)], [of_call for _, of_call in parts[len(planned) :]]
-        output = tied(batch.joined(real, left_out="" if balance is None else "aux_loss"), again)
+        if real and again:  # what is joined is new, and may be written to
+            real[0] = real[0][0], tied(real[0][1], again)
+        output = batch.joined(real, left_out="" if balance is None else "aux_loss")
         if balance is not None:
             balance.added(self.model, output, batch.layout)
         keep = kwargs.get("logits_to_keep")
