@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -30,6 +30,16 @@ def count_up(lengths: tuple[int, ...], total: int) -> NDArray[np.int64]:
 def holds_tensor(part: Any) -> bool:
     """Whether a part of a key is a caller's tensor, as `prefix_key` makes one."""
     return isinstance(part, tuple) and any(isinstance(x, Tensor) for x in part)
+
+
+def own_facts(derived: Mapping[Any, Any], layouts: type) -> Iterator[tuple[Any, Any]]:
+    """What follows from a layout alone: no copies elsewhere, nothing of a caller's tensor or of
+    another of `layouts`."""
+    for key, value in derived.items():
+        parts = (key,) if isinstance(key, str) else key
+        others = any(isinstance(part, layouts) or holds_tensor(part) for part in parts)
+        if parts[0] != "to" and not others:
+            yield key, value
 
 
 def map_tensors(value: Any, function: Callable[[Tensor], Tensor]) -> Any:

@@ -15,7 +15,7 @@ keys as it sees, so that every rank has the same number of tokens and nearly the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
@@ -91,7 +91,6 @@ _WHOLE_ONLY = (
 )
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class ShardedLayout(DocumentLayout):
     """The documents of one rank's tokens: pieces of the whole pack's documents.
 
@@ -102,26 +101,28 @@ class ShardedLayout(DocumentLayout):
         method: see `context_parallel`.
     """
 
-    whole: DocumentLayout = None  # type: ignore[assignment]
-    rows: Tensor = None  # type: ignore[assignment]
-    group: Any = None
-    method: Method = "auto"
+    whole: DocumentLayout
+    rows: Tensor
+    group: Any
+    method: Method
+
+    def __init__(
+        self,
+        pieces: DocumentLayout,
+        whole: DocumentLayout,
+        rows: Tensor,
+        group: Any,
+        method: Method,
+    ) -> None:
+        super().__init__(pieces.cu_seqlens, pieces.total_tokens, padding=pieces.padding)
+        vars(self).update(whole=whole, rows=rows, group=group, method=method)
 
     @staticmethod
     def of(whole: DocumentLayout, group: Any, method: Method) -> ShardedLayout:
         """The share of this process."""
         ranks, rank = dist.get_world_size(group), dist.get_rank(group)
         rows = _dealt(whole, ranks)[rank].to(whole.device)
-        pieces = _Pieces.of(whole, rows)
-        return ShardedLayout(
-            pieces.layout.cu_seqlens,
-            pieces.layout.total_tokens,
-            padding=pieces.layout.padding,
-            whole=whole,
-            rows=rows,
-            group=group,
-            method=method,
-        )
+        return ShardedLayout(_Pieces.of(whole, rows).layout, whole, rows, group, method)
 
     @property
     def is_share(self) -> bool:
@@ -157,14 +158,12 @@ class ShardedLayout(DocumentLayout):
         return self.whole.document_ends[self.rows]
 
     def _moved(self, device: torch.device, non_blocking: bool) -> ShardedLayout:
-        moved = {
-            "cu_seqlens": self.cu_seqlens.to(device, non_blocking=non_blocking),
-            "padding": None if self.padding is None else self.padding.to(device),
-            "whole": self.whole.to(device, non_blocking),
-            "rows": self.rows.to(device, non_blocking=non_blocking),
-        }
-        kept = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "_derived"}
-        copy = ShardedLayout(**{**kept, **moved})
+        padding = None if self.padding is None else self.padding.to(device)
+        cu_seqlens = self.cu_seqlens.to(device, non_blocking=non_blocking)
+        pieces = DocumentLayout(cu_seqlens, self.total_tokens, padding=padding)
+        whole = self.whole.to(device, non_blocking)
+        rows = self.rows.to(device, non_blocking=non_blocking)
+        copy = ShardedLayout(pieces, whole, rows, self.group, self.method)
         copy._derived["lengths"] = self.lengths
         copy._derived[("to", self.device)] = self
         return copy

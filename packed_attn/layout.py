@@ -10,16 +10,15 @@ turns it into the one mask rule that every kernel follows:
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from packed_attn.derived import count_up, holds_tensor, map_tensors, prefix_key
+from packed_attn.derived import count_up, map_tensors, own_facts, prefix_key
 from packed_attn.host_values import (
     check_padding_stands_alone,
     host_padding,
@@ -45,7 +44,6 @@ INT32_MAX = 2**31 - 1
 KEPT_MASKS = 16
 
 
-@dataclass(frozen=True, eq=False, repr=False)
 class DocumentLayout:
     """How `total_tokens` packed tokens divide into documents.
 
@@ -73,13 +71,28 @@ class DocumentLayout:
 
     cu_seqlens: Tensor
     total_tokens: int
-    parents: Tensor | None = None
-    padding: Tensor | None = None
-    # Derived tensors, each made once: the only mutable part. No field, as FSDP walks through those.
-    _derived: ClassVar[dict[Any, Any]]
+    parents: Tensor | None
+    padding: Tensor | None
+    _derived: dict[Any, Any]  # each made once: the only mutable part
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_derived", {})
+    def __init__(
+        self,
+        cu_seqlens: Tensor,
+        total_tokens: int,
+        parents: Tensor | None = None,
+        padding: Tensor | None = None,
+    ) -> None:
+        # No dataclass: FSDP builds those anew for every layer, with all that they hold.
+        vars(self).update(
+            cu_seqlens=cu_seqlens,
+            total_tokens=total_tokens,
+            parents=parents,
+            padding=padding,
+            _derived={},
+        )
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        raise AttributeError(f"a layout is not changed: {name} is as it was made")
 
     @staticmethod
     def from_lengths(
@@ -456,12 +469,8 @@ class DocumentLayout:
             "total_tokens": self.total_tokens,
             "parents": self.parents,
             "padding": self.padding,
-            "_derived": dict(self._own_facts()),
+            "_derived": dict(own_facts(self._derived, DocumentLayout)),
         }
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        for name, value in state.items():
-            object.__setattr__(self, name, value)
 
     def __repr__(self) -> str:
         kinds = [
@@ -565,19 +574,9 @@ class DocumentLayout:
             None if self.parents is None else function(self.parents),
             None if self.padding is None else function(self.padding),
         )
-        for key, value in self._own_facts():
+        for key, value in own_facts(self._derived, DocumentLayout):
             copy._derived[key] = map_tensors(value, function)
         return copy
-
-    def _own_facts(self) -> Iterator[tuple[Any, Any]]:
-        """What follows from this layout alone: no copies elsewhere, nothing of a caller's tensor
-        or of another layout."""
-        for key, value in self._derived.items():
-            parts = (key,) if isinstance(key, str) else key
-            if parts[0] != "to" and not any(
-                isinstance(part, DocumentLayout) or holds_tensor(part) for part in parts
-            ):
-                yield key, value
 
     def _moved(self, device: torch.device, non_blocking: bool) -> DocumentLayout:
         copy = self._mapped(lambda t: t.to(device, non_blocking=non_blocking))

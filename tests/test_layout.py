@@ -306,14 +306,15 @@ def test_to_keeps_one_copy_per_device() -> None:
     assert layout.to("cpu:0") is layout
 
 
-def test_no_field_holds_what_was_derived() -> None:
-    """FSDP walks through the fields of a dataclass that a layer is given, without end where they
-    lead back to it, as copies on two devices do."""
+def test_fsdp_hands_a_layer_the_layout_itself() -> None:
+    """It walks through dataclasses, without end where copies on two devices know each other, and
+    builds them anew for every layer."""
+    from torch.distributed.utils import _apply_to_tensors
+
     layout = DocumentLayout.from_lengths([2, 3], parents=[-1, 0])
     layout.to("meta")
-    layout.visibility()
-    for field in dataclasses.fields(layout):
-        assert isinstance(getattr(layout, field.name), torch.Tensor | int | None), field.name
+    assert not dataclasses.is_dataclass(layout)
+    assert _apply_to_tensors(lambda tensor: tensor, {"layout": layout})["layout"] is layout
 
 
 def test_host_facts_travel_without_reading_a_device() -> None:
