@@ -71,9 +71,14 @@ _OTHER_STREAM = (
     "decoder_inputs_embeds",
 )
 
-# Types of tokens, of which Gemma 3 and 4 let neighbours of one kind, images, see each other both
-# ways: padding is text.
-_TYPES = ("token_type_ids", "mm_token_type_ids")
+# What padding holds of arguments that are read there. It has no targets; and of types of tokens, of
+# which Gemma 3 and 4 let neighbours of one kind, images, see each other both ways, it is text.
+_OF_PADDING = {
+    "labels": IGNORE_INDEX,
+    "shift_labels": IGNORE_INDEX,
+    "token_type_ids": 0,
+    "mm_token_type_ids": 0,
+}
 
 # Each document counts its own positions, sees all of itself and starts without a past.
 REPLACED = (
@@ -419,19 +424,13 @@ class _Unpacked(PackedCalls):
     def _rows(self, bucket: Bucket) -> dict[str, Tensor]:
         """Its rows of every argument; what padding holds is a copy of its document's last token,
         except where the model reads it."""
-        inputs = {name: bucket.rows(value) for name, value in self.per_token.items()}
+        inputs = {name: self._rows_of(name, bucket) for name in self.per_token}
         if "position_ids" in inputs:
             inputs["position_ids"] = inputs["position_ids"].permute(2, 0, 1)
         if self.labels is not None:
             inputs["labels"] = self.labels.index_select(0, self._documents(bucket))
         if bucket.pads is None:
             return inputs
-        for name in ("labels", "shift_labels"):
-            if name in self.per_token:
-                inputs[name].view(-1)[bucket.pads] = IGNORE_INDEX
-        for name in _TYPES:
-            if name in self.per_token:
-                inputs[name].view(-1)[bucket.pads] = 0
         if self.forward.route is Route.UNPACK_MASKED:
             mask = torch.ones(bucket.batch, bucket.length, dtype=torch.long)
             inputs["attention_mask"] = mask = mask.to(self.layout.device)
@@ -439,6 +438,13 @@ class _Unpacked(PackedCalls):
             if "input_ids" in inputs:
                 inputs["input_ids"].view(-1)[bucket.pads] = self.forward.pad_token_id() or 0
         return inputs
+
+    def _rows_of(self, name: str, bucket: Bucket) -> Tensor:
+        """Its rows of one argument."""
+        rows = bucket.rows(self.per_token[name])
+        if bucket.pads is not None and name in _OF_PADDING:
+            rows.view(-1)[bucket.pads] = _OF_PADDING[name]
+        return rows
 
     def lengths(self, batch: Bucket) -> Tensor:
         return batch.rows(self.layout.lengths_alone)
@@ -477,11 +483,10 @@ class _Unpacked(PackedCalls):
             if labels.is_floating_point():
                 return labels.new_tensor(labels.shape[0])
             return (labels != IGNORE_INDEX).sum()
-        inputs = self._rows(batch)
-        if "shift_labels" in inputs:
-            return (inputs["shift_labels"] != IGNORE_INDEX).sum()
-        labels = inputs["labels"][:, 1:] if self.forward.head.shifts else inputs["labels"]
-        return (labels != IGNORE_INDEX).sum()
+        if "shift_labels" in self.per_token:
+            return (self._rows_of("shift_labels", batch) != IGNORE_INDEX).sum()
+        labels = self._rows_of("labels", batch)
+        return ((labels[:, 1:] if self.forward.head.shifts else labels) != IGNORE_INDEX).sum()
 
 
 def in_rows(
