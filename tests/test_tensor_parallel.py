@@ -17,6 +17,7 @@ from tests.exactness import alone, close, documents, gradients, packed, relative
 from tests.models import tiny_model
 from tests.processes import in_processes
 from tests.test_data_parallel import as_launched
+from tests.test_shards import LENGTHS, batch_of, targets
 
 RANKS = 2
 
@@ -56,27 +57,26 @@ def test_sharded_heads(family: str, tmp_path: Path) -> None:
         assert relative(part["gradients"], gradients(model)) <= 1e-5
 
 
-# By rank of those with batches of their own.
-LENGTHS = ((5, 1, 37, 22), (40, 3, 12), (9, 2), (2, 2, 30, 7, 1))
+def load(folder: str, sizes: dict[str, Any] | None) -> Any:
+    """A patched model over a mesh of such sizes, or on this process alone."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    options: dict[str, Any] = {"dtype": torch.float32}
+    if sizes is not None:
+        as_launched()
+        options["distributed_config"] = DistributedConfig(**sizes)
+    return patch_model(AutoModelForCausalLM.from_pretrained(folder, **options))
 
 
-def batch_of(rank: int) -> dict[str, Any]:
-    return packed(documents(seed=rank, lengths=LENGTHS[rank]))
-
-
-def targets(ranks: int) -> int:
-    return sum(int((batch_of(rank)["labels"] != -100).sum()) for rank in range(ranks))
+def need_meshes() -> None:
+    config: Any = pytest.importorskip("transformers.distributed").DistributedConfig
+    if not hasattr(config, "dp_size"):
+        pytest.skip("transformers loads by such a mesh from 5.23 on")
 
 
 def share_of_mesh(folder: str, sizes: dict[str, int], batches: int) -> dict[str, Any]:
     """What this rank computes of its batch, in evaluation where it holds some of the layers."""
-    from transformers.distributed.configuration_utils import DistributedConfig
-
-    as_launched()
-    chosen: Any = sizes
-    config = DistributedConfig(**chosen)
-    load = AutoModelForCausalLM.from_pretrained
-    model = patch_model(load(folder, distributed_config=config, dtype=torch.float32))
+    model = load(folder, sizes)
     rank = dist.get_rank() // sizes.get("tp_size", 1) % batches
     if "pp_size" in sizes:
         with torch.no_grad():
@@ -105,14 +105,13 @@ def share_of_mesh(folder: str, sizes: dict[str, int], batches: int) -> dict[str,
     ids=str,
 )
 def test_meshes(family: str, sizes: dict[str, int], tmp_path: Path) -> None:
-    if not hasattr(pytest.importorskip("transformers.distributed").DistributedConfig, "dp_size"):
-        pytest.skip("transformers loads by such a mesh from 5.23 on")
+    need_meshes()
     batches = sizes.get("fsdp_size", 1) * sizes.get("dp_replicate_size", 1)
     ranks = batches * sizes.get("tp_size", 1) * sizes.get("pp_size", 1)
     layers: dict[str, Any] = {"layer_types": ["linear_attention", "full_attention"]}
     model = tiny_model(family, vocab_size=200, **(layers if family == "qwen3_next" else {}))
     model.save_pretrained(tmp_path)
-    want = [alone(model, documents(seed=r, lengths=LENGTHS[r])) for r in range(batches)]
+    want = [alone(model, documents(seed=r + 1, lengths=LENGTHS[r])) for r in range(batches)]
     patch_model(model.train())
     for rank in range(batches):
         model(**batch_of(rank), num_items_in_batch=targets(batches)).loss.backward()
@@ -124,14 +123,7 @@ def test_meshes(family: str, sizes: dict[str, int], tmp_path: Path) -> None:
 
 def trained(folder: str, sizes: dict[str, Any] | None, steps: int) -> dict[str, Tensor]:
     """Losses and weights of a Trainer's run, on two processes or on one with their batches."""
-    from transformers.distributed.configuration_utils import DistributedConfig
-
-    options: dict[str, Any] = {}
-    if sizes is not None:
-        as_launched()
-        options = {"distributed_config": DistributedConfig(**sizes)}
-    load = AutoModelForCausalLM.from_pretrained
-    model = patch_model(load(folder, dtype=torch.float32, **options))
+    model = load(folder, sizes)
     lengths = (5, 9, 30, 12, 22, 7, 3, 40, 16, 8, 31, 2, 19, 20, 33)
     arguments = TrainingArguments(
         folder,
@@ -158,9 +150,7 @@ def trained(folder: str, sizes: dict[str, Any] | None, steps: int) -> dict[str, 
 @pytest.mark.parametrize("family", ["llama", pytest.param("qwen3_next", marks=pytest.mark.slow)])
 def test_trainer_on_a_mesh(family: str, tmp_path: Path) -> None:
     """Whose batches are moved to the device, so that layouts know their copies."""
-    config: Any = pytest.importorskip("transformers.distributed").DistributedConfig
-    if not hasattr(config, "dp_size"):
-        pytest.skip("transformers loads by such a mesh from 5.23 on")
+    need_meshes()
     tiny_model(family, vocab_size=200).save_pretrained(tmp_path)
     found = in_processes(RANKS, trained, str(tmp_path), {"fsdp_size": RANKS}, 2)
     want = trained(str(tmp_path), None, 2)
