@@ -115,7 +115,11 @@ class ShardedLayout(DocumentLayout):
         method: Method,
     ) -> None:
         super().__init__(pieces.cu_seqlens, pieces.total_tokens, padding=pieces.padding)
-        vars(self).update(whole=whole, rows=rows, group=group, method=method)
+        put = object.__setattr__
+        put(self, "whole", whole)
+        put(self, "rows", rows)
+        put(self, "group", group)
+        put(self, "method", method)
 
     @staticmethod
     def of(whole: DocumentLayout, group: Any, method: Method) -> ShardedLayout:

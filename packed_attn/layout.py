@@ -83,13 +83,12 @@ class DocumentLayout:
         padding: Tensor | None = None,
     ) -> None:
         # No dataclass: FSDP builds those anew for every layer, with all that they hold.
-        vars(self).update(
-            cu_seqlens=cu_seqlens,
-            total_tokens=total_tokens,
-            parents=parents,
-            padding=padding,
-            _derived={},
-        )
+        put = object.__setattr__  # which torch.compile follows, as it does not vars(self)
+        put(self, "cu_seqlens", cu_seqlens)
+        put(self, "total_tokens", total_tokens)
+        put(self, "parents", parents)
+        put(self, "padding", padding)
+        put(self, "_derived", {})
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise AttributeError(f"a layout is not changed: {name} is as it was made")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from packed_attn_patches import tiny
 from torch import Tensor
 
@@ -68,8 +69,9 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def config_of(kind: str, changes: dict[str, Any]) -> Any:
-    if not hasattr(peft, kind):
-        pytest.skip(f"this PEFT has no {kind}")
+    for needed in (kind, *(["KasaConfig"] if "kasa_config" in changes else [])):
+        if not hasattr(peft, needed):
+            pytest.skip(f"this PEFT has no {needed}")
     made = {k: getattr(peft, v)() if k == "kasa_config" else v for k, v in changes.items()}
     return getattr(peft, kind)(task_type="CAUSAL_LM", **made)
 
@@ -157,6 +159,92 @@ def test_they_are_refused_where_rows_lose_their_padding(kind: str) -> None:
     ids, mask = rows()
     with pytest.raises(NotImplementedError, match="refuses its adapter 'default', which"):
         model(input_ids=ids, attention_mask=mask)
+
+
+# Of each family: where an adapter goes.
+TARGETS = {
+    "llama": ["q_proj", "v_proj"],
+    "gemma3": ["q_proj"],
+    "bloom": ["query_key_value"],
+    "mamba": ["in_proj"],
+}
+
+
+@pytest.fixture
+def calls_forward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PEFT before 0.21, which calls the forward of the model inside and none of its hooks."""
+    from peft.tuners.tuners_utils import BaseTuner
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.model.forward(*args, **kwargs)
+
+    monkeypatch.setattr(BaseTuner, "forward", forward)
+
+
+@pytest.mark.parametrize("first", ["patch", "adapter"])
+@pytest.mark.parametrize("kind", ["LoraConfig", "AdaLoraConfig"])
+@pytest.mark.parametrize("family", ["llama", "gemma3", "bloom", "mamba"])
+def test_calls_past_the_hooks(family: str, kind: str, first: str, calls_forward: None) -> None:
+    """By every convention; labels of first tokens, which nothing predicts, count nothing."""
+    config = config_of(kind, {"total_step": 10} if kind == "AdaLoraConfig" else {})
+    config.target_modules = TARGETS[family]
+    config.orth_reg_weight = 1e-9  # AdaLoRA adds a loss of its weights
+    model, docs = adapted(config, family=family, first=first), documents()
+    want, loss = alone(model, docs), token_mean(model, docs).item()
+    batch = {**packed(docs), "labels": torch.cat(docs)[None]}
+    for names in ((*batch,), ("position_ids",), ("seq_idx",), ("cu_seq_lens_q",), ("layout",)):
+        given = {name: batch[name] for name in {"input_ids", "labels", *names}}
+        output = model(**given)
+        assert close(output.logits[0].detach(), want)
+        assert abs(output.loss.item() - loss) <= 2e-6 * loss
+
+
+def test_a_model_without_a_head_past_its_hooks(calls_forward: None) -> None:
+    model = patch_model(tiny.tiny_model("llama", auto_class=transformers.AutoModel))
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="FEATURE_EXTRACTION")
+    model, docs = peft.get_peft_model(model, config), documents()
+    batch, outputs = packed(docs), [model(input_ids=d[None])[0][0] for d in docs]
+    got = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"])[0][0]
+    assert close(got.detach(), torch.cat(outputs).detach())
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_a_forward_that_is_called_by_name(family: str) -> None:
+    """It runs the hooks once, the user's among them, and so it does inside what wraps it."""
+    model, docs = patch_model(tiny.tiny_model(family)), documents()
+    want, calls = alone(model, docs), []
+    model.register_forward_pre_hook(lambda *_: calls.append(1))
+    batch = {name: packed(docs)[name] for name in ("input_ids", "position_ids")}
+    assert close(model.forward(**batch).logits[0].detach(), want)
+    assert len(calls) == 1
+    model.forward = torch.autocast("cpu", enabled=False)(model.forward)  # as accelerate does
+    for called in (model, model.forward):
+        calls.clear()
+        assert close(called(**batch).logits[0].detach(), want)
+        assert len(calls) == 1
+    assert close(copy.deepcopy(model)(**batch).logits[0].detach(), want)
+
+
+def test_a_compiled_call_past_the_hooks(calls_forward: None) -> None:
+    config = config_of("LoraConfig", QV)
+    model, docs = adapted(config, first="patch"), documents()
+    batch = {**packed(docs), "labels": torch.cat(docs)[None]}
+    torch._dynamo.reset()
+    output = torch.compile(model, backend="eager")(**batch)
+    assert close(output.logits[0].detach(), alone(model, docs))
+    loss = token_mean(model, docs).item()
+    assert abs(output.loss.item() - loss) <= 2e-6 * loss
+
+
+def test_those_that_look_at_a_row_are_refused_past_the_hooks(calls_forward: None) -> None:
+    """A fused head calls the backbone by itself, which has no adapters written on it."""
+    utils = pytest.importorskip("trl.trainer.utils", reason="needs trl")
+    model = patch_model(tiny.tiny_model("llama"))
+    utils.add_fused_lm_head(model)
+    wrapped = peft.get_peft_model(model, mixing("aLoRA"))
+    batch = {name: packed(documents())[name] for name in ("input_ids", "position_ids", "labels")}
+    with pytest.raises(NotImplementedError, match="refuses its adapter 'default', which"):
+        wrapped(**batch, fused_lm_head=True)
 
 
 def rows() -> tuple[Tensor, Tensor]:

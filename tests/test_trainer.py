@@ -212,3 +212,14 @@ def test_labels_that_nothing_predicts_are_refused_where_they_were_counted(
     with pytest.raises(ValueError, match="Use PackedCollator"):
         run(of_all_tokens)
     assert run(default_data_collator) == pytest.approx(run(PackedCollator()), rel=1e-6)
+
+
+def test_several_gpus_of_one_process_are_refused(tmp_path: Path) -> None:
+    """There a Trainer wraps the model in DataParallel and multiplies its loss by their number."""
+    settings = arguments(tmp_path)
+    settings._n_gpu = 2
+    packs = pack_dataset(documents(), CAPACITY, overflow="error")
+    model = patch_model(tiny_model("llama"))
+    trainer = Trainer(model, settings, train_dataset=packs, data_collator=PackedCollator())
+    with pytest.raises(NotImplementedError, match=r"refuses DataParallel.*CUDA_VISIBLE_DEVICES"):
+        trainer.train()

@@ -163,8 +163,16 @@ def test_fully_sharded(one_process: None) -> None:
 
 
 def test_data_parallel_is_refused() -> None:
-    with pytest.raises(NotImplementedError, match="torchrun or accelerate launch"):
+    """Before the patch and after it, by whatever is put into it."""
+    refused = pytest.raises(NotImplementedError, match="refuses DataParallel")
+    with refused:
         patch_model(nn.DataParallel(tiny_model("llama")))
+    model = patch_model(tiny_model("llama"))
+    config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+    for wrapped in (model, peft.get_peft_model(model, config)):
+        with refused:
+            nn.DataParallel(wrapped)
+    nn.DataParallel(unpatch_model(model))
 
 
 @pytest.mark.parametrize("kind", ["PrefixTuningConfig", "PromptTuningConfig"])

@@ -40,28 +40,38 @@ def refuse_calls_with_learned_tokens() -> None:
     """Raises where the forward that is running was called by a wrapper that learns tokens.
 
     PEFT tells the model inside nothing of its wrapper, and drops what would tell documents apart.
-    So the callers are asked: a wrapper that came after the patch is one of them.
     """
+    for caller in _wrappers_around():
+        refuse_learned_tokens(caller)
+
+
+def _wrappers_around() -> list[Any]:
+    """PEFT's wrappers that the forward that is running was called by, the inmost first: one that
+    came after the patch is known by nothing else."""
     peft: Any = sys.modules.get("peft")
+    found: list[Any] = []
     if peft is None or torch.compiler.is_compiling():
-        return
+        return found
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "forward":
             caller = frame.f_locals.get("self")
             if isinstance(caller, (peft.PeftModel, peft.PeftMixedModel)):
-                refuse_learned_tokens(caller)
+                found.append(caller)
         frame = frame.f_back
+    return found
 
 
 def refuse_adapters(model: nn.Module, *, same_rows: bool) -> None:
     """Raises a NotImplementedError where an adapter of `model` would mix documents.
 
     Args:
-        model: PEFT writes the configs of its adapters on it.
+        model: PEFT writes the configs of its adapters on it; of a model inside it, which may be
+            called past it, they are those of the wrapper that is running.
         same_rows: whether it runs on the rows that PEFT was given.
     """
-    adapters: Any = getattr(model, "peft_config", None)
+    owner = model if hasattr(model, "peft_config") else next(iter(_wrappers_around()), None)
+    adapters: Any = getattr(owner, "peft_config", None)
     if not isinstance(adapters, dict):
         return
     for name, config in adapters.items():

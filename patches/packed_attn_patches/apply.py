@@ -16,6 +16,7 @@ from typing import Any
 import transformers
 from packaging.version import Version
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from packed_attn_patches.families import (
@@ -31,6 +32,7 @@ from packed_attn_patches.families import (
 )
 from packed_attn_patches.fast_mixers import MixerForward, mixers_of
 from packed_attn_patches.foreign import CodeWatch, foreign_parts, is_foreign
+from packed_attn_patches.forwards import EntranceForward, ModuleForward
 from packed_attn_patches.inputs import LayoutHook, replacement_of
 from packed_attn_patches.interface import NAMES, is_ours, stock_of
 from packed_attn_patches.llama4 import ScalingForward, scaling_layers
@@ -40,7 +42,7 @@ from packed_attn_patches.pairs import PairedForward, PairHook
 from packed_attn_patches.rope import RopeForward, Watch, reason_against_ropes, ropes_of
 from packed_attn_patches.unpack import UnpackedForward
 from packed_attn_patches.wrappers import (
-    FORWARDS,
+    NO_DATA_PARALLEL,
     forget_compiled,
     put_forward,
     take_forward,
@@ -234,8 +236,10 @@ def _put_on(model: PreTrainedModel, chosen: Route, settings: Settings) -> None:
                 rope=watch,
                 code=code,
             )
+            own = EntranceForward(module)
             if hook.unpacked:
-                put_forward(module, UnpackedForward(module, taken, head_of(module), hook))
+                own = UnpackedForward(module, taken, head_of(module), hook)
+            put_forward(module, own)
             module.register_forward_pre_hook(hook, with_kwargs=True)
     except BaseException:
         unpatch(model)
@@ -315,6 +319,15 @@ def is_patched(model: nn.Module) -> bool:
     return any(_RECORD in vars(module) for module in model.modules())
 
 
+def _refuse_data_parallel(wrapper: nn.Module, _: str, module: nn.Module | None) -> None:
+    """Where a patched model is put into one, which a Trainer does as it begins."""
+    if isinstance(wrapper, nn.DataParallel) and module is not None and is_patched(module):
+        raise NotImplementedError(NO_DATA_PARALLEL)
+
+
+register_module_module_registration_hook(_refuse_data_parallel)
+
+
 def remains(model: nn.Module) -> str | None:
     """What is left of a patch on a model without a record; None on a whole one.
 
@@ -328,7 +341,7 @@ def remains(model: nn.Module) -> str | None:
         if any(isinstance(hook, LayoutHook) for hook in module._forward_pre_hooks.values()):
             return f"{where} has the patch's hook"
         for value in (vars(module).get("forward"), vars(module).get("_old_forward")):
-            if isinstance(value, FORWARDS):
+            if isinstance(value, ModuleForward):
                 return f"{where} has the patch's forward"
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if is_ours(implementation):

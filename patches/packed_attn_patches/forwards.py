@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from types import CellType, FunctionType
 from typing import Any
 
+import torch
 from torch import nn
+
+from packed_attn_patches.boundaries import CU_SEQLENS
+
+# In which torch runs a module's hooks.
+_HOOKED_CALL = nn.Module._call_impl.__code__
 
 
 def with_names(
@@ -40,10 +47,11 @@ class ModuleForward:
     model holds a copy of it.
 
     Args:
-        module: a part of the model, on which no other package is known to put a forward.
+        module: whose forward this is; on a part of a model no other package is known to put one.
     """
 
-    replaced: None = None
+    # What stood on the instance in place of its class's forward.
+    replaced: Callable[..., Any] | None = None
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -51,7 +59,7 @@ class ModuleForward:
     @property
     def function(self) -> Callable[..., Any]:
         """What runs, given the module."""
-        return type(self.module).forward
+        return type(self.module).forward if self.replaced is None else self.replaced
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -60,3 +68,35 @@ class ModuleForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
+
+
+class EntranceForward(ModuleForward):
+    """The forward of a model that has the patch's hook: who calls it past the hook is sent there.
+
+    PEFT calls the forward of the model inside for AdaLoRA and X-LoRA, and before 0.21 for all
+    adapters. Boundaries would not be read, and rows would run as one document each.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._is_past_the_hook(kwargs):
+            return self.module(*args, **kwargs)
+        return self.entered(*args, **kwargs)
+
+    def entered(self, *args: Any, **kwargs: Any) -> Any:
+        """The forward itself, after the hooks."""
+        return self.function(self.module, *args, **kwargs)
+
+    def _is_past_the_hook(self, kwargs: Mapping[str, Any]) -> bool:
+        if torch.compiler.is_compiling():  # which has no frames: the hook takes these away
+            return any(kwargs.get(name) is not None for name in (*CU_SEQLENS, "seq_idx"))
+        return not _is_called(self.module)
+
+
+def _is_called(module: nn.Module) -> bool:
+    """Whether a call of the module, which runs its hooks, is under way on this thread."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        if frame.f_code is _HOOKED_CALL and frame.f_locals["self"] is module:
+            return True
+        frame = frame.f_back
+    return False

@@ -168,7 +168,7 @@ def _check_shift(kwargs: Mapping[str, Any], target: DocumentLayout) -> None:
 class PairedForward(UnpackedForward):
     """An encoder-decoder's forward that runs packed batches in batches of pairs by length."""
 
-    def __call__(
+    def entered(
         self,
         *args: Any,
         layout: DocumentLayout | None = None,
@@ -230,7 +230,7 @@ class _Pairs(PackedCalls):
             elif value.shape[:2] == (side.rows, side.tokens):
                 side.values[name] = value.flatten(0, 1)
             else:
-                raise no_rows(name, value, forward.model)
+                raise no_rows(name, value, forward.module)
         source, target = sides
         return _Pairs(forward, source, target, others, kwargs.get("num_items_in_batch"))
 
@@ -254,7 +254,7 @@ class _Pairs(PackedCalls):
 
     def _may_pad(self) -> bool:
         """A token whose whole window is hidden for its ids sees all of a row, padding too."""
-        config: Any = self.forward.model.config
+        config: Any = self.forward.module.config
         if not self.forward.pads(self.source.layout, self.target.layout):
             return False
         decoder: Any = getattr(config, "decoder", config)

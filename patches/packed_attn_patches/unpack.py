@@ -15,7 +15,7 @@ forest.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -37,6 +37,7 @@ from packed_attn_patches.families import (
     is_encoder_decoder,
     reason_against_forests,
 )
+from packed_attn_patches.forwards import EntranceForward
 from packed_attn_patches.inputs import FUSED_HEAD, LayoutHook
 from packed_attn_patches.noise import noises_of, told
 from packed_attn_patches.rope import fresh, longest_alike, ropes_of
@@ -97,42 +98,35 @@ POSITIONS = "position_ids"
 _plan_on_the_host: Any = torch.compiler.disable(plan_buckets)
 
 
-class UnpackedForward:
+class UnpackedForward(EntranceForward):
     """A model's forward that runs packed batches document by document, in batches by length.
 
     Set as the instance's `forward`; picklable, and a deepcopy of the model holds a copy of it.
 
     Args:
-        model: the model whose class's forward does the work, or what has replaced it.
+        module: the model whose class's forward does the work, or what has replaced it.
         route: one of the unpacking routes: whether and how batches are padded.
         head: what its outputs are of.
         hook: of this model, which knows how a layout goes down to the layers.
     """
 
     def __init__(
-        self, model: nn.Module, route: Route, head: Head, hook: LayoutHook | None = None
+        self, module: nn.Module, route: Route, head: Head, hook: LayoutHook | None = None
     ) -> None:
-        self.model = model
+        super().__init__(module)
         self.route = route
         self.head = head
         self.hook = hook
-        self.ropes = ropes_of(model)
+        self.ropes = ropes_of(module)
         # Whether its own code has a place for them; an encoder-decoder's packs have others.
-        own = inspect.signature(type(model).forward).parameters
-        self.takes_positions = POSITIONS in own or is_encoder_decoder(model)
-        # What stood on the instance in place of its class's forward.
-        self.replaced: Callable[..., Any] | None = None
-
-    @property
-    def function(self) -> Callable[..., Any]:
-        """What runs a batch, given the model."""
-        return type(self.model).forward if self.replaced is None else self.replaced
+        own = inspect.signature(type(module).forward).parameters
+        self.takes_positions = POSITIONS in own or is_encoder_decoder(module)
 
     @property
     def __signature__(self) -> inspect.Signature:
         """Trainer reads the names of a model's columns from here and leaves all others out, so
         position_ids, which tell documents apart, are named by models that count none too."""
-        stock = inspect.signature(self.function.__get__(self.model))
+        stock = inspect.signature(self.function.__get__(self.module))
         if self.takes_positions or POSITIONS in stock.parameters:
             return stock
         named = inspect.Parameter(POSITIONS, inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -143,7 +137,7 @@ class UnpackedForward:
     def pad_token_id(self) -> int | None:
         """What the model's config says that padding is made of, if it can be embedded: some say -1,
         or an id beside a vocabulary that was never enlarged."""
-        whole: Any = self.model.config
+        whole: Any = self.module.config
         config = whole.get_text_config()
         token = getattr(config, "pad_token_id", None)
         embedded = token is not None and 0 <= token < getattr(config, "vocab_size", token + 1)
@@ -155,16 +149,16 @@ class UnpackedForward:
         Args:
             ids: of `layout`'s tokens, or None.
         """
-        config: Any = self.model.config
+        config: Any = self.module.config
         token = self.pad_token_id()
         if config.model_type not in HIDES_PADDING_IDS or ids is None or token is None:
             return
         hidden, padding = ids == token, layout.padding_tokens
         if bool((hidden if padding is None else hidden & ~padding).any()):
             raise NotImplementedError(
-                f"{type(self.model).__name__} hides the padding id {token} wherever it is given no "
-                "attention_mask, and padded rows need one: leave it out of documents, or mark it "
-                "as padding in the layout"
+                f"{type(self.module).__name__} hides the padding id {token} wherever it is given "
+                "no attention_mask, and padded rows need one: leave it out of documents, or mark "
+                "it as padding in the layout"
             )
 
     def pads(self, *layouts: DocumentLayout) -> bool:
@@ -173,20 +167,20 @@ class UnpackedForward:
         limit = longest_alike(self.ropes)
         return self.route is not Route.UNPACK and (limit is None or longest <= limit)
 
-    def __call__(self, *args: Any, layout: DocumentLayout | None = None, **kwargs: Any) -> Any:
+    def entered(self, *args: Any, layout: DocumentLayout | None = None, **kwargs: Any) -> Any:
         if layout is None:
             if not self.takes_positions:
                 kwargs.pop(POSITIONS, None)
             return self.once(args, kwargs)
         if kwargs.get(FUSED_HEAD):  # of a forward that was there before the patch: see inputs.py
-            return self.function(self.model, *args, layout=layout, **kwargs)
+            return self.function(self.module, *args, layout=layout, **kwargs)
         inner = "packed_attn_backend" in kwargs  # an outer model's mixers are this one's
-        if not inner and self.hook is not None and self.hook.mixers_take(self.model, layout):
-            kwargs, inner = self.hook.in_stream(self.model, {**kwargs, "layout": layout}), True
+        if not inner and self.hook is not None and self.hook.mixers_take(self.module, layout):
+            kwargs, inner = self.hook.in_stream(self.module, {**kwargs, "layout": layout}), True
             del kwargs["layout"]
         if inner:
             return self.once(args, {**kwargs, "layout": layout}, fast_mixers.packed_forward())
-        refuse_adapters(self.model, same_rows=False)
+        refuse_adapters(self.module, same_rows=False)
         return self.run(_Unpacked.of(self, layout, kwargs), kwargs)
 
     def once(
@@ -199,43 +193,43 @@ class UnpackedForward:
 
         def call() -> Any:
             with inside or nullcontext():
-                return self.function(self.model, *args, **kwargs)
+                return self.function(self.module, *args, **kwargs)
 
         if kwargs.get(FUSED_HEAD):
             return call()  # the backbone, which it hands all to, counts
-        return as_often(self.model, call, partial(self.function, self.model), kwargs)
+        return as_often(self.module, call, partial(self.function, self.module), kwargs)
 
     def run(self, batch: Any, kwargs: Mapping[str, Any]) -> Any:
         """The calls of a packed batch, and what they give put together."""
-        refuse_other_shards(self.model)
-        config: Any = self.model.config
+        refuse_other_shards(self.module)
+        config: Any = self.module.config
         if getattr(config, "sparse_prediction", False) and kwargs.get("labels") is not None:
             raise NotImplementedError(
-                f"{type(self.model).__name__} gives logits of labelled tokens alone, which packs "
+                f"{type(self.module).__name__} gives logits of labelled tokens alone, which packs "
                 "have no rows for: load it with sparse_prediction=False"
             )
         by_default, asked = getattr(config, "return_dict", True), kwargs.get("return_dict")
         # Rows of a tuple have no names to be put back by.
         names = {} if by_default else {"return_dict": True}
-        function, parts, noises = self.function, [], noises_of(self.model)
-        routed = asks_for(self.model, kwargs, "router_logits")
+        function, parts, noises = self.function, [], noises_of(self.module)
+        routed = asks_for(self.module, kwargs, "router_logits")
         balance = BalancingLoss.of(function, routed and isinstance(batch, _Unpacked))
         if balance is not None:
             function = balance.function
         planned = batch.planned()
-        with counted(self.model, len(planned)) as missing:
+        with counted(self.module, len(planned)) as missing:
             smallest = sorted(planned, key=batch.tokens_in)[:1]
             for bucket in [*planned, *smallest * missing]:
                 inputs = batch.inputs(bucket)
                 lengths = batch.lengths(bucket) if noises else None
                 with fresh(self.ropes), told(noises, inputs.get("input_ids"), lengths):
-                    parts.append((bucket, function(self.model, **inputs, **names)))
+                    parts.append((bucket, function(self.module, **inputs, **names)))
         real, again = parts[: len(planned)], [of_call for _, of_call in parts[len(planned) :]]
         if real and again:  # what is joined is new, and may be written to
             real[0] = real[0][0], tied(real[0][1], again)
         output = batch.joined(real, left_out="" if balance is None else "aux_loss")
         if balance is not None:
-            balance.added(self.model, output, batch.layout)
+            balance.added(self.module, output, batch.layout)
         keep = kwargs.get("logits_to_keep")
         if keep is not None and output.get("logits") is not None:  # places in the rows of the pack
             kept = slice(-keep, None) if isinstance(keep, int) else keep
@@ -351,21 +345,22 @@ class _Unpacked(PackedCalls):
         other = next((name for name in _OTHER_STREAM if kwargs.get(name) is not None), None)
         if other is not None:
             raise NotImplementedError(
-                f"{type(forward.model).__name__} by itself cannot tell which documents its {other} "
-                "belong to: call an encoder-decoder with both sides"
+                f"{type(forward.module).__name__} by itself cannot tell which documents its "
+                f"{other} belong to: call an encoder-decoder with both sides"
             )
-        reason = reason_against_forests(forward.model, forward.route)
+        reason = reason_against_forests(forward.module, forward.route)
         if kwargs.get("is_causal") is False:
             reason = "looks both ways, and a shared prefix would see what follows it"
         if layout.is_forest and reason is not None:
             raise NotImplementedError(
-                f"{type(forward.model).__name__} {reason}: it takes plain packs, but no forest "
+                f"{type(forward.module).__name__} {reason}: it takes plain packs, but no forest "
                 "(parents)"
             )
         rows, tokens = shaped.shape[:2]
         others: dict[str, Any] = {}
         # Classifiers of encoder-decoders say it themselves, and may not be told a second time.
-        if "use_cache" in forward.__signature__.parameters or not is_encoder_decoder(forward.model):
+        takes_it = "use_cache" in forward.__signature__.parameters
+        if takes_it or not is_encoder_decoder(forward.module):
             others["use_cache"] = False
         per_token: dict[str, Tensor] = {}
         labels = kwargs.get("labels") if forward.head.per_document else None
@@ -382,7 +377,7 @@ class _Unpacked(PackedCalls):
             elif value.shape[:2] == (rows, tokens):
                 per_token[name] = value.flatten(0, 1)
             else:
-                raise no_rows(name, value, forward.model)
+                raise no_rows(name, value, forward.module)
         num_items = kwargs.get("num_items_in_batch")
         return _Unpacked(forward, layout, rows, tokens, per_token, labels, others, num_items)
 

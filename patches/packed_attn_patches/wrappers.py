@@ -15,11 +15,15 @@ import torch
 from torch import nn
 
 from packed_attn_patches.adapters import refuse_learned_tokens
-from packed_attn_patches.forwards import ModuleForward
-from packed_attn_patches.unpack import UnpackedForward
+from packed_attn_patches.forwards import EntranceForward, ModuleForward
 
-# What `put_forward` puts on instances.
-FORWARDS = (UnpackedForward, ModuleForward)
+# Trainer wraps a model so by itself where one process sees several GPUs.
+NO_DATA_PARALLEL = (
+    "packed-attn refuses DataParallel, by which one process, and a Trainer in it, uses several "
+    "GPUs: it scatters boundaries along the batch, and a Trainer multiplies the loss of a pack by "
+    "the number of GPUs. Start a process for each (torchrun --nproc-per-node N, accelerate "
+    "launch), or show it one GPU (CUDA_VISIBLE_DEVICES=0)"
+)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -35,7 +39,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def put_forward(module: nn.Module, forward: UnpackedForward | ModuleForward) -> None:
+def put_forward(module: nn.Module, forward: ModuleForward) -> None:
     """Makes `forward` the module's own, inside the hook by which accelerate places it on a device.
 
     A method that something else has given the instance (Liger's forward with a fused loss) is what
@@ -47,11 +51,13 @@ def put_forward(module: nn.Module, forward: UnpackedForward | ModuleForward) -> 
     place = "_old_forward" if _hooked_by_accelerate(module) else "forward"
     found = vars(module).get(place)
     if found is not None and getattr(found, "__self__", None) is not module:
+        if type(forward) is EntranceForward:
+            return  # wrapped already (autocast): hooks read boundaries wherever a call is one
         raise NotImplementedError(
             f"patch_model refuses {type(module).__name__}: its forward was replaced by {found!r}; "
             "patch the model before it is prepared"
         )
-    if isinstance(forward, UnpackedForward) and found is not None:
+    if isinstance(forward, EntranceForward) and found is not None:
         function = found.__func__
         forward.replaced = None if function is type(module).forward else function
     vars(module)[place] = forward
@@ -61,7 +67,7 @@ def take_forward(module: nn.Module) -> None:
     """Undoes `put_forward`, also where accelerate's hook came after it or went since."""
     for place in ("forward", "_old_forward"):
         ours = vars(module).get(place)
-        if not isinstance(ours, FORWARDS):
+        if not isinstance(ours, ModuleForward):
             continue
         if place == "forward" and ours.replaced is None:
             del module.forward
@@ -89,10 +95,7 @@ def _inside(model: nn.Module) -> nn.Module | None:
     from torch._dynamo.eval_frame import OptimizedModule
 
     if isinstance(model, nn.DataParallel):
-        raise NotImplementedError(
-            "patch_model refuses DataParallel: it scatters cu_seq_lens_q along the batch; use "
-            "torchrun or accelerate launch"
-        )
+        raise NotImplementedError(NO_DATA_PARALLEL)
     if isinstance(model, (nn.parallel.DistributedDataParallel, *_fsdp())):
         return cast(nn.Module, model.module)
     if isinstance(model, OptimizedModule):
