@@ -24,7 +24,7 @@ LOWEST := .venv-lowest
 MIXERS := .venv-mixers
 MAMBA := mamba_ssm-2.3.2.post1
 
-.PHONY: demo test test-all lower-bounds oldest-triton packaged-mixers resources lint gpu-test gpu-bench clean
+.PHONY: demo test test-all lower-bounds oldest-triton packaged-mixers fake-gpu resources lint gpu-test gpu-bench clean
 
 demo: $(READY)
 	$(VENV)/bin/packed-attn demo
@@ -34,7 +34,7 @@ test: lint
 	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -m "not slow and not gpu"
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_conformance.py -k "triton and exact" -m "not slow and not gpu"
 
-test-all: lint lower-bounds oldest-triton packaged-mixers
+test-all: lint lower-bounds oldest-triton packaged-mixers fake-gpu
 	$(PY) -m pytest tests -m "not gpu"
 	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -m "not gpu"
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_conformance.py -k triton -m "not gpu"
@@ -57,6 +57,11 @@ oldest-triton: $(OLDEST)/.ready
 packaged-mixers: export OMP_NUM_THREADS ?= 1
 packaged-mixers: $(MIXERS)/.ready
 	TRITON_INTERPRET=1 PYTHONPATH=$(MIXERS):$(MIXERS)/$(MAMBA) $(PY) -m pytest tests/test_packaged_mixers.py
+
+# Everything around attention on two devices that must not meet (tests/fake_gpu); needs a C++ compiler.
+fake-gpu: export OMP_NUM_THREADS ?= 1
+fake-gpu: $(READY)
+	$(PY) -m pytest -p tests.fake_gpu.plugin tests/fake_gpu/checks.py
 
 # Writes benchmarks/results/sm*_resources.md, which the compile gate holds machine code against.
 resources: $(READY) $(OLDEST)/.ready

@@ -134,6 +134,14 @@ def test_evaluation_of_packs_equals_unpacked_evaluation(tmp_path: Path, by_batch
     assert packed_metrics["eval_tokens"] == sum(len(d) - 1 for d in docs)
 
 
+def test_metrics_of_logits_are_refused(tmp_path: Path) -> None:
+    """Where a Trainer was given the one function and not the other, figures would be of logits."""
+    trainer = evaluator(tmp_path, documents())
+    trainer.preprocess_logits_for_metrics = None
+    with pytest.raises(ValueError, match=r"preprocess_logits_for_metrics=loss\."):
+        trainer.evaluate()
+
+
 FIGURES = ("eval_loss_per_token", "eval_loss_per_document", "eval_tokens", "eval_documents")
 
 

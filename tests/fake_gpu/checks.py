@@ -1,0 +1,154 @@
+"""What `make fake-gpu` runs: models on a device that is not the current one, over two, on ranks."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+from torch import nn
+
+from packed_attn import patch_model
+from tests.exactness import close, documents, gradients, on_device, packed, relative
+from tests.fake_gpu.ranks import RANKS, trained
+from tests.models import tiny_model
+from tests.sweep import HEADS, model_types, sweep_type
+from tests.test_distributed import batch as long_pack
+from tests.test_shards import batch_of, targets, tiny_model_of
+
+OTHER = "cuda:1"
+BATCHED = ("bloom", "mamba", "qwen3_next")
+
+
+def test_devices_may_not_meet() -> None:
+    """Of the device itself: what it is for."""
+    a, b, host = torch.ones(3, device="cuda"), torch.ones(3, device=OTHER), torch.ones(3)
+    assert a.device == torch.device("cuda:0")
+    assert torch.cuda.current_device() == 0
+    for x, y in ((a, b), (a, host), (host, b)):
+        with pytest.raises(RuntimeError, match=r"on the same device|are on cuda"):
+            torch.mul(x, y)
+    with pytest.raises(RuntimeError, match=r"on the same device|are on cuda"):
+        nn.functional.embedding(torch.zeros(2, dtype=torch.long), a[:, None])
+    assert torch.empty(9, device=OTHER).isnan().all()
+    assert torch.equal((a.to(OTHER) + b).cpu(), host + 1)
+
+
+@pytest.mark.parametrize(
+    ("head", "model_type"), [(head, kind) for head in HEADS for kind in model_types(head)]
+)
+def test_every_type(head: str, model_type: str) -> None:
+    outcome = sweep_type(head, model_type, device=OTHER)
+    if outcome.status == "not built":
+        pytest.skip(outcome.reason[:200])
+    assert outcome.status in ("exact", "refused"), outcome
+
+
+@pytest.mark.parametrize("first", ["patch", "device_map"])
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma2", "mixtral", *BATCHED])
+def test_over_two_devices(family: str, first: str) -> None:
+    """The first layers on one and the last on another; the batch may still be on the CPU."""
+    alone, batch = patch_model(tiny_model(family)).train(), packed(documents())
+    want = alone(**batch)
+    want.loss.backward()
+    model = tiny_model(family).train()
+    if first == "patch":
+        patch_model(model)
+    model = accelerate.dispatch_model(model, _halves(model), main_device=0, force_hooks=True)
+    patch_model(model)
+    for given in (batch, on_device(batch, "cuda:0"), on_device(batch, OTHER)):
+        model.zero_grad()
+        output = model(**given)
+        output.loss.backward()
+        assert close(output.logits.detach().cpu(), want.logits.detach())
+        assert relative({n: g.cpu() for n, g in gradients(model).items()}, gradients(alone)) <= 1e-5
+
+
+def _halves(model: nn.Module, path: str = "") -> dict[str, int]:
+    """A device_map."""
+    found: dict[str, int] = {}
+    for name, part in model.named_children():
+        here = f"{path}{name}"
+        if isinstance(part, nn.ModuleList):
+            found |= {f"{here}.{i}": int(i >= len(part) // 2) for i in range(len(part))}
+        elif any(isinstance(m, nn.ModuleList) for m in part.modules()):
+            found |= _halves(part, f"{here}.")
+        else:
+            found[here] = int("norm" in name or name == "ln_f")
+    return found
+
+
+def on_ranks(work: str, family: str, folder: Path) -> list[Any]:
+    """What each rank found."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    shared = {
+        **os.environ,
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": port,
+        "WORLD_SIZE": str(RANKS),
+    }
+    command = [sys.executable, "-m", "tests.fake_gpu.ranks", work, family, str(folder)]
+    started = [
+        subprocess.Popen(
+            command,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=(folder / f"{rank}.txt").open("w"),
+        )
+        for rank in range(RANKS)
+    ]
+    for rank, process in enumerate(started):
+        assert process.wait(timeout=900) == 0, (folder / f"{rank}.txt").read_text()[-3000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(RANKS)]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", *BATCHED])
+@pytest.mark.parametrize("work", ["ddp", "fsdp"])
+def test_two_ranks_equal_one_process(work: str, family: str, tmp_path: Path) -> None:
+    """Of unlike numbers of documents, and of batches where they are batched by length."""
+    model, total = patch_model(tiny_model_of(family)).train(), 0.0
+    for rank in range(RANKS):
+        loss = model(**batch_of(rank), num_items_in_batch=targets(RANKS)).loss
+        loss.backward()
+        total += loss.item()
+    found = on_ranks(work, family, tmp_path)
+    assert sum(rank["loss"].item() for rank in found) == pytest.approx(total, rel=1e-6)
+    for rank in found:
+        assert relative(rank["gradients"], gradients(model)) <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma2"])
+def test_a_pack_over_two_ranks(family: str, tmp_path: Path) -> None:
+    model = patch_model(tiny_model(family)).train()
+    loss = model(**long_pack()).loss
+    loss.backward()
+    found = on_ranks("context", family, tmp_path)
+    assert sum(rank["loss"].item() for rank in found) == pytest.approx(loss.item(), rel=1e-6)
+    assert relative(found[0]["gradients"], gradients(model)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("work", "family"),
+    [
+        ("trainer", "llama"),
+        ("trainer", "mamba"),
+        ("trainer, fsdp", "llama"),
+        ("trainer, fsdp", "mamba"),
+        ("trainer, tp", "llama"),
+        ("trainer, tp", "qwen3_moe"),
+    ],
+)
+def test_a_trainer_on_two_ranks_equals_one(work: str, family: str, tmp_path: Path) -> None:
+    """Both callbacks, the loss by document and its evaluation included."""
+    want = trained("trainer", family, tmp_path, packs=RANKS)
+    for rank in on_ranks(work, family, tmp_path):
+        torch.testing.assert_close(rank["losses"], want["losses"], rtol=1e-5, atol=0)
+        assert relative(rank["weights"], want["weights"]) <= 1e-5
