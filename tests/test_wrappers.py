@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import accelerate.utils
 import pytest
 import torch
 from torch import nn
@@ -160,6 +161,22 @@ def test_fully_sharded(one_process: None) -> None:
     fully_shard(model)
     patch_model(model)
     assert close(model(**packed(docs)).logits[0].detach(), want)
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_unwrapped_by_accelerate(family: str) -> None:
+    """Whose unwrap_model(keep_fp32_wrapper=False) binds the forward it had found to the model."""
+    model, docs = patch_model(tiny_model(family, num_key_value_heads=4)), documents()
+    want = alone(model, docs)
+    model._original_forward = model.forward
+    inside = torch.autocast("cpu", enabled=False)(model.forward)
+    model.forward = accelerate.utils.convert_outputs_to_fp32(inside)
+    for called in (model, accelerate.utils.extract_model_from_parallel(model, False)):
+        for batch in (packed(docs), {k: packed(docs)[k] for k in ("input_ids", "layout")}):
+            assert close(called(**batch).logits[0].detach(), want)
+    unpatch_model(model)
+    assert "forward" not in vars(model)
+    assert close(alone(model, docs), want)
 
 
 def test_data_parallel_is_refused() -> None:

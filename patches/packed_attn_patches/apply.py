@@ -32,7 +32,7 @@ from packed_attn_patches.families import (
 )
 from packed_attn_patches.fast_mixers import MixerForward, mixers_of
 from packed_attn_patches.foreign import CodeWatch, foreign_parts, is_foreign
-from packed_attn_patches.forwards import EntranceForward, ModuleForward
+from packed_attn_patches.forwards import EntranceForward, forward_of
 from packed_attn_patches.inputs import LayoutHook, replacement_of
 from packed_attn_patches.interface import NAMES, is_ours, stock_of
 from packed_attn_patches.llama4 import ScalingForward, scaling_layers
@@ -341,7 +341,7 @@ def remains(model: nn.Module) -> str | None:
         if any(isinstance(hook, LayoutHook) for hook in module._forward_pre_hooks.values()):
             return f"{where} has the patch's hook"
         for value in (vars(module).get("forward"), vars(module).get("_old_forward")):
-            if isinstance(value, ModuleForward):
+            if forward_of(value) is not None:
                 return f"{where} has the patch's forward"
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if is_ours(implementation):

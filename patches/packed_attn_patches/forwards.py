@@ -70,6 +70,12 @@ class ModuleForward:
         raise NotImplementedError
 
 
+def forward_of(called: Any) -> ModuleForward | None:
+    """What the patch has put there, by itself or as a method."""
+    found = getattr(called, "__func__", called)
+    return found if isinstance(found, ModuleForward) else None
+
+
 class EntranceForward(ModuleForward):
     """The forward of a model that has the patch's hook: who calls it past the hook is sent there.
 
@@ -78,6 +84,8 @@ class EntranceForward(ModuleForward):
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Accelerate's unwrap_model binds it to the model once more.
+        args = args[1:] if args and args[0] is self.module else args
         if self._is_past_the_hook(kwargs):
             return self.module(*args, **kwargs)
         return self.entered(*args, **kwargs)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from packed_attn_patches.adapters import refuse_learned_tokens
-from packed_attn_patches.forwards import EntranceForward, ModuleForward
+from packed_attn_patches.forwards import EntranceForward, ModuleForward, forward_of
 
 # Trainer wraps a model so by itself where one process sees several GPUs.
 NO_DATA_PARALLEL = (
@@ -66,8 +66,8 @@ def put_forward(module: nn.Module, forward: ModuleForward) -> None:
 def take_forward(module: nn.Module) -> None:
     """Undoes `put_forward`, also where accelerate's hook came after it or went since."""
     for place in ("forward", "_old_forward"):
-        ours = vars(module).get(place)
-        if not isinstance(ours, ModuleForward):
+        ours = forward_of(vars(module).get(place))
+        if ours is None:
             continue
         if place == "forward" and ours.replaced is None:
             del module.forward
