@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer
 
 from packed_attn import PackedCollator, PackedDataset, patch_model
 from packed_attn.audit import leaks_between_documents
@@ -18,6 +18,7 @@ from tests.models import tiny_model
 from tests.processes import in_processes
 from tests.test_data_parallel import as_launched
 from tests.test_shards import LENGTHS, batch_of, targets
+from tests.test_trainer import arguments
 
 RANKS = 2
 
@@ -125,22 +126,17 @@ def trained(folder: str, sizes: dict[str, Any] | None, steps: int) -> dict[str, 
     """Losses and weights of a Trainer's run, on two processes or on one with their batches."""
     model = load(folder, sizes)
     lengths = (5, 9, 30, 12, 22, 7, 3, 40, 16, 8, 31, 2, 19, 20, 33)
-    arguments = TrainingArguments(
-        folder,
+    settings = arguments(
+        Path(folder),
         per_device_train_batch_size=1,
         gradient_accumulation_steps=1 if sizes else RANKS,
         max_steps=steps,
         learning_rate=1e-2,
         optim="sgd",
         max_grad_norm=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
     )
     packs = PackedDataset([{"input_ids": d} for d in documents(lengths=lengths)], 64, multiple=2)
-    run = Trainer(model, arguments, train_dataset=packs, data_collator=PackedCollator())
+    run = Trainer(model, settings, train_dataset=packs, data_collator=PackedCollator())
     run.train()
     losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
     weights = {name: whole(p).detach() for name, p in model.named_parameters()}

@@ -24,15 +24,14 @@ def documents() -> list[list[int]]:
 
 
 def arguments(folder: Path, **kwargs: Any) -> TrainingArguments:
-    return TrainingArguments(
-        output_dir=str(folder),
-        report_to=[],
-        disable_tqdm=True,
-        save_strategy="no",
-        use_cpu=True,
-        logging_steps=1,
-        **kwargs,
-    )
+    settings = {
+        "report_to": [],
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "use_cpu": True,
+        "logging_steps": 1,
+    }
+    return TrainingArguments(output_dir=str(folder), **{**settings, **kwargs})
 
 
 def losses(trainer: Trainer) -> list[float]:

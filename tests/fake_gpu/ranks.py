@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer
 from transformers.distributed.configuration_utils import DistributedConfig
 
 from packed_attn import PackedCollator, PackedDataset, PackedLoss, patch_model
@@ -26,6 +26,7 @@ from tests.exactness import documents, gradients, on_device
 from tests.models import tiny_model
 from tests.test_distributed import batch as long_pack
 from tests.test_shards import batch_of, targets, tiny_model_of
+from tests.test_trainer import arguments
 
 RANKS = 2
 LENGTHS = (5, 9, 30, 12, 22, 7, 3, 40, 16, 8, 31, 2, 19, 20, 33)
@@ -100,8 +101,9 @@ def trained(work: str, family: str, folder: Path, *, packs: int) -> dict[str, An
     model = patch_model(loaded)
     rows = PackedDataset([{"input_ids": d} for d in documents(lengths=LENGTHS)], 64, multiple=2)
     loss = PackedLoss(model, weighting="document")
-    arguments = TrainingArguments(
-        str(folder),
+    settings = arguments(
+        folder,
+        use_cpu=False,
         per_device_train_batch_size=1,
         per_device_eval_batch_size=1,
         gradient_accumulation_steps=packs,
@@ -109,15 +111,11 @@ def trained(work: str, family: str, folder: Path, *, packs: int) -> dict[str, An
         learning_rate=1e-2,
         optim="sgd",
         max_grad_norm=0.0,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        disable_tqdm=True,
     )
-    arguments._n_gpu = 1
+    settings._n_gpu = 1
     run = Trainer(
         model,
-        arguments,
+        settings,
         train_dataset=rows,  # type: ignore[arg-type]
         eval_dataset=rows,  # type: ignore[arg-type]
         data_collator=PackedCollator(loss_weighting="document"),
