@@ -34,7 +34,7 @@ test: lint
 	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -m "not slow and not gpu"
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_conformance.py -k "triton and exact" -m "not slow and not gpu"
 
-test-all: lint lower-bounds oldest-triton packaged-mixers fake-gpu
+test-all: lint lower-bounds oldest-triton packaged-mixers $(if $(HAS_GPU),,fake-gpu)
 	$(PY) -m pytest tests -m "not gpu"
 	TRITON_INTERPRET=1 $(PY) -m pytest $(INTERPRETED) -m "not gpu"
 	TRITON_INTERPRET=1 $(PY) -m pytest tests/test_conformance.py -k triton -m "not gpu"
@@ -58,7 +58,8 @@ packaged-mixers: export OMP_NUM_THREADS ?= 1
 packaged-mixers: $(MIXERS)/.ready
 	TRITON_INTERPRET=1 PYTHONPATH=$(MIXERS):$(MIXERS)/$(MAMBA) $(PY) -m pytest tests/test_packaged_mixers.py
 
-# Everything around attention on two devices that must not meet (tests/fake_gpu); needs a C++ compiler.
+# Everything around attention on two devices that must not meet (tests/fake_gpu); needs a C++ compiler,
+# and a torch without CUDA, in whose place they stand.
 fake-gpu: export OMP_NUM_THREADS ?= 1
 fake-gpu: $(READY)
 	$(PY) -m pytest -p tests.fake_gpu.plugin tests/fake_gpu/checks.py

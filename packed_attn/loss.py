@@ -111,13 +111,13 @@ class PackedLoss:
         Raises:
             ValueError: the Trainer was given no `preprocess_logits_for_metrics`.
         """
-        logits = prediction.predictions
-        if not isinstance(logits, np.ndarray | Tensor) or logits.ndim != 3 or logits.shape[-1] != 2:
+        given = prediction.predictions
+        if not isinstance(given, np.ndarray | Tensor) or given.ndim != 3 or given.shape[-1] != 2:
             raise ValueError(
                 "PackedLoss.compute_metrics was given something else than its sums by document: "
                 "pass preprocess_logits_for_metrics=loss.preprocess_logits_for_metrics too"
             )
-        found = torch.as_tensor(logits).reshape(-1, 2)
+        found = torch.as_tensor(given).reshape(-1, 2)
         found = found[found[:, 1] > 0]  # Trainer fills the rows of unlike batches up with -100
         self._evaluated.append(found.cpu().numpy())
         if not compute_result:
