@@ -5,7 +5,7 @@ A plan is a pure function of the lengths, and the last few are kept: one serves 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from packed_attn.derived import sent
 from packed_attn.trees import Forest, Paths
 
 # How many times a document's length may be padded to join a batch of gathered documents.
@@ -31,7 +32,8 @@ class Bucket:
         targets: int64 `[batch * length]`, where each row is written, or None for a view. Rows of
             padding, and copies, go to `total_tokens`, one past the stream.
         pads: int64, the rows of padding, or None.
-        copies: int64, the rows of tokens that are written from another path of a forest, or None.
+        kept: int64, the rows that are written, or None for all: neither padding nor tokens that are
+            written from another path of a forest.
     """
 
     batch: int
@@ -40,7 +42,7 @@ class Bucket:
     tokens: Tensor | None = None
     targets: Tensor | None = None
     pads: Tensor | None = None
-    copies: Tensor | None = None
+    kept: Tensor | None = None
 
     def rows(self, x: Tensor) -> Tensor:
         """Its rows of x `[total_tokens, ...]`: `[batch, length, ...]`, a view or a copy."""
@@ -52,26 +54,27 @@ class Bucket:
 
     def real(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """(rows, tokens), int64: the rows that are written, and the token that each one is."""
-        rows = torch.arange(self.batch * self.length, device=device)
-        if self.pads is not None or self.copies is not None:
-            keep = torch.ones_like(rows, dtype=torch.bool)
-            for others in (self.pads, self.copies):
-                if others is not None:
-                    keep[others] = False
-            rows = rows[keep]
+        rows = self.kept
+        if rows is None:
+            rows = torch.arange(self.batch * self.length, device=device)
         tokens = rows + self.start if self.tokens is None else self.tokens[rows]
         return rows, tokens
 
-    def to(self, device: torch.device) -> Bucket:
-        """The same bucket with its indices on `device`."""
-        move = lambda x: None if x is None else x.to(device)  # noqa: E731
-        return replace(
-            self,
-            tokens=move(self.tokens),
-            targets=move(self.targets),
-            pads=move(self.pads),
-            copies=move(self.copies),
-        )
+
+def on_device(buckets: Sequence[Bucket], device: torch.device) -> list[Bucket]:
+    """The same buckets with their indices on `device`, in one transfer; targets stay behind."""
+    if device.type == "cpu":
+        return list(buckets)
+    columns = [(b.tokens, b.pads, b.kept) for b in buckets]
+    given = [x for of_bucket in columns for x in of_bucket if x is not None]
+    if not given:
+        return list(buckets)
+    parts = iter(sent(torch.cat(given), device).split([x.numel() for x in given]))
+    moved = [[None if x is None else next(parts) for x in of_bucket] for of_bucket in columns]
+    return [
+        replace(bucket, tokens=tokens, targets=None, pads=pads, kept=kept)
+        for bucket, (tokens, pads, kept) in zip(buckets, moved)
+    ]
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,16 +235,16 @@ def gathered_bucket(
     length = int(lengths.max())
     place = np.arange(length)
     tokens = starts[:, None] + np.minimum(place, lengths[:, None] - 1)
-    pads, copies = np.flatnonzero(place >= lengths[:, None]), np.empty(0, np.int64)
+    left_out = is_pad = place >= lengths[:, None]
     if paths is not None:
-        copies, tokens = np.flatnonzero(paths.copies[tokens]), paths.tokens[tokens]
-    targets = tokens.copy()
-    targets.flat[pads] = targets.flat[copies] = total_tokens
+        left_out, tokens = is_pad | paths.copies[tokens], paths.tokens[tokens]
+    pads = np.flatnonzero(is_pad)
+    targets = np.where(left_out, total_tokens, tokens)
     return Bucket(
         len(starts),
         length,
         tokens=torch.from_numpy(tokens.ravel()),
         targets=torch.from_numpy(targets.ravel()),
         pads=torch.from_numpy(pads) if len(pads) else None,
-        copies=torch.from_numpy(copies) if len(copies) else None,
+        kept=torch.from_numpy(np.flatnonzero(~left_out)) if left_out.any() else None,
     )

@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,6 +26,14 @@ def count_up(lengths: tuple[int, ...], total: int) -> NDArray[np.int64]:
     token = np.arange(total)
     starts = np.cumsum(np.asarray(lengths, np.int64)) - lengths
     return token - np.repeat(starts, lengths)
+
+
+def sent(x: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
+    """`x` on `device`; what a GPU gets from the host it gets in its turn, and nothing waits."""
+    up = x.device.type == "cpu" and device.type == "cuda"
+    if not up or torch.compiler.is_compiling():
+        return x.to(device, non_blocking=non_blocking)
+    return x.pin_memory().to(device, non_blocking=True)
 
 
 def holds_tensor(part: Any) -> bool:

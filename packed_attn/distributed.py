@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from packed_attn.collator import IGNORE_INDEX
+from packed_attn.derived import sent
 from packed_attn.layout import DocumentLayout
 
 Method = Literal["auto", "heads", "keys"]
@@ -162,11 +163,11 @@ class ShardedLayout(DocumentLayout):
         return self.whole.document_ends[self.rows]
 
     def _moved(self, device: torch.device, non_blocking: bool) -> ShardedLayout:
-        padding = None if self.padding is None else self.padding.to(device)
-        cu_seqlens = self.cu_seqlens.to(device, non_blocking=non_blocking)
+        padding = None if self.padding is None else sent(self.padding, device, non_blocking)
+        cu_seqlens = sent(self.cu_seqlens, device, non_blocking)
         pieces = DocumentLayout(cu_seqlens, self.total_tokens, padding=padding)
         whole = self.whole.to(device, non_blocking)
-        rows = self.rows.to(device, non_blocking=non_blocking)
+        rows = sent(self.rows, device, non_blocking)
         copy = ShardedLayout(pieces, whole, rows, self.group, self.method)
         copy._derived["lengths"] = self.lengths
         copy._derived[("to", self.device)] = self

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from packed_attn.derived import count_up, map_tensors, own_facts, prefix_key
+from packed_attn.derived import count_up, map_tensors, own_facts, prefix_key, sent
 from packed_attn.host_values import (
     check_padding_stands_alone,
     host_padding,
@@ -560,8 +560,8 @@ class DocumentLayout:
         return self._once(
             "forest_tensors",
             lambda: ForestTensors(
-                torch.tensor(forest.path_offset, dtype=torch.int64, device=self.device),
-                torch.tensor(forest.subtree_stop, dtype=torch.int64, device=self.device),
+                sent(torch.tensor(forest.path_offset, dtype=torch.int64), self.device),
+                sent(torch.tensor(forest.subtree_stop, dtype=torch.int64), self.device),
                 forest.depth,
             ),
         )
@@ -578,7 +578,7 @@ class DocumentLayout:
         return copy
 
     def _moved(self, device: torch.device, non_blocking: bool) -> DocumentLayout:
-        copy = self._mapped(lambda t: t.to(device, non_blocking=non_blocking))
+        copy = self._mapped(lambda t: sent(t, device, non_blocking))
         copy._derived[("to", self.device)] = self
         return copy
 

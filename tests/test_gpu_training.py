@@ -94,11 +94,12 @@ def no_waiting() -> Iterator[Callable[[], None]]:
 
 
 @pytest.mark.parametrize("capacity", [None, 80], ids=["full", "padded"])
-@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "bloom"])
 def test_a_step_waits_for_nothing(
     family: str, capacity: int | None, device: str, no_waiting: Callable[[], None]
 ) -> None:
-    """On a batch of the collator that is on the GPU, with boundaries that were never seen."""
+    """On a batch of the collator that is on the GPU, with boundaries that were never seen; by
+    kernels and on documents batched by length."""
     model = model_on(device, family)
     padded = {} if capacity is None else {"capacity": capacity // 4}
     first, second = (

@@ -7,7 +7,9 @@ present must agree, and what would be left out silently raises.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -32,6 +34,9 @@ BOUNDARY_NAMES = (
 # In the order in which they are believed.
 CU_SEQLENS = ("cu_seq_lens_q", "cu_seq_lens_k", "cu_seqlens")
 
+# Read where there is no layout; the mask is read beside one too.
+_READ = (*CU_SEQLENS, "seq_idx", "position_ids")
+
 # What tells boundaries elsewhere, and nothing in a forward reads.
 _UNREAD = ("seq_lengths", "document_ids", "segment_ids", "cu_seqlens_q", "cu_seqlens_k", "parents")
 
@@ -45,6 +50,20 @@ NO_PAST = (
     "a packed forward neither goes on from tokens nor fills a cache: generate from documents "
     "alone, or from padded rows"
 )
+
+
+_of_documents_alone: ContextVar[bool] = ContextVar("of_documents_alone", default=False)
+
+
+@contextmanager
+def documents_alone() -> Iterator[None]:
+    """Around calls on batches in which each row is one document: inner models look for no
+    boundaries, which would wait for the device at every one."""
+    token = _of_documents_alone.set(True)
+    try:
+        yield
+    finally:
+        _of_documents_alone.reset(token)
 
 
 @dataclass(frozen=True)
@@ -79,6 +98,10 @@ def packed_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayou
             batch beside a KV cache.
         NotImplementedError: under torch.jit.trace.
     """
+    if _of_documents_alone.get():
+        return None
+    if batch.tokens > 1:  # one more token of a generation has little to be read
+        kwargs = _on_host(kwargs)
     found = {name: read(batch, kwargs) for name, read in _CONVENTIONS.items()}
     found = {name: layout for name, layout in found.items() if layout is not None}
     if not found:
@@ -98,6 +121,16 @@ def packed_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayou
     _check_mask(name, layout, batch, kwargs)
     _check_cache(name, kwargs)
     return layout
+
+
+def _on_host(kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with what is going to be read on the CPU: a GPU is waited for once, and not at
+    every number that is asked for."""
+    mask = {"attention_mask": _plain_mask(kwargs)}
+    given = mask if kwargs.get("layout") is not None else {n: kwargs.get(n) for n in _READ} | mask
+    # One tensor under two names stays one.
+    copies = {id(x): x.cpu() for x in given.values() if isinstance(x, Tensor)}
+    return {**kwargs, **{n: copies[id(x)] for n, x in given.items() if id(x) in copies}}
 
 
 def traced_layout(batch: BatchShape, kwargs: Mapping[str, Any]) -> DocumentLayout:
@@ -311,9 +344,9 @@ def _check_positions(
     position_ids = kwargs.get("position_ids")
     if position_ids is None or position_ids.ndim != 2:
         return
-    expected = layout.to(batch.device).position_ids.view(batch.rows, batch.tokens)
-    agree = position_ids.to(batch.device) == expected
-    padding = layout.to(batch.device).padding_tokens
+    there = layout.to(position_ids.device)
+    agree = position_ids == there.position_ids.view(batch.rows, batch.tokens)
+    padding = there.padding_tokens
     if padding is not None:
         agree |= padding.view_as(agree)
     message = f"position_ids contradict {name}: positions restart at other tokens"

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from packed_attn.backends import machine
+from packed_attn.derived import sent
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches.forwards import ModuleForward, with_names
 from packed_attn_patches.interface import is_empty_mask
@@ -379,7 +380,7 @@ def _room(lengths: tuple[int, ...], device: torch.device, gap: int, multiple: in
     shift = np.cumsum(wide - n) - (wide - n)
     places = np.arange(n.sum()) + np.repeat(shift, n)
     numbers = np.repeat(np.arange(len(n), dtype=np.int32), wide)[None]
-    return Room(torch.from_numpy(places).to(device), torch.from_numpy(numbers).to(device))
+    return Room(sent(torch.from_numpy(places), device), sent(torch.from_numpy(numbers), device))
 
 
 @lru_cache(maxsize=16)
@@ -387,4 +388,4 @@ def _room(lengths: tuple[int, ...], device: torch.device, gap: int, multiple: in
 def _cu_seqlens(lengths: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """int64 `[documents + 1]` without empty documents, on the device and on the CPU."""
     cu = np.cumsum([0, *(n for n in lengths if n)], dtype=np.int64)
-    return torch.from_numpy(cu).to(device), torch.from_numpy(cu)
+    return sent(torch.from_numpy(cu), device), torch.from_numpy(cu)

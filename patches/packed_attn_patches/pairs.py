@@ -32,6 +32,9 @@ from packed_attn_patches.unpack import (
     UnpackedForward,
     in_rows,
     no_rows,
+    plan_on_device,
+    put,
+    real_rows,
 )
 
 DECODER = "decoder_"
@@ -243,8 +246,9 @@ class _Pairs(PackedCalls):
             pad_lengths=self._may_pad(),
             call_tokens=1 if route is Route.UNPACK_SINGLE else CALL_TOKENS,
         )
-        devices = self.source.layout.device, self.target.layout.device
-        return [(source.to(devices[0]), target.to(devices[1])) for source, target in pairs]
+        sides = self.source.layout.device, self.target.layout.device
+        moved = [plan_on_device(side, device) for side, device in zip(zip(*pairs), sides)]
+        return list(zip(*moved))
 
     def tokens_in(self, batch: tuple[Bucket, Bucket]) -> int:
         return sum(side.batch * side.length for side in batch)
@@ -268,9 +272,7 @@ class _Pairs(PackedCalls):
     def _source(self, bucket: Bucket) -> dict[str, Tensor]:
         inputs = {name: bucket.rows(value) for name, value in self.source.values.items()}
         if bucket.pads is not None:
-            mask = torch.ones(bucket.batch, bucket.length, dtype=torch.long)
-            inputs["attention_mask"] = mask = mask.to(self.source.layout.device)
-            mask.view(-1)[bucket.pads] = 0
+            inputs["attention_mask"] = real_rows(bucket, self.source.layout.device)
             self._pad("input_ids", inputs, bucket)
         return inputs
 
@@ -280,13 +282,13 @@ class _Pairs(PackedCalls):
         if bucket.pads is not None:
             self._pad("decoder_input_ids", inputs, bucket)
             if "labels" in inputs:
-                inputs["labels"].view(-1)[bucket.pads] = IGNORE_INDEX
+                put(inputs["labels"], bucket.pads, IGNORE_INDEX)
         return inputs
 
     def _pad(self, name: str, inputs: dict[str, Tensor], bucket: Bucket) -> None:
         """Puts padding ids where padding is: some models count their positions by it."""
         if name in inputs:
-            inputs[name].view(-1)[bucket.pads] = self.forward.pad_token_id() or 0
+            put(inputs[name], bucket.pads, self.forward.pad_token_id() or 0)
 
     def put_back(self, name: str, parts: list[tuple[tuple[Bucket, Bucket], Tensor]]) -> Tensor:
         if name.startswith("encoder_"):

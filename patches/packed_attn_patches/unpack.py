@@ -24,12 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from packed_attn.buckets import Bucket, plan_buckets
+from packed_attn.buckets import Bucket, on_device, plan_buckets
 from packed_attn.collator import IGNORE_INDEX
+from packed_attn.derived import sent
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches import fast_mixers
 from packed_attn_patches.adapters import refuse_adapters
-from packed_attn_patches.boundaries import CACHE_NAMES, PASTS
+from packed_attn_patches.boundaries import CACHE_NAMES, PASTS, documents_alone
 from packed_attn_patches.families import (
     HIDES_PADDING_IDS,
     Head,
@@ -94,8 +95,9 @@ REPLACED = (
 
 POSITIONS = "position_ids"
 
-# numpy on the lengths of a batch: nothing that a compiler could trace.
+# numpy on the lengths of a batch, and its transfer: nothing that a compiler could trace.
 _plan_on_the_host: Any = torch.compiler.disable(plan_buckets)
+plan_on_device: Any = torch.compiler.disable(on_device)
 
 
 class UnpackedForward(EntranceForward):
@@ -217,7 +219,7 @@ class UnpackedForward(EntranceForward):
         if balance is not None:
             function = balance.function
         planned = batch.planned()
-        with counted(self.module, len(planned)) as missing:
+        with counted(self.module, len(planned)) as missing, documents_alone():
             smallest = sorted(planned, key=batch.tokens_in)[:1]
             for bucket in [*planned, *smallest * missing]:
                 inputs = batch.inputs(bucket)
@@ -393,7 +395,7 @@ class _Unpacked(PackedCalls):
             view_tokens=CALL_TOKENS,
             call_tokens=1 if self._one_by_one() else CALL_TOKENS,
         )
-        return [bucket.to(self.layout.device) for bucket in plan.buckets]
+        return plan_on_device(plan.buckets, self.layout.device)
 
     def tokens_in(self, batch: Bucket) -> int:
         return batch.batch * batch.length
@@ -427,18 +429,16 @@ class _Unpacked(PackedCalls):
         if bucket.pads is None:
             return inputs
         if self.forward.route is Route.UNPACK_MASKED:
-            mask = torch.ones(bucket.batch, bucket.length, dtype=torch.long)
-            inputs["attention_mask"] = mask = mask.to(self.layout.device)
-            mask.view(-1)[bucket.pads] = 0
+            inputs["attention_mask"] = real_rows(bucket, self.layout.device)
             if "input_ids" in inputs:
-                inputs["input_ids"].view(-1)[bucket.pads] = self.forward.pad_token_id() or 0
+                put(inputs["input_ids"], bucket.pads, self.forward.pad_token_id() or 0)
         return inputs
 
     def _rows_of(self, name: str, bucket: Bucket) -> Tensor:
         """Its rows of one argument."""
         rows = bucket.rows(self.per_token[name])
         if bucket.pads is not None and name in _OF_PADDING:
-            rows.view(-1)[bucket.pads] = _OF_PADDING[name]
+            put(rows, bucket.pads, _OF_PADDING[name])
         return rows
 
     def lengths(self, batch: Bucket) -> Tensor:
@@ -448,16 +448,7 @@ class _Unpacked(PackedCalls):
         """int64 `[batch]`: which documents its rows are, padding not counted."""
         first = torch.arange(bucket.batch, device=self.layout.device) * bucket.length
         tokens = first + bucket.start if bucket.tokens is None else bucket.tokens[first]
-        return self._numbers()[self.layout.document_ids[tokens].long()]
-
-    def _numbers(self) -> Tensor:
-        """int64 `[num_documents]`: each document's number among those with tokens of their own."""
-        lengths = self.layout.cu_seqlens.diff()
-        padding = self.layout.padding
-        real = torch.ones_like(lengths, dtype=torch.bool) if padding is None else ~padding
-        if bool((real & (lengths == 0)).any()):
-            raise ValueError("a document without tokens has no row in the output of this head")
-        return real.long().cumsum(0) - 1
+        return _numbers(self.layout)[self.layout.document_ids[tokens].long()]
 
     def put_back(self, name: str, parts: list[tuple[Bucket, Tensor]]) -> Tensor:
         if name in PER_DOCUMENT or (name == "logits" and self.forward.head.per_document):
@@ -476,12 +467,37 @@ class _Unpacked(PackedCalls):
         if self.labels is not None:
             labels = self.labels.index_select(0, self._documents(batch))
             if labels.is_floating_point():
-                return labels.new_tensor(labels.shape[0])
+                return labels.new_full((), labels.shape[0])
             return (labels != IGNORE_INDEX).sum()
         if "shift_labels" in self.per_token:
             return (self._rows_of("shift_labels", batch) != IGNORE_INDEX).sum()
         labels = self._rows_of("labels", batch)
         return ((labels[:, 1:] if self.forward.head.shifts else labels) != IGNORE_INDEX).sum()
+
+
+@torch.compiler.disable(reason="lengths are read on the host")
+def _numbers(layout: DocumentLayout) -> Tensor:
+    """int64 `[num_documents]`: each document's number among those with tokens of their own."""
+    host = layout.to("cpu")
+    lengths, padding = host.cu_seqlens.diff(), host.padding
+    real = torch.ones_like(lengths, dtype=torch.bool) if padding is None else ~padding
+    if bool((real & (lengths == 0)).any()):
+        raise ValueError("a document without tokens has no row in the output of this head")
+    return sent(real.long().cumsum(0) - 1, layout.device)
+
+
+def real_rows(bucket: Bucket, device: torch.device) -> Tensor:
+    """The attention_mask of a batch that has padding: int64 `[batch, length]`."""
+    mask = torch.ones(bucket.batch, bucket.length, dtype=torch.long, device=device)
+    put(mask, bucket.pads, 0)
+    return mask
+
+
+def put(rows: Tensor, places: Tensor | None, value: int) -> None:
+    """Writes a number at places of the flattened rows; as an index, it would be copied from the
+    host and waited for."""
+    if places is not None:
+        rows.view(-1).index_fill_(0, places, value)
 
 
 def in_rows(

@@ -12,11 +12,15 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from packed_attn_patches.families import HIDES_PADDING_IDS
 from torch import nn
 
-from packed_attn import patch_model
+from packed_attn import DocumentLayout, backends, patch_model
 from tests.exactness import close, documents, gradients, on_device, packed, relative
+from tests.fake_gpu import dense
+from tests.fake_gpu.graphs import BOUNDARIES, NotCaptured, errors_of_replays
 from tests.fake_gpu.ranks import RANKS, trained
+from tests.fake_gpu.waits import own_waits, waits
 from tests.models import tiny_model
 from tests.sweep import HEADS, model_types, sweep_type
 from tests.test_distributed import batch as long_pack
@@ -48,6 +52,75 @@ def test_every_type(head: str, model_type: str) -> None:
     if outcome.status == "not built":
         pytest.skip(outcome.reason[:200])
     assert outcome.status in ("exact", "refused"), outcome
+
+
+def test_waits_are_seen() -> None:
+    """Of the device itself, as CUDA has them."""
+    x, i = torch.arange(6.0, device="cuda"), torch.tensor([1, 2], device="cuda")
+    host, mask = torch.ones(6), x > 2
+    assert waits(x.sum().item)
+    assert waits(x.cpu)
+    assert waits(lambda: host.to("cuda"))
+    assert waits(lambda: torch.tensor([1], device="cuda"))
+    assert waits(mask.nonzero)
+    assert waits(lambda: x[mask])
+    assert waits(lambda: x[i.cpu()])
+    assert waits(lambda: x.index_put_((i,), torch.tensor(0.0)))
+    assert waits(lambda: i.repeat_interleave(i))
+    assert not waits(lambda: host.to("cuda", non_blocking=True))
+    assert not waits(lambda: x[i])
+    assert not waits(lambda: x.masked_fill_(mask, 0))
+    assert not waits(lambda: x.__setitem__(mask, 0.0))
+    assert not waits(lambda: x.index_fill_(0, i, 0))
+    assert not waits(lambda: i.repeat_interleave(i, output_size=3))
+    assert not waits(lambda: torch.where(mask, x, 0.0).sum())
+
+
+@pytest.mark.parametrize(
+    ("head", "model_type"), [(head, kind) for head in HEADS for kind in model_types(head)]
+)
+def test_a_step_waits_for_nothing(head: str, model_type: str) -> None:
+    """Not by code of this package: what a model does by itself is its own. Of ids, what is hidden
+    for being the padding id has to be read."""
+    try:
+        found = own_waits(head, model_type, OTHER)
+    except NotImplementedError as error:
+        pytest.skip(str(error)[:200])
+    except Exception as error:  # what stock does not run is the sweep's to tell
+        pytest.skip(f"{type(error).__name__}: {str(error)[:200]}")
+    assert not found or model_type in HIDES_PADDING_IDS
+
+
+@pytest.mark.parametrize(
+    ("head", "model_type"),
+    [
+        (h, kind)
+        for h, head in HEADS.items()
+        if not head.per_document and not head.pairs
+        for kind in model_types(h)
+    ],
+)
+def test_a_captured_step_takes_other_boundaries(
+    head: str, model_type: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of the batch that a step was captured on is in its graph."""
+    monkeypatch.setitem(backends._LOADED, "triton", dense)
+    try:
+        found = errors_of_replays(head, model_type, "cuda:0")
+    except (NotCaptured, NotImplementedError) as error:
+        pytest.skip(str(error)[:200])
+    assert max(outputs for outputs, _ in found) <= 1e-5
+    assert max(gradients for _, gradients in found) <= 1e-4
+
+
+def test_a_graph_that_keeps_boundaries_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it is captured on is copied to the device beforehand, and never again."""
+    monkeypatch.setitem(backends._LOADED, "triton", dense)
+    made = DocumentLayout.from_lengths(BOUNDARIES[0]).to("cuda:0")
+    monkeypatch.setattr(DocumentLayout, "traced", lambda self: made)
+    found = errors_of_replays("causal", "llama", "cuda:0")
+    assert found[0][0] <= 1e-5
+    assert min(outputs for outputs, _ in found[1:]) > 1e-2
 
 
 @pytest.mark.parametrize("first", ["patch", "device_map"])

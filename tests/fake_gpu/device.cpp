@@ -10,6 +10,8 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/extension.h>
 
+#include <functional>
+#include <memory>
 #include <string>
 #include <unordered_set>
 
@@ -120,6 +122,24 @@ static Tensor as_seen_from(const Tensor& t, Device device) {
 }
 Tensor on_host(const Tensor& t) { return as_seen_from(t, kHost); }
 
+// A CUDA graph: what was asked for between a capture's begin and its end, in its order.
+using Graph = std::vector<std::function<void()>>;
+static std::shared_ptr<Graph> capture;  // the one under way
+
+// Called where the host of a CUDA device would wait for it, with the name of the operator.
+static PyObject* observer = nullptr;
+static void wait(const std::string& name) {
+  TORCH_CHECK(!capture, name, ": operation not permitted when stream is capturing");
+  if (observer == nullptr) return;
+  py::gil_scoped_acquire held;
+  py::reinterpret_borrow<py::object>(observer)(name);
+}
+
+// Those whose result has a size, or is a number, that the device must tell the host.
+static const std::unordered_set<std::string> WAITING = {
+    "aten::nonzero", "aten::masked_select", "aten::_unique", "aten::_unique2", "aten::unique_dim",
+    "aten::unique_consecutive", "aten::unique_dim_consecutive", "aten::bincount", "aten::equal"};
+
 // Those whose indices may be on the host, and copies.
 static const std::unordered_set<std::string> MIXED = {
     "aten::index", "aten::_unsafe_index", "aten::index_put", "aten::index_put_",
@@ -163,6 +183,26 @@ struct Call {
     }
     return v;
   }
+  // An index by a mask, or from the host. A number of the host is put where a mask says without
+  // waiting, and elsewhere copied.
+  bool waits_for_an_index(const c10::List<std::optional<Tensor>>& indices, const torch::jit::Stack& stack) const {
+    bool masks = false, from_host = false;
+    for (std::optional<Tensor> t : indices) {
+      if (!t || !t->defined()) continue;
+      masks |= t->scalar_type() == at::kBool || t->scalar_type() == at::kByte;
+      from_host |= t->device().is_cpu();
+    }
+    bool puts = name.find("put") != std::string::npos;
+    const auto* value = puts ? &stack[stack.size() - (name == "aten::_index_put_impl_" ? 3 : 2)] : nullptr;
+    bool number = value && value->toTensor().numel() == 1 && value->toTensor().device().is_cpu();
+    return from_host || masks != number;
+  }
+  bool waits(const torch::jit::Stack& stack, size_t first) const {
+    if (WAITING.count(name)) return true;
+    if (name == "aten::repeat_interleave") return stack.back().isNone();
+    return MIXED.count(name) && stack.size() > first + 1 && stack[first + 1].isOptionalTensorList() &&
+           waits_for_an_index(stack[first + 1].toOptionalTensorList(), stack);
+  }
   void check() const {
     bool meets = device && !host_shape.empty() && !MIXED.count(name);
     TORCH_CHECK(!meets, name, ": Expected all tensors to be on the same device, but one is on ", *device,
@@ -193,10 +233,15 @@ struct Call {
   }
 };
 
+static void run_again(const c10::OperatorHandle& op, torch::jit::Stack given, const torch::jit::Stack& made);
+
 static void on_the_host(const c10::OperatorHandle& op, c10::DispatchKeySet, torch::jit::Stack* stack) {
   const auto& schema = op.schema();
   Call call{schema.name()};
   const auto first = stack->size() - schema.arguments().size();
+  if ((observer != nullptr || capture) && call.waits(*stack, first)) wait(call.name);
+  torch::jit::Stack given;
+  if (capture) given.assign(stack->begin() + first, stack->end());
   for (size_t i = 0; i < schema.arguments().size(); ++i) {
     const auto* info = schema.arguments()[i].alias_info();
     (*stack)[first + i] = call.taken((*stack)[first + i], info && info->isWrite());
@@ -206,6 +251,27 @@ static void on_the_host(const c10::OperatorHandle& op, c10::DispatchKeySet, torc
   call.follow();
   for (size_t i = stack->size() - schema.returns().size(); i < stack->size(); ++i)
     (*stack)[i] = call.given((*stack)[i]);
+  if (!capture) return;
+  torch::jit::Stack made(stack->end() - schema.returns().size(), stack->end());
+  capture->push_back([op, given, made] { run_again(op, given, made); });
+}
+
+// Into the memory that it has written before; a view of that needs nothing.
+static void write_again(const Tensor& before, const Tensor& now) {
+  if (before.defined() && before.storage().data() != now.storage().data()) on_host(before).copy_(on_host(now));
+}
+static void run_again(const c10::OperatorHandle& op, torch::jit::Stack given, const torch::jit::Stack& made) {
+  on_the_host(op, {}, &given);
+  for (size_t i = 0; i < made.size(); ++i) {
+    if (made[i].isTensor()) write_again(made[i].toTensor(), given[i].toTensor());
+    if (!made[i].isTensorList()) continue;
+    auto before = made[i].toTensorVector(), now = given[i].toTensorVector();
+    for (size_t j = 0; j < before.size(); ++j) write_again(before[j], now[j]);
+  }
+}
+static void replay(const Graph& graph) {
+  at::AutoDispatchBelowAutograd as_captured;
+  for (const auto& step : graph) step();
 }
 
 // Makes memory on a device that need not be the current one.
@@ -215,6 +281,10 @@ static Tensor made(std::optional<Device> device, Make make) {
   if (device && device->has_index()) exchange(device->index());
   auto out = make();
   current = before;
+  if (capture) {
+    auto memory = out.storage();
+    capture->push_back([memory] { memset(memory.mutable_data(), 0xFF, memory.nbytes()); });
+  }
   return out;
 }
 static c10::ScalarType kind(std::optional<at::ScalarType> dtype) {
@@ -229,9 +299,14 @@ static Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std:
                             std::optional<at::Layout>, std::optional<Device> device, std::optional<bool>) {
   return made(device, [&] { return at::detail::empty_strided_generic(size, stride, &allocator, kKeys, kind(dtype)); });
 }
-static Tensor& copy_(Tensor& to, const Tensor& from, bool) {
+static Tensor& copy_(Tensor& to, const Tensor& from, bool non_blocking) {
+  bool over = to.device().is_cuda() != from.device().is_cuda();
+  TORCH_CHECK(!capture || !over, "a CUDA graph would read or write memory of the host that may be gone");
+  if (over && !non_blocking) wait("aten::copy_");
   auto seen = to.device().is_cuda() ? on_host(to) : to;
-  seen.copy_(from.device().is_cuda() ? on_host(from) : from);
+  auto source = from.device().is_cuda() ? on_host(from) : from;
+  seen.copy_(source);
+  if (capture) capture->push_back([seen, source] { seen.copy_(source); });
   return to;
 }
 static void resize_memory(const Tensor& t, int64_t bytes) {
@@ -254,7 +329,10 @@ static const Tensor& resize_(const Tensor& t, c10::IntArrayRef size, std::option
 static Tensor as_strided(const Tensor& t, c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<int64_t> offset) {
   return at::native::as_strided_tensorimpl(t, size, stride, offset);
 }
-static at::Scalar item(const Tensor& t) { return on_host(t).item(); }
+static at::Scalar item(const Tensor& t) {
+  wait("aten::item");
+  return on_host(t).item();
+}
 static Tensor& set_memory(Tensor& t, at::Storage storage, int64_t offset, c10::IntArrayRef size, c10::IntArrayRef stride) {
   t.unsafeGetTensorImpl()->set_storage_keep_dtype(std::move(storage));
   std::vector<int64_t> steps(size.size(), 1);
@@ -296,6 +374,23 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   bind_collectives(m);
   m.def("exchange_device", [](int index) { return static_cast<int>(exchange(index)); });
   m.def("current_device", [] { return static_cast<int>(current); });
+  m.def("observe_waits", [](py::object called) {
+    Py_XDECREF(observer);
+    observer = called.is_none() ? nullptr : called.release().ptr();
+  });
+  m.def("capture_begin", [] {
+    TORCH_CHECK(!capture, "a capture is under way");
+    capture = std::make_shared<Graph>();
+  });
+  m.def("capture_end", [] {
+    auto graph = std::move(capture);
+    return py::cpp_function([graph] { replay(*graph); });
+  });
+  m.def("is_capturing", [] { return static_cast<bool>(capture); });
+  // What does not come by an operator: a kernel that is interpreted.
+  m.def("captured", [](py::function step) {
+    if (capture) capture->push_back([step] { step(); });
+  });
   m.def("on_host", &on_host);
   m.def("resize_memory", &resize_memory);
 }

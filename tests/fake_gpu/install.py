@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -57,6 +58,9 @@ class Stream:
     def query(self) -> bool:
         return True
 
+    def is_capturing(self) -> bool:
+        return native.is_capturing()
+
     def wait_event(self, event: Any) -> None: ...
     def wait_stream(self, stream: Any) -> None: ...
     def synchronize(self) -> None: ...
@@ -64,12 +68,34 @@ class Stream:
 
 class Event:
     def __init__(self, *_: Any, **__: Any) -> None: ...
-    def record(self, stream: Any = None) -> None: ...
+
+    def record(self, stream: Any = None) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, end: Event) -> float:
+        return 1e3 * (end.at - self.at)
+
     def wait(self, stream: Any = None) -> None: ...
     def synchronize(self) -> None: ...
 
     def query(self) -> bool:
         return True
+
+
+class CUDAGraph:
+    """A replay runs the operators again, on the same memory, without the Python that asked."""
+
+    def capture_begin(self, *_: Any, **__: Any) -> None:
+        native.capture_begin()
+
+    def capture_end(self) -> None:
+        self.replay = native.capture_end()
+
+    def reset(self) -> None: ...
+    def register_generator_state(self, state: Any) -> None: ...
+
+    def pool(self) -> tuple[int, int]:
+        return 0, 0
 
 
 @contextmanager
@@ -88,11 +114,22 @@ def exchange_device(index: int) -> int:
     return -1 if index < 0 else native.exchange_device(index)
 
 
+def refuse(operator: str) -> None:
+    """In the words of CUDA."""
+    raise RuntimeError(f"called a synchronizing CUDA operation: {operator}")
+
+
+def set_sync_debug_mode(mode: int | str) -> None:
+    """As torch's; "warn" says nothing here. `native.observe_waits` takes any other observer."""
+    native.observe_waits(refuse if mode in (2, "error") else None)
+
+
 # No backend of the package runs on it by itself: attention is the reference's (see plugin.py).
 PROPERTIES = SimpleNamespace(
     name="no GPU", major=7, minor=5, total_memory=2**36, multi_processor_count=8, warp_size=32
 )
 CUDA: dict[str, Any] = {
+    "CUDAGraph": CUDAGraph,
     "Event": Event,
     "Stream": Stream,
     "_exchange_device": exchange_device,
@@ -111,13 +148,15 @@ CUDA: dict[str, Any] = {
     "ipc_collect": nothing,
     "is_available": lambda: True,
     "is_bf16_supported": lambda *_: True,
-    "is_current_stream_capturing": lambda: False,
+    "graph_pool_handle": lambda: (0, 0),
+    "is_current_stream_capturing": native.is_capturing,
     "is_initialized": lambda: True,
     "mem_get_info": lambda device=None: (2**36, 2**36),
     "memory_stats": lambda device=None: {},
     "reset_peak_memory_stats": nothing,
     "set_device": set_device,
     "set_stream": nothing,
+    "set_sync_debug_mode": set_sync_debug_mode,
     "stream": stream,
     "synchronize": nothing,
     **dict.fromkeys(
@@ -224,6 +263,8 @@ for _module, _entries in (
 ):
     for _name, _value in _entries.items():
         setattr(_module, _name, _value)
+_torch: Any = torch._C
+_torch._host_emptyCache = nothing
 _tensor: Any = torch.Tensor
 _tensor.record_stream = nothing
 _tensor.pin_memory = lambda self, *_: self

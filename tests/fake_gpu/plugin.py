@@ -12,7 +12,7 @@ from tests.fake_gpu import install  # before torch
 from typing import Any
 
 import torch
-from packed_attn_kernels import bookkeeping
+from packed_attn_kernels import bookkeeping, rules
 
 from packed_attn import backends, visibility
 
@@ -20,8 +20,20 @@ native = install.native
 
 _backends: Any = backends
 _backends._warn_of_the_reference = lambda listed: None
-bookkeeping.runs_on = lambda device: False
-visibility._runs_kernels = lambda device: False
+if not rules.INTERPRETED:
+    bookkeeping.runs_on = lambda device: False
+    visibility._runs_kernels = lambda device: False
+
+if rules.INTERPRETED:
+    from triton.runtime import interpreter
+
+    _launch = interpreter.GridExecutor.__call__
+
+    def launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        native.captured(lambda: _launch(self, *args, **kwargs))
+        return _launch(self, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = launch
 
 # A routine of CUDA that counts whole numbers, as transformers' experts ask it to.
 _histc = torch.histc
