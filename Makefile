@@ -63,6 +63,7 @@ packaged-mixers: $(MIXERS)/.ready
 fake-gpu: export OMP_NUM_THREADS ?= 1
 fake-gpu: $(READY)
 	$(PY) -m pytest -p tests.fake_gpu.plugin tests/fake_gpu/checks.py
+	TRITON_INTERPRET=1 $(PY) -m pytest -p tests.fake_gpu.plugin tests/test_gpu_models.py tests/test_gpu_training.py -k "not compiled and not memory"
 
 # Writes benchmarks/results/sm*_resources.md, which the compile gate holds machine code against.
 resources: $(READY) $(OLDEST)/.ready

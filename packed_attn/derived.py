@@ -29,9 +29,13 @@ def count_up(lengths: tuple[int, ...], total: int) -> NDArray[np.int64]:
 
 
 def sent(x: Tensor, device: torch.device, non_blocking: bool = False) -> Tensor:
-    """`x` on `device`; what a GPU gets from the host it gets in its turn, and nothing waits."""
+    """`x` on `device`; what a GPU gets from the host it gets in its turn, and nothing waits.
+
+    A CUDA graph would copy from the same place of the host again, whatever is there by then: in a
+    capture the copy is one that waits, which CUDA refuses.
+    """
     up = x.device.type == "cpu" and device.type == "cuda"
-    if not up or torch.compiler.is_compiling():
+    if not up or torch.compiler.is_compiling() or torch.cuda.is_current_stream_capturing():
         return x.to(device, non_blocking=non_blocking)
     return x.pin_memory().to(device, non_blocking=True)
 

@@ -31,6 +31,32 @@ def keep_modeling(model_class: type[nn.Module], monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(model_class, "forward", model_class.forward)
 
 
+def interpret_liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where Triton's interpreter runs Liger's kernels: numbers given to one become tensors, as a
+    compiler makes them, and libdevice is CUDA's."""
+    import numpy as np
+    import triton.language as tl
+    from liger_kernel.ops import cross_entropy, fused_moe_kernels, geglu, rms_norm
+    from triton.runtime import interpreter
+    from triton.runtime.autotuner import Autotuner
+
+    convert = interpreter._implicit_cvt
+
+    def converted(arg: Any) -> Any:
+        if not isinstance(arg, float):
+            return convert(arg)
+        handle = interpreter.TensorHandle(np.array([arg], np.float32), tl.float32)
+        return tl.tensor(handle, tl.float32)
+
+    monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
+    monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.math.rsqrt(x))
+    for module in (cross_entropy, geglu):
+        monkeypatch.setattr(module, "tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1)
+    for kernel in vars(fused_moe_kernels).values():
+        if isinstance(kernel, Autotuner):  # which times its choices, on a GPU
+            monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
+
+
 def both(model: Any, order: Order, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> None:
     """Patch and kernels on one model."""
     for step in order.split(", "):

@@ -70,7 +70,13 @@ MEASURED = dict.fromkeys(GPUS, ("3.9",)) | {90: ("3.6", "3.9"), 86: ("3.6", "3.9
 WORKERS = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 2
 # RTX 30 stands for all that multiply a warp at a time, by the least shared memory.
 DEFAULTS = [*default_jobs(), *(replace(job, sm=86) for job in few_jobs())]
-OTHERS = [job for sm in GPUS for job in jobs_of(sm) if job not in DEFAULTS]
+# A version that no table has compiles for all.
+COMPILED = [
+    sm
+    for sm, versions in MEASURED.items()
+    if installed_version() in versions or installed_version() not in MEASURED[90]
+]
+OTHERS = [job for sm in COMPILED for job in jobs_of(sm) if job not in DEFAULTS]
 CLEAN = Resources(
     registers=128,
     stack=0,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from packed_attn_kernels.rules import INTERPRETED
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import Trainer, TrainingArguments
@@ -36,7 +37,7 @@ from tests.exactness import (
     relative,
     token_mean,
 )
-from tests.liger import ORDERS, Order, both, keep_modeling
+from tests.liger import ORDERS, Order, both, interpret_liger, keep_modeling
 from tests.models import tiny_model
 
 pytestmark = pytest.mark.gpu
@@ -307,15 +308,21 @@ def test_padded_rows_without_their_padding(share_prefixes: bool, device: str) ->
 
 # Liger's kernels
 
-LIGER = "liger-kernel is not installed"
+
+@pytest.fixture
+def liger(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels run here: on the GPU, or interpreted on one that is none."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed")
+    if INTERPRETED:
+        interpret_liger(monkeypatch)
 
 
+@pytest.mark.usefixtures("liger")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3", "gpt_oss"])
 def test_liger(family: str, order: Order, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fused loss, RoPE, norms and MLPs: a pack is its documents with the same kernels, whichever
     comes first, labels over boundaries taken out; and the model is as it was when unpatched."""
-    pytest.importorskip("liger_kernel", reason=LIGER)
     model = tiny_model(family).to(device).train()
     docs = [d.to(device) for d in documents()]
     both(model, order, monkeypatch, backend=KERNELS)
@@ -330,21 +337,21 @@ def test_liger(family: str, order: Order, device: str, monkeypatch: pytest.Monke
     assert relative(step_alone(model, docs), want) <= 1e-6
 
 
+@pytest.mark.usefixtures("liger")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_liger_in_a_trainer(
     tmp_path: Path, checkpointing: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """use_liger_kernel=True: the losses of the documents one by one without it, under a watch."""
-    pytest.importorskip("liger_kernel", reason=LIGER)
     exact = trainer(tmp_path, device, pack=False)
     exact.train()
     keep_modeling(type(exact.model), monkeypatch)
     run = trainer(
         tmp_path, device, pack=True, use_liger_kernel=True, gradient_checkpointing=checkpointing
     )
-    assert "liger_kernel" in run.model.forward.__func__.__module__
     run.add_callback(IsolationCallback(run, every=5))
     run.train()
+    assert "liger_kernel" in run.model.forward.__func__.__module__
     assert close(logged(run), logged(exact), 1e-4)
     assert logged(run, "isolation/largest_gradient").tolist() == [0.0] * 3
 
@@ -385,9 +392,11 @@ def trainer(folder: Path, device: str, *, pack: bool, model: Any = None, **setti
         **batches,
         **settings,
     }
+    taken = TrainingArguments(**arguments)
+    taken._n_gpu = min(taken.n_gpu, 1)  # of several, a Trainer in one process would take all
     return Trainer(
         model,
-        TrainingArguments(**arguments),
+        taken,
         train_dataset=features(),  # type: ignore[arg-type]
         data_collator=PackedCollator("documents") if pack else rows,
     )

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import pickle
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from packed_attn import DocumentLayout
+from packed_attn.derived import sent
 from packed_attn.layout import KEPT_MASKS
 
 LENGTHS = st.lists(st.integers(0, 9), max_size=12)
@@ -336,6 +338,35 @@ def test_lengths_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Tensor, "tolist", lambda x: reads.append(x) or read(x))
     assert [bare.lengths, bare.lengths, bare.starts, bare.max_seqlen][0] == (2, 3)
     assert len(reads) == 1
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_nothing_waits_for_a_gpu_but_a_capture_fails(
+    captures: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph would read the host's page-locked memory again when it holds something else."""
+    asked: list[tuple[str, bool]] = []
+
+    class Host:
+        device = torch.device("cpu")
+
+        def __init__(self, memory: str) -> None:
+            self.memory = memory
+
+        def pin_memory(self) -> Host:
+            return Host("page-locked")
+
+        def to(self, device: torch.device, non_blocking: bool) -> None:
+            asked.append((self.memory, non_blocking))
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captures)
+    tensor: Any = Host("pageable")
+    sent(tensor, torch.device("cuda"))
+    sent(tensor, torch.device("cpu"))
+    assert asked == [
+        ("pageable", False) if captures else ("page-locked", True),
+        ("pageable", False),
+    ]
 
 
 def test_pin_memory_pins_every_tensor(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,20 +11,16 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
-import numpy as np
 import pytest
-import triton.language as tl
 from packed_attn_patches import tiny
 from torch import Tensor
 from transformers import Trainer
-from triton.runtime import interpreter
-from triton.runtime.autotuner import Autotuner
 
 from packed_attn import PackedCollator, PackedLoss, pack_dataset, patch_model, unpatch_model
 from packed_attn.audit import leaks_between_documents
 from packed_attn.callbacks import IsolationCallback
 from tests.exactness import documents, gradients, packed, relative, token_mean
-from tests.liger import ORDERS, Order, apply_liger, both, keep_modeling
+from tests.liger import ORDERS, Order, apply_liger, both, interpret_liger, keep_modeling
 from tests.models import tiny_model
 from tests.test_trainer import arguments
 
@@ -40,24 +36,7 @@ slow = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Numbers given to a kernel become tensors, as a compiler makes them; libdevice is CUDA's."""
-    from liger_kernel.ops import cross_entropy, fused_moe_kernels, geglu, rms_norm
-
-    convert = interpreter._implicit_cvt
-
-    def converted(arg: Any) -> Any:
-        if not isinstance(arg, float):
-            return convert(arg)
-        handle = interpreter.TensorHandle(np.array([arg], np.float32), tl.float32)
-        return tl.tensor(handle, tl.float32)
-
-    monkeypatch.setattr(interpreter, "_implicit_cvt", converted)
-    monkeypatch.setattr(rms_norm, "rsqrt", lambda x: tl.math.rsqrt(x))
-    for module in (cross_entropy, geglu):
-        monkeypatch.setattr(module, "tanh", lambda x: 2 * tl.sigmoid(2 * x) - 1)
-    for kernel in vars(fused_moe_kernels).values():
-        if isinstance(kernel, Autotuner):  # which times its choices, on a GPU
-            monkeypatch.setattr(kernel, "configs", kernel.configs[:1])
+    interpret_liger(monkeypatch)
 
 
 def one_by_one(model: Any, docs: list[Tensor]) -> tuple[float, dict[str, Tensor]]:

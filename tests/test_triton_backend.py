@@ -111,21 +111,37 @@ PLAIN = dict.fromkeys(("has_softcap", "has_alibi", "has_dropout"), False) | {
 
 @pytest.mark.skipif(RUNS, reason="kernels run here")
 @pytest.mark.parametrize(
-    ("found", "hip", "wanted"),
+    ("found", "hip", "compiler", "wanted"),
     [
-        ((7, 5), None, ["needs compute capability 8.0 or newer, but cuda:0 has 7.5"]),
-        ((8, 0), None, []),
-        ((12, 0), None, []),
-        ((9, 4), "6.4", ["has not been matched to ROCm (6.4)"]),
+        ((7, 5), None, (3, 6), ["needs compute capability 8.0 or newer, but cuda:0 has 7.5"]),
+        ((8, 0), None, (3, 6), []),
+        ((12, 0), None, (3, 6), []),
+        ((9, 4), "6.4", (3, 6), ["has not been matched to ROCm (6.4)"]),
+        (
+            (10, 3),
+            None,
+            (3, 7),
+            ["triton 3.7 fails to compile half precision for compute capability 10.x, 3.8 does"],
+        ),
+        ((10, 0), None, (3, 8), []),
+        ((10, 0), None, None, []),
     ],
 )
 def test_gpus_that_it_takes(
-    found: tuple[int, int], hip: str | None, wanted: list[str], monkeypatch: pytest.MonkeyPatch
+    found: tuple[int, int],
+    hip: str | None,
+    compiler: tuple[int, int] | None,
+    wanted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(machine, "capability", lambda _: found)
+    monkeypatch.setattr(machine, "version", {"triton": compiler}.get)
     monkeypatch.setattr(torch.version, "hip", hip)
-    request: Any = SimpleNamespace(q=SimpleNamespace(device=torch.device("cuda", 0)))
+    q = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    request: Any = SimpleNamespace(q=q)
     assert triton._machine_reasons(request) == wanted
+    q.dtype = torch.float32
+    assert triton._machine_reasons(request) == (wanted if found[0] != 10 else [])
 
 
 @pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="Gluon is not interpreted")

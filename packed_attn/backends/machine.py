@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 import sys
 from collections.abc import Callable, Collection
-from importlib import import_module
+from functools import cache
+from importlib import import_module, metadata
 from typing import Any, TypeVar
 
 import torch
@@ -85,6 +87,17 @@ def takes(module: str, name: str, parameter: str) -> bool:
     """Whether a function has a parameter, by which its version is known; no if it is not there."""
     found = getattr(_loaded(module), name, None)
     return found is not None and parameter in inspect.signature(found).parameters
+
+
+@constant
+@cache
+def version(package: str) -> tuple[int, int] | None:
+    """Major and minor version of an installed package; None where it does not say."""
+    try:
+        found = re.match(r"(\d+)\.(\d+)", metadata.version(package))
+    except metadata.PackageNotFoundError:
+        return None
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 @constant

@@ -15,6 +15,8 @@ from packed_attn.visibility import HAS_TRITON, Visibility
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = range(8, 257, 8)
+# Before it, triton fails on the kernels' products where they go through tensor memory (B200).
+TENSOR_MEMORY_SINCE = (3, 8)
 
 
 def reasons_against(request: AttentionRequest) -> list[str]:
@@ -109,7 +111,19 @@ def _machine_reasons(request: AttentionRequest) -> list[str]:
             f"needs a CUDA device, but q is on {request.q.device} "
             "(TRITON_INTERPRET=1, set before triton is imported, interprets the kernels anywhere)"
         ]
-    return machine.gpu_reasons(request)
+    return machine.gpu_reasons(request) or _compiler_reasons(request)
+
+
+def _compiler_reasons(request: AttentionRequest) -> list[str]:
+    version = machine.version("triton")
+    if version is None or version >= TENSOR_MEMORY_SINCE or request.q.dtype == torch.float32:
+        return []
+    if machine.capability(request.q.device)[0] != 10:
+        return []
+    have, need = (".".join(map(str, v)) for v in (version, TENSOR_MEMORY_SINCE))
+    return [
+        f"triton {have} fails to compile half precision for compute capability 10.x, {need} does"
+    ]
 
 
 @machine.constant  # a compiler cannot follow it to where it was set

@@ -10,7 +10,7 @@ of it.
     collectives.cpp   a process group backend that hands such tensors to gloo
     build.py          compiles both, where they changed (a C++ compiler, a minute)
     install.py        `torch.cuda` over it, for a process that imports it before torch
-    plugin.py         pytest's option `-p tests.fake_gpu.plugin` does so
+    plugin.py         pytest's option `-p tests.fake_gpu.plugin` does so; kernels interpreted or not
     checks.py         what is run so: every model type, models over two devices, two ranks, waits
     waits.py          where a step's host waits for its device
     graphs.py         a step as a CUDA graph: operators that run again without their Python

@@ -7,6 +7,7 @@ import ctypes
 import importlib.util
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -114,14 +115,19 @@ def exchange_device(index: int) -> int:
     return -1 if index < 0 else native.exchange_device(index)
 
 
+def warn(operator: str) -> None:
+    """In torch's words, as `refuse`."""
+    warnings.warn(f"called a synchronizing CUDA operation: {operator}", stacklevel=2)
+
+
 def refuse(operator: str) -> None:
-    """In the words of CUDA."""
     raise RuntimeError(f"called a synchronizing CUDA operation: {operator}")
 
 
 def set_sync_debug_mode(mode: int | str) -> None:
-    """As torch's; "warn" says nothing here. `native.observe_waits` takes any other observer."""
-    native.observe_waits(refuse if mode in (2, "error") else None)
+    """As torch's; `native.observe_waits` takes any other observer."""
+    observers = {"default": None, "warn": warn, "error": refuse}
+    native.observe_waits(observers[mode] if isinstance(mode, str) else [*observers.values()][mode])
 
 
 # No backend of the package runs on it by itself: attention is the reference's (see plugin.py).

@@ -1,7 +1,8 @@
 """For pytest and for ranks: the devices, and a package that runs its reference on them.
 
 Triton compiles for no such device. What it would do is a matter of its own tests; here it is what
-stands around attention that must find its tensors on the right device.
+stands around attention that must find its tensors on the right device. With TRITON_INTERPRET=1 the
+kernels run on them, interpreted, and so do the tests that are meant for a GPU.
 """
 
 from __future__ import annotations
