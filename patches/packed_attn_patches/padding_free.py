@@ -15,7 +15,7 @@ so gradients of all of them add up in it.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
+from packed_attn.derived import sent
 from packed_attn.layout import DocumentLayout
 from packed_attn.packing.forest import plan_forest
 from packed_attn_patches.adapters import refuse_adapters
@@ -56,7 +57,7 @@ class PaddedRows:
         """One document a row.
 
         Args:
-            mask: `[B, T]`, nonzero where a token is real.
+            mask: `[B, T]`, nonzero where a token is real, on the CPU.
 
         Raises:
             ValueError: a row whose real tokens have a gap: they would be one document in two
@@ -65,9 +66,9 @@ class PaddedRows:
         real = mask != 0
         tokens = real.flatten().nonzero().flatten()
         _check_no_gaps(real)
-        layout = DocumentLayout.from_lengths(real.sum(1).tolist(), device=mask.device)
-        source = torch.full((mask.numel(),), tokens.numel(), device=mask.device)
-        source[tokens] = torch.arange(tokens.numel(), device=mask.device)
+        layout = DocumentLayout.from_lengths(real.sum(1).tolist())
+        source = torch.full((mask.numel(),), tokens.numel())
+        source[tokens] = torch.arange(tokens.numel())
         return PaddedRows(layout, tokens, source, *mask.shape)
 
     @staticmethod
@@ -76,11 +77,11 @@ class PaddedRows:
 
         Args:
             mask: as for `of`.
-            input_ids: `[B, T]`.
+            input_ids: `[B, T]`, on the CPU.
             min_shared: tokens that sharing a beginning must save.
         """
         alone = PaddedRows.of(mask)
-        host = input_ids.flatten()[alone.tokens].cpu().numpy()
+        host = input_ids.flatten()[alone.tokens].numpy()
         begins = np.array(alone.layout.starts)
         plan = plan_forest(np.split(host, begins[1:]), min_shared=min_shared)
         # Of each document: its place among all rows' tokens, and in the forest.
@@ -91,13 +92,17 @@ class PaddedRows:
             for d in plan.path(row):
                 at = begin + plan.starts[d] + np.arange(plan.lengths[d])
                 token_of[at] = document_starts[d] + np.arange(plan.lengths[d])
-        layout = DocumentLayout.from_lengths(
-            plan.lengths.tolist(), parents=plan.parents.tolist(), device=mask.device
-        )
-        source = torch.full((mask.numel(),), layout.total_tokens, device=mask.device)
-        source[alone.tokens] = torch.from_numpy(token_of).to(mask.device)
-        tokens = alone.tokens[torch.from_numpy(read).to(mask.device)]
+        layout = DocumentLayout.from_lengths(plan.lengths.tolist(), parents=plan.parents.tolist())
+        source = torch.full((mask.numel(),), layout.total_tokens)
+        source[alone.tokens] = torch.from_numpy(token_of)
+        tokens = alone.tokens[torch.from_numpy(read)]
         return PaddedRows(layout, tokens, source, *mask.shape)
+
+    def to(self, device: torch.device) -> PaddedRows:
+        """The same rows on `device`; nothing waits for it."""
+        both = sent(torch.cat([self.tokens, self.source]), device)
+        tokens, source = both.split([self.tokens.numel(), self.source.numel()])
+        return replace(self, layout=self.layout.to(device), tokens=tokens, source=source)
 
     def packed(self, x: Tensor) -> Tensor:
         """`[B, T, ...]` -> `[1, num_tokens, ...]`."""
@@ -144,8 +149,8 @@ class PackRows:
         if given is None:
             return None
         kwargs = given
-        mask = kwargs.get("attention_mask")
-        if not _is_rows_in_training(module, kwargs) or not isinstance(mask, Tensor):
+        mask = _rows_in_training(module, kwargs)
+        if mask is None:
             return None
         if not self.share_prefixes and not bool((mask == 0).any()):
             return None  # nothing to leave out
@@ -162,11 +167,12 @@ class PackRows:
         return (), {**packed, "layout": rows.layout, "use_cache": False, ROWS: rows}
 
     def _rows(self, mask: Tensor, kwargs: Mapping[str, Any]) -> PaddedRows:
+        device = kwargs["attention_mask"].device
         if not self.share_prefixes or kwargs.get("input_ids") is None:
-            return PaddedRows.of(mask)
-        rows = PaddedRows.sharing(mask, kwargs["input_ids"], MIN_SHARED)
+            return PaddedRows.of(mask).to(device)
+        rows = PaddedRows.sharing(mask, kwargs["input_ids"].cpu(), MIN_SHARED).to(device)
         for name, value in kwargs.items():
-            if _is_per_token(value, mask) and name != "attention_mask":
+            if _is_per_token(value, mask) and name not in ("attention_mask", "input_ids"):
                 rows.require_shared(name, value)
         return rows
 
@@ -177,8 +183,11 @@ class CheckAdapters:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = named(module, args, kwargs)
-        if given is not None and _is_rows_in_training(module, given):
+        try:
             refuse_adapters(module, same_rows=False)
+        except NotImplementedError:
+            if given is not None and _rows_in_training(module, given) is not None:
+                raise
 
 
 @dataclass(frozen=True)
@@ -196,17 +205,22 @@ class PadRows:
         return rows.padded(output)
 
 
-def _is_rows_in_training(module: nn.Module, kwargs: Mapping[str, Any]) -> bool:
-    """Rows beside a 2-D mask of 0 and 1, and no cache to fill: generation stays as it is."""
+def _rows_in_training(module: nn.Module, kwargs: Mapping[str, Any]) -> Tensor | None:
+    """The mask of 0 and 1 beside rows, `[B, T]`, on the CPU, where no cache is to be filled:
+    generation stays as it is."""
     mask, shape = kwargs.get("attention_mask"), BatchShape.of(kwargs)
     if not isinstance(mask, Tensor) or mask.ndim != 2 or shape is None:
-        return False
+        return None
     fills_a_cache = any(kwargs.get(name) is not None for name in CACHE_NAMES)
     fills_a_cache |= not module.training and kwargs.get("use_cache") is not False
-    if fills_a_cache or not bool((mask <= 1).all()):
-        return False
+    if fills_a_cache:
+        return None
+    host = mask.cpu()
+    if not bool((host <= 1).all()):
+        return None
     # Boundaries inside rows say more than real or not; the layout hook reads them.
-    return packed_layout(shape, kwargs) is None
+    is_packed = packed_layout(shape, {**kwargs, "attention_mask": host}) is not None
+    return None if is_packed else host
 
 
 def _counted(lengths: np.ndarray) -> np.ndarray:

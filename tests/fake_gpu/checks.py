@@ -14,13 +14,14 @@ import pytest
 import torch
 from packed_attn_patches.families import HIDES_PADDING_IDS
 from torch import nn
+from torch.nn import functional as F
 
 from packed_attn import DocumentLayout, backends, patch_model
 from tests.exactness import close, documents, gradients, on_device, packed, relative
 from tests.fake_gpu import dense
 from tests.fake_gpu.graphs import BOUNDARIES, NotCaptured, errors_of_replays
 from tests.fake_gpu.ranks import RANKS, trained
-from tests.fake_gpu.waits import own_waits, waits
+from tests.fake_gpu.waits import OURS, observed, own_waits, waits
 from tests.models import tiny_model
 from tests.sweep import HEADS, model_types, sweep_type
 from tests.test_distributed import batch as long_pack
@@ -121,6 +122,45 @@ def test_a_graph_that_keeps_boundaries_is_found(monkeypatch: pytest.MonkeyPatch)
     found = errors_of_replays("causal", "llama", "cuda:0")
     assert found[0][0] <= 1e-5
     assert min(outputs for outputs, _ in found[1:]) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("names", "most"),
+    [
+        (["layout", "position_ids"], 0),
+        (["position_ids"], 1),
+        (["seq_idx"], 1),
+        (["cu_seq_lens_q"], 1),
+        (["position_ids", "cu_seq_lens_q", "cu_seq_lens_k", "seq_idx"], 4),
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "bloom"])
+def test_boundaries_are_read_at_once(
+    family: str, names: list[str], most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tensor that tells them is copied, and nothing else is waited for."""
+    monkeypatch.setitem(backends._LOADED, "triton", dense)
+    model = patch_model(tiny_model(family)).train().to(OTHER)
+    batch = on_device(packed(documents()), OTHER)
+    seen: list[str] = []
+    with observed(seen.append):
+        model(**{name: batch[name] for name in ("input_ids", "labels", *names)}).loss.backward()
+    assert sum(place.startswith(OURS) for place in seen) == most, seen
+
+
+@pytest.mark.parametrize(("shared", "most"), [(False, 2), (True, 3)])
+def test_padded_rows_are_read_at_once(
+    shared: bool, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mask, by the model's hook and its backbone's; ids where their beginnings are shared."""
+    monkeypatch.setitem(backends._LOADED, "triton", dense)
+    model = patch_model(tiny_model("llama"), padding_free=True, share_prefixes=shared).to(OTHER)
+    ids = torch.stack([F.pad(d, (0, 40 - len(d))) for d in documents(lengths=(40, 23, 31))])
+    given = on_device({"input_ids": ids, "attention_mask": (ids != 0).long()}, OTHER)
+    seen: list[str] = []
+    with observed(seen.append):
+        model.train()(**given).logits.sum().backward()
+    assert sum(place.startswith(OURS) for place in seen) == most, seen
 
 
 @pytest.mark.parametrize("first", ["patch", "device_map"])

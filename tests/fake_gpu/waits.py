@@ -64,13 +64,15 @@ def batch_of(head: Head, lengths: tuple[int, ...], device: str) -> dict[str, Any
 
 @contextmanager
 def observed(note: Callable[[str], None]) -> Iterator[None]:
-    """Hands `note` the place of every wait meanwhile: the innermost code outside torch."""
+    """Hands `note` the place of every wait meanwhile: the innermost code outside torch, or none
+    where a backward runs what torch has itself."""
 
     def seen(operator: str) -> None:
-        frame = sys._getframe(1)
-        while frame.f_back is not None and frame.f_code.co_filename.startswith(TORCH):
+        frame = sys._getframe().f_back
+        while frame is not None and frame.f_code.co_filename.startswith(TORCH):
             frame = frame.f_back
-        note(f"{frame.f_code.co_filename}:{frame.f_lineno} {operator}")
+        place = "" if frame is None else f"{frame.f_code.co_filename}:{frame.f_lineno}"
+        note(f"{place} {operator}")
 
     native.observe_waits(seen)
     try:
