@@ -138,6 +138,9 @@ class PackingCallback(TrainerCallback):
     def _reset(self) -> None:
         self._since = time.perf_counter()
         self._steps = self._real = self._tokens = self._documents = self._padded = self._squares = 0
+        # Of batches that share prefixes, what their documents are made of: on the device, where
+        # reading it at every step would be a wait.
+        self._shared: list[tuple[Tensor, tuple[int, ...]]] = []
 
     def _count(self, batch: Mapping[str, Any]) -> None:
         layout = batch.get("layout")
@@ -146,18 +149,25 @@ class PackingCallback(TrainerCallback):
         padding = (False,) * layout.num_documents
         if layout.padding is not None:
             padding = tuple(layout.to("cpu").padding.tolist())  # type: ignore[union-attr]
-        lengths = documents = [n for n, pads in zip(layout.lengths, padding) if n and not pads]
+        lengths = [n for n, pads in zip(layout.lengths, padding) if n and not pads]
         self._real += sum(lengths)
         self._tokens += layout.total_tokens
         self._squares += sum(n * n for n in lengths)
         if layout.is_forest:
-            before = layout.forest_tensors().path_offset.tolist()
+            before = layout.to("cpu").forest_tensors().path_offset.tolist()
             self._squares += sum(2 * n * k for n, k in zip(layout.lengths, before))
-            documents = _whole_lengths(batch["document_paths"][0], layout)
+            self._shared.append((batch["document_paths"][0], layout.lengths))
+        else:
+            self._add(lengths)
+
+    def _add(self, documents: list[int]) -> None:
+        """Whole documents of a batch."""
         self._documents += len(documents)
         self._padded += len(documents) * max(documents, default=0)
 
     def _figures(self) -> dict[str, float]:
+        for paths, lengths in self._shared:
+            self._add(_whole_lengths(paths, lengths))
         seconds = time.perf_counter() - self._since
         attention = self._squares * self._attention_flops_per_square()
         figures = {
@@ -194,11 +204,11 @@ def _uncounted(trainer: Trainer) -> Iterator[None]:
         yield
 
 
-def _whole_lengths(paths: Tensor, layout: DocumentLayout) -> list[int]:
-    """Tokens of each document whose pieces are shared."""
+def _whole_lengths(paths: Tensor, pieces: tuple[int, ...]) -> list[int]:
+    """Tokens of each document whose pieces, of these lengths, are shared."""
     lengths: dict[int, int] = {}
     for document, piece in paths.t().tolist():
-        lengths[document] = lengths.get(document, 0) + layout.lengths[piece]
+        lengths[document] = lengths.get(document, 0) + pieces[piece]
     return list(lengths.values())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from packed_attn.derived import sent
 from packed_attn.layout import DocumentLayout
 
 IGNORE_INDEX = -100
@@ -90,5 +91,6 @@ def predecessors(layout: DocumentLayout) -> Tensor:
         if length:
             firsts.append(start)
             values.append(above)
-    before[torch.tensor(firsts, device=layout.device)] = torch.tensor(values, device=layout.device)
+    places, ahead = sent(torch.tensor([firsts, values]), layout.device)
+    before[places] = ahead
     return before

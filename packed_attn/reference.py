@@ -65,7 +65,8 @@ def _wide(request: AttentionRequest) -> torch.dtype:
 
 
 def _is_padding(layout: DocumentLayout, document: int) -> bool:
-    return layout.padding is not None and bool(layout.padding[document])
+    padding = layout.to("cpu").padding
+    return padding is not None and bool(padding[document])
 
 
 def _key_tokens(request: AttentionRequest, document: int) -> Tensor:

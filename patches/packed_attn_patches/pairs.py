@@ -141,7 +141,8 @@ def _real_lengths(layout: DocumentLayout) -> list[int]:
 
 
 def _is_padding(layout: DocumentLayout, document: int) -> bool:
-    return layout.padding is not None and bool(layout.padding[document])
+    padding = layout.to("cpu").padding
+    return padding is not None and bool(padding[document])
 
 
 def _check_shift(kwargs: Mapping[str, Any], target: DocumentLayout) -> None:

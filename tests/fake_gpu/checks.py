@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import accelerate
@@ -16,7 +17,15 @@ from packed_attn_patches.families import HIDES_PADDING_IDS
 from torch import nn
 from torch.nn import functional as F
 
-from packed_attn import DocumentLayout, backends, patch_model
+from packed_attn import (
+    DocumentLayout,
+    PackedCollator,
+    PackedDataset,
+    PackedLoss,
+    backends,
+    patch_model,
+)
+from packed_attn.callbacks import PackingCallback
 from tests.exactness import close, documents, gradients, on_device, packed, relative
 from tests.fake_gpu import dense
 from tests.fake_gpu.graphs import BOUNDARIES, NotCaptured, errors_of_replays
@@ -77,14 +86,18 @@ def test_waits_are_seen() -> None:
     assert not waits(lambda: torch.where(mask, x, 0.0).sum())
 
 
+@pytest.mark.parametrize("padding", [0, 6])
 @pytest.mark.parametrize(
     ("head", "model_type"), [(head, kind) for head in HEADS for kind in model_types(head)]
 )
-def test_a_step_waits_for_nothing(head: str, model_type: str) -> None:
+def test_a_step_waits_for_nothing(
+    head: str, model_type: str, padding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not by code of this package: what a model does by itself is its own. Of ids, what is hidden
     for being the padding id has to be read."""
+    monkeypatch.setitem(backends._LOADED, "triton", dense)
     try:
-        found = own_waits(head, model_type, OTHER)
+        found = own_waits(head, model_type, OTHER, padding)
     except NotImplementedError as error:
         pytest.skip(str(error)[:200])
     except Exception as error:  # what stock does not run is the sweep's to tell
@@ -146,6 +159,26 @@ def test_boundaries_are_read_at_once(
     with observed(seen.append):
         model(**{name: batch[name] for name in ("input_ids", "labels", *names)}).loss.backward()
     assert sum(place.startswith(OURS) for place in seen) == most, seen
+
+
+@pytest.mark.parametrize("family", ["llama", "bloom", "mamba"])
+def test_shared_prefixes_wait_for_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward, the loss outside the model, and what is counted for the log."""
+    monkeypatch.setitem(backends._LOADED, "triton", dense)
+    model = patch_model(tiny_model(family)).to(OTHER).train()
+    loss, counted = PackedLoss(model), PackingCallback(SimpleNamespace())  # type: ignore[arg-type]
+    for seed in (0, 1):
+        prompt, *answers = documents(seed, (20, 7, 12, 3))
+        rows = [{"input_ids": torch.cat([prompt, answer]).tolist()} for answer in answers]
+        packs = PackedDataset(rows, capacity=64, share_prefixes=True)
+        batch = on_device(PackedCollator(capacity=64)([packs[0]]), OTHER)
+        assert batch["layout"].is_forest
+        seen: list[str] = []
+        with observed(seen.append):
+            counted._count(batch)
+            labels = batch.pop("labels")
+            loss(model(**batch), labels).backward()
+    assert not [place for place in seen if place.startswith(OURS)]
 
 
 @pytest.mark.parametrize(("shared", "most"), [(False, 2), (True, 3)])

@@ -15,11 +15,10 @@ import transformers
 from packed_attn_patches.tiny import tiny_model
 
 import packed_attn
-from packed_attn import patch_model
-from tests.exactness import documents, on_device, packed
+from packed_attn import PackedCollator, patch_model
+from tests.exactness import documents, on_device
 from tests.fake_gpu.install import native, set_sync_debug_mode
 from tests.sweep import HEADS, Head
-from tests.sweep_pairs import packed_pairs
 
 OURS = tuple(
     str(Path(package.__file__ or "").parent)
@@ -30,36 +29,36 @@ TORCH = str(Path(torch.__file__).parent)
 STEPS = ((5, 1, 37, 4, 31), (7, 30, 2, 19, 20))
 
 
-def own_waits(head: str, model_type: str, device: str, checkpointed: bool = False) -> set[str]:
+def own_waits(head: str, model_type: str, device: str, padding: int) -> set[str]:
     """Those of the package's own code in a training step, on boundaries that it never saw.
 
-    Kernels are compiled and mixers proven in the step before. The batch is the collator's.
+    Kernels are compiled and mixers proven in the step before. The batch is the collator's, with so
+    many tokens of padding.
     """
     kind = HEADS[head]
     model = tiny_model(model_type, auto_class=getattr(transformers, kind.auto_class))
     patch_model(model.to(device).train())
-    if checkpointed:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
     seen: set[str] = set()
     for lengths in STEPS:
-        batch = batch_of(kind, lengths, device)
+        batch = batch_of(kind, lengths, padding, device)
         seen = set()
         with observed(seen.add):
             model(**batch).loss.backward()
     return {place for place in seen if place.startswith(OURS)}
 
 
-def batch_of(head: Head, lengths: tuple[int, ...], device: str) -> dict[str, Any]:
+def batch_of(head: Head, lengths: tuple[int, ...], padding: int, device: str) -> dict[str, Any]:
     """What a trainer hands on: the collator's batch, moved, with labels of this head."""
-    docs = documents(lengths=lengths)
-    if head.pairs:
-        batch = packed_pairs(docs, documents(lengths=lengths[::-1]))
-        batch["labels"] = batch.pop("decoder_input_ids")
-        return on_device(batch, device)
-    labels = torch.cat([head.labels(d) for d in docs])
-    return on_device(
-        {**packed(docs), "labels": labels if head.per_document else labels[None]}, device
-    )
+    docs, capacity = documents(lengths=lengths), sum(lengths) + padding
+    labels = documents(lengths=lengths[::-1]) if head.pairs else [head.labels(d) for d in docs]
+    features = [{"input_ids": d, "labels": x} for d, x in zip(docs, labels)]
+    if head.per_document:
+        features = [{"input_ids": d} for d in docs]
+    collator = PackedCollator("documents", capacity=capacity, encoder_decoder=head.pairs)
+    batch = on_device(collator(features), device)
+    if head.per_document:
+        batch["labels"] = torch.cat(labels).to(device)
+    return batch
 
 
 @contextmanager
