@@ -51,5 +51,6 @@ def _process(rank: int, ranks: int, folder: str, work: Callable[..., Any], args:
     warnings.simplefilter("ignore")  # pytest does not see them to collect
     store = f"file://{folder}/store"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=ranks)
+    dist.barrier()  # work that asks nothing of others may end before they have found this rank
     torch.save(work(*args), Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()
