@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from packed_attn.layout import DocumentLayout
 
 
 def to_list(values: Iterable[Any] | Tensor, name: str) -> list[Any]:
@@ -46,6 +49,12 @@ def host_parents(parents: Sequence[int] | Tensor | None, documents: int) -> list
     if len(host) != documents:
         raise ValueError(f"parents has {len(host)} entries for {documents} documents")
     return host
+
+
+def is_padding(layout: DocumentLayout, document: int) -> bool:
+    """Whether a document is padding, read on the host."""
+    padding = layout.to("cpu").padding
+    return padding is not None and bool(padding[document])
 
 
 def host_padding(padding: Sequence[bool] | Tensor | None, documents: int) -> list[bool] | None:

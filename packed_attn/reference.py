@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from packed_attn.dropout import keep
-from packed_attn.layout import DocumentLayout
+from packed_attn.host_values import is_padding
 from packed_attn.request import AttentionRequest
 
 
@@ -37,7 +37,7 @@ def _attend_document(request: AttentionRequest, document: int) -> tuple[Tensor, 
     """out `[n, heads, dv]` and lse `[heads, n]` of one document's queries."""
     start, length = request.layout.starts[document], request.layout.lengths[document]
     keys = _key_tokens(request, document)
-    if _is_padding(request.layout, document) or keys.numel() == 0:
+    if is_padding(request.layout, document) or keys.numel() == 0:
         out = request.q.new_zeros(length, request.num_heads, request.v.shape[-1])
         return out, out.new_full((request.num_heads, length), -torch.inf, dtype=_wide(request))
     q = request.q[start : start + length]
@@ -64,18 +64,13 @@ def _wide(request: AttentionRequest) -> torch.dtype:
     return torch.promote_types(request.q.dtype, torch.float32)
 
 
-def _is_padding(layout: DocumentLayout, document: int) -> bool:
-    padding = layout.to("cpu").padding
-    return padding is not None and bool(padding[document])
-
-
 def _key_tokens(request: AttentionRequest, document: int) -> Tensor:
     """Stream indices of the keys on the document's path, padding left out."""
     keys = request.keys
     spans = [
         torch.arange(keys.starts[d], keys.starts[d] + keys.lengths[d], device=keys.device)
         for d in keys.path(document)
-        if not _is_padding(keys, d)
+        if not is_padding(keys, d)
     ]
     return torch.cat(spans) if spans else torch.empty(0, dtype=torch.long, device=keys.device)
 

@@ -14,6 +14,7 @@ from packed_attn.audit.gradients import gradients_by_document, largest, reached
 from packed_attn.audit.modes import as_it_is, mode
 from packed_attn.audit.subject import LENGTHS, Subject, replaced, takes_targets
 from packed_attn.audit.trace import Trace, first_parting
+from packed_attn.host_values import is_padding
 from packed_attn.layout import DocumentLayout
 
 # Documents of a live batch whose outputs are differentiated: each costs a backward.
@@ -203,7 +204,7 @@ def _target(batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def _real(layout: DocumentLayout) -> list[int]:
     """The documents with tokens that are not padding."""
-    return [d for d, n in enumerate(layout.lengths) if n and not _pads(layout, d)]
+    return [d for d, n in enumerate(layout.lengths) if n and not is_padding(layout, d)]
 
 
 def _spread(documents: Sequence[int]) -> list[int]:
@@ -259,7 +260,3 @@ def _layout(batch: Mapping[str, Any]) -> DocumentLayout:
             "cu_seq_lens_q, seq_idx, a segment mask or position_ids that restart"
         )
     return layout.to("cpu")
-
-
-def _pads(layout: DocumentLayout, document: int) -> bool:
-    return layout.padding is not None and bool(layout.padding[document])

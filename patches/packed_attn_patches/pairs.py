@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from packed_attn.buckets import Bucket, Spans, pair_buckets
 from packed_attn.collator import IGNORE_INDEX
+from packed_attn.host_values import is_padding
 from packed_attn.layout import DocumentLayout
 from packed_attn_patches.adapters import refuse_adapters
 from packed_attn_patches.boundaries import BOUNDARY_NAMES, rows_and_layout
@@ -131,18 +132,13 @@ def _per_row(rows: int, layout: DocumentLayout) -> list[int]:
     width = layout.total_tokens // rows
     counts = [0] * rows
     for d, start in enumerate(layout.starts):
-        if not _is_padding(layout, d):
+        if not is_padding(layout, d):
             counts[min(start // width, rows - 1)] += 1
     return counts
 
 
 def _real_lengths(layout: DocumentLayout) -> list[int]:
-    return [n for d, n in enumerate(layout.lengths) if not _is_padding(layout, d)]
-
-
-def _is_padding(layout: DocumentLayout, document: int) -> bool:
-    padding = layout.to("cpu").padding
-    return padding is not None and bool(padding[document])
+    return [n for d, n in enumerate(layout.lengths) if not is_padding(layout, d)]
 
 
 def _check_shift(kwargs: Mapping[str, Any], target: DocumentLayout) -> None:
@@ -196,7 +192,7 @@ class _Side:
     def spans(self) -> Spans:
         """The documents with tokens that are not padding."""
         layout = self.layout
-        kept = [d for d, n in enumerate(layout.lengths) if n and not _is_padding(layout, d)]
+        kept = [d for d, n in enumerate(layout.lengths) if n and not is_padding(layout, d)]
         starts, lengths = np.array(layout.starts, np.int64), np.array(layout.lengths, np.int64)
         return Spans(starts[kept], lengths[kept], layout.total_tokens)
 
@@ -280,10 +276,9 @@ class _Pairs(PackedCalls):
     def _target(self, bucket: Bucket) -> dict[str, Tensor]:
         """A decoder is causal: what stands in its padding reaches no document."""
         inputs = {name: bucket.rows(value) for name, value in self.target.values.items()}
-        if bucket.pads is not None:
-            self._pad("decoder_input_ids", inputs, bucket)
-            if "labels" in inputs:
-                put(inputs["labels"], bucket.pads, IGNORE_INDEX)
+        self._pad("decoder_input_ids", inputs, bucket)
+        if "labels" in inputs:
+            put(inputs["labels"], bucket.pads, IGNORE_INDEX)
         return inputs
 
     def _pad(self, name: str, inputs: dict[str, Tensor], bucket: Bucket) -> None:

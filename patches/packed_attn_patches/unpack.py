@@ -437,7 +437,7 @@ class _Unpacked(PackedCalls):
     def _rows_of(self, name: str, bucket: Bucket) -> Tensor:
         """Its rows of one argument."""
         rows = bucket.rows(self.per_token[name])
-        if bucket.pads is not None and name in _OF_PADDING:
+        if name in _OF_PADDING:
             put(rows, bucket.pads, _OF_PADDING[name])
         return rows
 
@@ -494,8 +494,8 @@ def real_rows(bucket: Bucket, device: torch.device) -> Tensor:
 
 
 def put(rows: Tensor, places: Tensor | None, value: int) -> None:
-    """Writes a number at places of the flattened rows; as an index, it would be copied from the
-    host and waited for."""
+    """Writes a number at places of the flattened rows, if there are any; as an index, it would be
+    copied from the host and waited for."""
     if places is not None:
         rows.view(-1).index_fill_(0, places, value)
 

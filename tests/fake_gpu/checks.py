@@ -40,6 +40,12 @@ OTHER = "cuda:1"
 BATCHED = ("bloom", "mamba", "qwen3_next")
 
 
+@pytest.fixture
+def reads_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that reads nothing on the host, in place of the kernels."""
+    monkeypatch.setitem(backends._LOADED, "triton", dense)
+
+
 def test_devices_may_not_meet() -> None:
     """Of the device itself: what it is for."""
     a, b, host = torch.ones(3, device="cuda"), torch.ones(3, device=OTHER), torch.ones(3)
@@ -91,11 +97,10 @@ def test_waits_are_seen() -> None:
     ("head", "model_type"), [(head, kind) for head in HEADS for kind in model_types(head)]
 )
 def test_a_step_waits_for_nothing(
-    head: str, model_type: str, padding: int, monkeypatch: pytest.MonkeyPatch
+    head: str, model_type: str, padding: int, reads_nothing: None
 ) -> None:
     """Not by code of this package: what a model does by itself is its own. Of ids, what is hidden
     for being the padding id has to be read."""
-    monkeypatch.setitem(backends._LOADED, "triton", dense)
     try:
         found = own_waits(head, model_type, OTHER, padding)
     except NotImplementedError as error:
@@ -115,10 +120,9 @@ def test_a_step_waits_for_nothing(
     ],
 )
 def test_a_captured_step_takes_other_boundaries(
-    head: str, model_type: str, monkeypatch: pytest.MonkeyPatch
+    head: str, model_type: str, reads_nothing: None
 ) -> None:
     """Nothing of the batch that a step was captured on is in its graph."""
-    monkeypatch.setitem(backends._LOADED, "triton", dense)
     try:
         found = errors_of_replays(head, model_type, "cuda:0")
     except (NotCaptured, NotImplementedError) as error:
@@ -127,9 +131,10 @@ def test_a_captured_step_takes_other_boundaries(
     assert max(gradients for _, gradients in found) <= 1e-4
 
 
-def test_a_graph_that_keeps_boundaries_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_that_keeps_boundaries_is_found(
+    reads_nothing: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What it is captured on is copied to the device beforehand, and never again."""
-    monkeypatch.setitem(backends._LOADED, "triton", dense)
     made = DocumentLayout.from_lengths(BOUNDARIES[0]).to("cuda:0")
     monkeypatch.setattr(DocumentLayout, "traced", lambda self: made)
     found = errors_of_replays("causal", "llama", "cuda:0")
@@ -138,7 +143,7 @@ def test_a_graph_that_keeps_boundaries_is_found(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("names", "most"),
+    ("names", "copies"),
     [
         (["layout", "position_ids"], 0),
         (["position_ids"], 1),
@@ -149,22 +154,20 @@ def test_a_graph_that_keeps_boundaries_is_found(monkeypatch: pytest.MonkeyPatch)
 )
 @pytest.mark.parametrize("family", ["llama", "bloom"])
 def test_boundaries_are_read_at_once(
-    family: str, names: list[str], most: int, monkeypatch: pytest.MonkeyPatch
+    family: str, names: list[str], copies: int, reads_nothing: None
 ) -> None:
     """A tensor that tells them is copied, and nothing else is waited for."""
-    monkeypatch.setitem(backends._LOADED, "triton", dense)
     model = patch_model(tiny_model(family)).train().to(OTHER)
     batch = on_device(packed(documents()), OTHER)
     seen: list[str] = []
     with observed(seen.append):
         model(**{name: batch[name] for name in ("input_ids", "labels", *names)}).loss.backward()
-    assert sum(place.startswith(OURS) for place in seen) == most, seen
+    assert sum(place.startswith(OURS) for place in seen) == copies, seen
 
 
 @pytest.mark.parametrize("family", ["llama", "bloom", "mamba"])
-def test_shared_prefixes_wait_for_nothing(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shared_prefixes_wait_for_nothing(family: str, reads_nothing: None) -> None:
     """Forward, the loss outside the model, and what is counted for the log."""
-    monkeypatch.setitem(backends._LOADED, "triton", dense)
     model = patch_model(tiny_model(family)).to(OTHER).train()
     loss, counted = PackedLoss(model), PackingCallback(SimpleNamespace())  # type: ignore[arg-type]
     for seed in (0, 1):
@@ -181,19 +184,16 @@ def test_shared_prefixes_wait_for_nothing(family: str, monkeypatch: pytest.Monke
     assert not [place for place in seen if place.startswith(OURS)]
 
 
-@pytest.mark.parametrize(("shared", "most"), [(False, 2), (True, 3)])
-def test_padded_rows_are_read_at_once(
-    shared: bool, most: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("shared", "copies"), [(False, 2), (True, 3)])
+def test_padded_rows_are_read_at_once(shared: bool, copies: int, reads_nothing: None) -> None:
     """The mask, by the model's hook and its backbone's; ids where their beginnings are shared."""
-    monkeypatch.setitem(backends._LOADED, "triton", dense)
     model = patch_model(tiny_model("llama"), padding_free=True, share_prefixes=shared).to(OTHER)
     ids = torch.stack([F.pad(d, (0, 40 - len(d))) for d in documents(lengths=(40, 23, 31))])
     given = on_device({"input_ids": ids, "attention_mask": (ids != 0).long()}, OTHER)
     seen: list[str] = []
     with observed(seen.append):
         model.train()(**given).logits.sum().backward()
-    assert sum(place.startswith(OURS) for place in seen) == most, seen
+    assert sum(place.startswith(OURS) for place in seen) == copies, seen
 
 
 @pytest.mark.parametrize("first", ["patch", "device_map"])

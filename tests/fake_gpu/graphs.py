@@ -14,12 +14,9 @@ from torch import Tensor
 
 from packed_attn import DocumentLayout, patch_model
 from tests.exactness import documents
-from tests.fake_gpu.install import native
 from tests.fake_gpu.waits import OURS
 from tests.sweep import HEADS, Head
-
-# As many tokens and documents in each, a few of no token.
-BOUNDARIES = [(10, 20, 30, 1, 5, 30), (96, 0, 0, 0, 0, 0), (1, 1, 1, 1, 1, 91), (16,) * 6]
+from tests.test_gpu_training import BOUNDARIES, CAPACITY, captured
 
 
 class NotCaptured(Exception):
@@ -44,7 +41,7 @@ def errors_of_replays(head: str, model_type: str, device: str) -> list[tuple[flo
     if hasattr(model, "set_experts_implementation"):
         # Grouped products, which CUDA has, read their sizes on a CPU.
         model.set_experts_implementation("batched_mm")
-    capacity, batches = sum(BOUNDARIES[0]), [_batch(kind, lengths) for lengths in BOUNDARIES]
+    batches = [_batch(kind, lengths) for lengths in BOUNDARIES]
     static = {name: x.to(device) for name, x in batches[0].items()}
     parameters = [p for p in model.parameters() if p.requires_grad]
 
@@ -54,16 +51,9 @@ def errors_of_replays(head: str, model_type: str, device: str) -> list[tuple[flo
         found = torch.autograd.grad(output.loss, parameters, allow_unused=True)
         return [output.logits.detach(), output.loss.detach(), *(x for x in found if x is not None)]
 
-    def of_the_device() -> list[Tensor]:
-        return step(DocumentLayout(static["cu_seqlens"], capacity))
-
-    of_the_device()
-    graph, results = torch.cuda.CUDAGraph(), []
     try:
-        with torch.cuda.graph(graph):
-            results = of_the_device()
+        replayed = captured(lambda: step(DocumentLayout(static["cu_seqlens"], CAPACITY)))
     except Exception as error:
-        native.capture_end()
         frames = traceback.extract_tb(error.__traceback__)
         place = [f.filename for f in frames if "/torch/" not in f.filename][-1]
         if place.startswith(OURS):
@@ -73,10 +63,7 @@ def errors_of_replays(head: str, model_type: str, device: str) -> list[tuple[flo
     for lengths, batch in zip(BOUNDARIES, batches):
         for name, x in batch.items():
             static[name].copy_(x)
-        for result in results:
-            result.fill_(torch.nan)
-        graph.replay()
-        got = [result.clone() for result in results]
+        got = [result.clone() for result in replayed()]
         want = step(DocumentLayout.from_lengths(lengths).to(device))
         apart = [_relative(x, y) for x, y in zip(got, want, strict=True)]
         errors.append((max(apart[:2]), max(apart[2:])))

@@ -21,10 +21,6 @@ native = install.native
 
 _backends: Any = backends
 _backends._warn_of_the_reference = lambda listed: None
-if not rules.INTERPRETED:
-    bookkeeping.runs_on = lambda device: False
-    visibility._runs_kernels = lambda device: False
-
 if rules.INTERPRETED:
     from triton.runtime import interpreter
 
@@ -35,6 +31,9 @@ if rules.INTERPRETED:
         return _launch(self, *args, **kwargs)
 
     interpreter.GridExecutor.__call__ = launch
+else:
+    bookkeeping.runs_on = lambda device: False
+    visibility._runs_kernels = lambda device: False
 
 # A routine of CUDA that counts whole numbers, as transformers' experts ask it to.
 _histc = torch.histc
